@@ -1,0 +1,64 @@
+"""trl-dynamics: the command line. Every command is a module of this package with `run(argv) -> int`."""
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+COMMANDS = {
+    "sft": "fine-tune with TRL's SFTTrainer while a probe set is tracked",
+    "dpo": "train with TRL's DPOTrainer while a probe set is tracked",
+    "track": "score models or a run's checkpoints on a probe set, without training",
+    "report": "turn runs into one offline HTML page, PNG charts or CSV",
+    "quickstart": "see the squeezing effect on the embedded model, in minutes on a CPU",
+    "env": "print versions for a bug report",
+}
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 wrong input or environment, 2 wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"trl-dynamics: unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("trl_dynamics").setLevel(logging.INFO)
+    command = importlib.import_module(f"trl_dynamics.cli.{argv[0]}")
+    try:
+        return command.run(argv[1:])
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRL_DYNAMICS_DEBUG") or not raised_here(error):
+            raise
+        print(f"trl-dynamics {argv[0]}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: trl-dynamics COMMAND [options]      (trl-dynamics COMMAND --help for the options)",
+            "",
+            *lines,
+            "",
+            "Errors are one line; set TRL_DYNAMICS_DEBUG=1 for the traceback.",
+        ]
+    )
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether the error was raised by this package's own code: its message is then all a user needs."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE_ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

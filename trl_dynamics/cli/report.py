@@ -1,0 +1,29 @@
+"""trl-dynamics report: runs -> one offline page, PNG charts or CSV."""
+
+import argparse
+from pathlib import Path
+
+from trl_dynamics.tracking.store import open_store
+
+
+def run(argv: list[str]) -> int:
+    """Write what was asked for and print where it lies."""
+    parser = argparse.ArgumentParser("trl-dynamics report", description=__doc__)
+    parser.add_argument("runs", nargs="+", help="output directories of runs (or their dynamics/ folders)")
+    parser.add_argument(
+        "-o", "--output", help="the page, or the folder for png/csv; default: report.html in the first run's dynamics/"
+    )
+    parser.add_argument("--format", choices=["html", "png", "csv"], default="html")
+    args = parser.parse_args(argv)
+    if args.format == "html":
+        from trl_dynamics.report.page import build_page
+
+        written = [build_page(args.runs, args.output or open_store(args.runs[0]).root / "report.html")]
+    else:
+        from trl_dynamics.report import export
+
+        folder = Path(args.output or open_store(args.runs[0]).root / args.format)
+        written = (export.export_png if args.format == "png" else export.export_csv)(args.runs, folder)
+    for path in written:
+        print(path)
+    return 0

@@ -1,0 +1,76 @@
+"""Per-token statistics of the next-token distribution, the LM head applied tile by tile.
+
+    N scored positions   D hidden   V vocabulary   E extra labels per position   k top labels
+
+No tensor of shape (all positions, V) ever exists: a tile holds about `TILE_ELEMENTS` logits, whatever N and V are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+TILE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head as maths: weight (V, D), bias (V,) or None, factor and soft cap on the raw logits."""
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    factor: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """(N, V) logits as the model itself computes them, in float32 (float64 for a float64 model)."""
+        logits_NV = F.linear(hidden_ND, self.weight_VD, self.bias_V)
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        if self.factor != 1.0:
+            logits_NV = logits_NV * self.factor
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV
+
+
+def token_stats(
+    hidden_ND: torch.Tensor, head: Head, target_N: torch.Tensor, extra_NE: torch.Tensor | None = None, top_k: int = 10
+) -> dict[str, torch.Tensor]:
+    """Statistics of softmax(head(hidden)) at each position, in nats and probabilities.
+
+    Shapes: hidden (N, D), target (N,) int64, extra (N, E) int64. Returned, all (N,) unless said: `target_logp`,
+    `argmax_logp`, `argmax_id`, `other_id` and `other_logp` (likeliest label besides the target), `entropy`, `sum_sq`
+    (sum_v p_v^2), `topk_mass` (probability of the k likeliest labels), `extra_logp` (N, E) when asked for.
+    """
+    num_vocab = head.weight_VD.shape[0]
+    tile = max(1, TILE_ELEMENTS // num_vocab)
+    parts = []
+    # An empty request still yields one (empty) part, so that the outputs keep their dtypes.
+    for start in range(0, max(1, len(target_N)), tile):
+        rows = slice(start, start + tile)
+        logits_NV = head.logits(hidden_ND[rows])
+        parts.append(_tile_stats(logits_NV, target_N[rows], None if extra_NE is None else extra_NE[rows], top_k))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _tile_stats(
+    logits_NV: torch.Tensor, target_N: torch.Tensor, extra_NE: torch.Tensor | None, top_k: int
+) -> dict[str, torch.Tensor]:
+    logp_NV = torch.log_softmax(logits_NV, dim=-1)
+    top_logp_NK, top_id_NK = logp_NV.topk(min(max(top_k, 2), logp_NV.shape[-1]), dim=-1)
+    is_target_N = top_id_NK[:, 0] == target_N
+    prob_NV = logp_NV.exp()
+    stats = {
+        "target_logp": logp_NV.gather(1, target_N[:, None])[:, 0],
+        "argmax_logp": top_logp_NK[:, 0],
+        "argmax_id": top_id_NK[:, 0],
+        "other_id": torch.where(is_target_N, top_id_NK[:, 1], top_id_NK[:, 0]),
+        "other_logp": torch.where(is_target_N, top_logp_NK[:, 1], top_logp_NK[:, 0]),
+        # 0 * -inf is nan where a label is impossible; its share of the entropy is 0.
+        "entropy": -(prob_NV * logp_NV.clamp(min=torch.finfo(logp_NV.dtype).min)).sum(dim=-1),
+        "sum_sq": prob_NV.square().sum(dim=-1),
+        "topk_mass": top_logp_NK[:, :top_k].exp().sum(dim=-1),
+    }
+    if extra_NE is not None:
+        stats["extra_logp"] = logp_NV.gather(1, extra_NE)
+    return stats

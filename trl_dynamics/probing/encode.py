@@ -1,0 +1,260 @@
+"""Probe sets as token ids: the prompt/response boundary, the end-of-turn token, length limits, and batch layouts.
+
+    B rows   T tokens of a row   N scored positions of a batch
+
+Rows are tokenised as TRL's trainers tokenise training data: a plain response continues the prompt's text and ends with
+the EOS token, a chat goes through the chat template; the response starts where the tokens of prompt and of prompt +
+response part.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
+
+from trl_dynamics.probing.schema import Probe, ProbeSet, order_types
+
+
+@dataclass(frozen=True)
+class LengthLimits:
+    """How long a scored sequence may be, in tokens.
+
+    Args:
+        max_prompt_length (`int`, *optional*): A longer prompt keeps its last tokens (and its BOS token).
+        max_length (`int`, *optional*): A longer prompt + response loses the response's end.
+        context_length (`int`, *optional*): What the model can take; a longer row is an error, never cut silently.
+    """
+
+    max_prompt_length: int | None = None
+    max_length: int | None = None
+    context_length: int | None = None
+
+    def __post_init__(self):
+        for name, least in (("max_prompt_length", 1), ("max_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"probe_{name} is {value}, expected at least {least} tokens or no limit")
+
+
+@dataclass(frozen=True)
+class EncodedResponse:
+    """One response of one probe as token ids; `eos_id` is None where the end was cut or the template has none."""
+
+    probe_id: str
+    response_type: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    eos_id: int | None
+    prompt_cut: bool
+    response_cut: bool
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.response_ids + (() if self.eos_id is None else (self.eos_id,))
+
+
+@dataclass(frozen=True)
+class EncodedProbes:
+    """All responses of a probe set as token ids, in the set's order."""
+
+    items: tuple[EncodedResponse, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the token ids: equal if and only if the same tokens are scored."""
+        ids = [[i.probe_id, i.response_type, i.prompt_ids, i.response_ids, i.eos_id] for i in self.items]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+    @property
+    def cuts(self) -> dict[str, dict[str, int]]:
+        """Per response type: rows whose prompt was cut, whose response was cut, and rows in all."""
+        return {
+            name: {
+                "prompt": sum(i.prompt_cut for i in self.items if i.response_type == name),
+                "response": sum(i.response_cut for i in self.items if i.response_type == name),
+                "of": sum(i.response_type == name for i in self.items),
+            }
+            for name in order_types(i.response_type for i in self.items)
+        }
+
+
+def encode(
+    probe_set: ProbeSet,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: LengthLimits = LengthLimits(),
+    end_ids: Sequence[int] = (),
+) -> EncodedProbes:
+    """Tokenise every response of every probe.
+
+    Args:
+        probe_set ([`ProbeSet`]): What to score.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's; chat prompts need its chat template.
+        limits ([`LengthLimits`], *optional*): What to cut and what to refuse.
+        end_ids (`Sequence[int]`, *optional*): End-of-turn token ids besides the tokenizer's EOS, such as those of the
+            model's generation config.
+
+    Raises:
+        ValueError: If a row is longer than the model's context, a limit leaves no response token, or a chat prompt
+            meets a tokenizer without a chat template; the row is named.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, which ends every scored response; set tokenizer.eos_token")
+    ends = {tokenizer.eos_token_id, *end_ids}
+    return EncodedProbes(
+        tuple(
+            _encode_response(probe, response_type, tokenizer, limits, ends)
+            for probe in probe_set
+            for response_type in order_types(probe.responses)
+        )
+    )
+
+
+def _encode_response(
+    probe: Probe, response_type: str, tokenizer: PreTrainedTokenizerBase, limits: LengthLimits, ends: set[int]
+) -> EncodedResponse:
+    where = f"probe {probe.probe_id!r}, response {response_type!r}"
+    text = probe.responses[response_type]
+    if probe.is_conversational:
+        prompt_ids, full_ids = _chat_ids(probe.prompt, text, tokenizer, where)
+    else:
+        prompt_ids, full_ids = _plain_ids(probe.prompt, text, tokenizer)
+    start = common_prefix_length(prompt_ids, full_ids)
+    prompt, response = list(full_ids[:start]), list(full_ids[start:])
+    end = _end_of_turn(response, ends, tokenizer if probe.is_conversational else None)
+    eos_id = response[end] if end < len(response) else None
+    response = response[:end]
+    if not prompt or not response:
+        raise ValueError(f"{where} has {len(prompt)} prompt and {len(response)} response tokens; both need at least 1")
+
+    kept = _cut_prompt(prompt, limits.max_prompt_length, tokenizer.bos_token_id)
+    length = len(kept) + len(response) + (eos_id is not None)
+    response_cut = limits.max_length is not None and length > limits.max_length
+    if response_cut:
+        response, eos_id = response[: limits.max_length - len(kept)], None
+        if len(kept) >= limits.max_length:
+            raise ValueError(
+                f"{where}: the prompt's {len(kept)} tokens leave no room for a response within probe_max_length="
+                f"{limits.max_length}; set probe_max_prompt_length below it"
+            )
+        length = limits.max_length
+    if limits.context_length is not None and length > limits.context_length:
+        raise ValueError(
+            f"{where} has {length} tokens, more than the model's context of {limits.context_length}; set "
+            "probe_max_length (cuts the response's end) and probe_max_prompt_length (keeps the prompt's last tokens)"
+        )
+    return EncodedResponse(
+        probe.probe_id, response_type, tuple(kept), tuple(response), eos_id, len(kept) < len(prompt), response_cut
+    )
+
+
+def _plain_ids(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    eos = "" if response.endswith(tokenizer.eos_token) else tokenizer.eos_token
+    return tokenizer(text=prompt)["input_ids"], tokenizer(text=prompt + response + eos)["input_ids"]
+
+
+def _chat_ids(
+    prompt: list[dict], response: str, tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[list[int], list[int]]:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{where} is a chat, but the tokenizer has no chat template; use plain text prompts or set one"
+        )
+    whole = [*prompt, {"role": "assistant", "content": response}]
+    prompt_ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
+    full_ids = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)
+    return prompt_ids["input_ids"], full_ids["input_ids"]
+
+
+def _end_of_turn(response: list[int], ends: set[int], chat_tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Index of the first end-of-turn token; the length where there is none.
+
+    A chat template may close a turn with a special token that is nobody's EOS, so that counts as well.
+    """
+    for index, token in enumerate(response):
+        if token in ends:
+            return index
+    if chat_tokenizer is not None:
+        special = set(chat_tokenizer.all_special_ids)
+        for index, token in enumerate(response):
+            if token in special and index > 0:
+                return index
+    return len(response)
+
+
+def _cut_prompt(prompt: list[int], limit: int | None, bos_id: int | None) -> list[int]:
+    if limit is None or len(prompt) <= limit:
+        return prompt
+    if prompt[0] == bos_id and limit > 1:
+        return [prompt[0], *prompt[len(prompt) - limit + 1 :]]
+    return prompt[len(prompt) - limit :]
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """One forward's worth of probes.
+
+    Shapes: `input_ids`, `attention_mask` (B, T), `position_ids` (B, T) or None for the model's own numbering;
+    `rows_N`, `cols_N` the positions whose prediction is scored, `target_N` the token scored there, `item_N` the index
+    of the response it belongs to and `is_eos_mask_N` whether it is that response's end-of-turn token.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor | None
+    rows_N: torch.Tensor
+    cols_N: torch.Tensor
+    target_N: torch.Tensor
+    item_N: torch.Tensor
+    is_eos_mask_N: torch.Tensor
+
+
+class Layout(Protocol):
+    """How responses are laid out in batches; composition and order are fixed by the encoded probes alone."""
+
+    name: str
+
+    def batches(self, encoded: EncodedProbes) -> list[ProbeBatch]: ...
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """One row per response, rows of similar length together, padded to the longest of their batch."""
+
+    batch_size: int = 16
+    pad_id: int = 0
+    padding_side: str = "right"
+    name: str = "padded"
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"probe_batch_size is {self.batch_size}, expected at least 1")
+
+    def batches(self, encoded: EncodedProbes) -> list[ProbeBatch]:
+        """The frozen batches of a run."""
+        order = sorted(range(len(encoded.items)), key=lambda index: (len(encoded.items[index].input_ids), index))
+        groups = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return [self._batch(encoded, group) for group in groups]
+
+    def _batch(self, encoded: EncodedProbes, group: list[int]) -> ProbeBatch:
+        rows = [encoded.items[index] for index in group]
+        width = max(len(row.input_ids) for row in rows)
+        input_ids = torch.full((len(rows), width), self.pad_id)
+        attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        scored = []
+        for r, (index, row) in enumerate(zip(group, rows, strict=True)):
+            offset = width - len(row.input_ids) if self.padding_side == "left" else 0
+            span = slice(offset, offset + len(row.input_ids))
+            input_ids[r, span] = torch.tensor(row.input_ids)
+            attention_mask[r, span] = 1
+            first = offset + len(row.prompt_ids)
+            for k, target in enumerate(row.input_ids[len(row.prompt_ids) :]):
+                scored.append((r, first + k - 1, target, index, k >= len(row.response_ids)))
+        rows_N, cols_N, target_N, item_N, is_eos_N = torch.tensor(scored).T
+        # Left padding shifts positions, which the model's own numbering would not know.
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0) if self.padding_side == "left" else None
+        return ProbeBatch(input_ids, attention_mask, position_ids, rows_N, cols_N, target_N, item_N, is_eos_N.bool())

@@ -1,0 +1,230 @@
+"""Probe sets to and from jsonl files, folders, `datasets` objects and the hub.
+
+One flat row per probe: `probe_id`, `prompt` and one column per response type; a type that a probe lacks is absent
+or null. The published layout of "Learning Dynamics of LLM Finetuning" is recognised by its column names.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from trl_dynamics.probing.schema import REQUIRED_TYPES, RESERVED_FIELDS, Probe, ProbeSet, is_blank
+
+logger = logging.getLogger(__name__)
+
+DATA_FILE, CARD_FILE = "data.jsonl", "probe.yaml"
+
+# Column names of the published helpful-base and UltraFeedback probing files, and ours.
+PUBLISHED_NAMES = {
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "chosen_initial": "chosen_initial",
+    "chosen_selfr": "chosen_self_rephrase",
+    "chosen_gptsemantic": "chosen_rephrase_semantic",
+    "chosen_gptformat": "chosen_rephrase_format",
+    "reject_gptsemantic": "rejected_rephrase_semantic",
+    "reject_gptformat": "rejected_rephrase_format",
+    "irr_train": "other_train",
+    "irr_test": "other_test",
+    "irr_hum": "human_unrelated",
+    "random_permute": "chosen_permuted",
+    "random_nonhum": "other_test_permuted",
+}
+_PUBLISHED_ONLY = frozenset(PUBLISHED_NAMES) - frozenset(PUBLISHED_NAMES.values())
+_SELF_REPHRASE_LABEL = re.compile(r"^(original sentence|rephras\w*|rewritten sentence)\s*:?\s*", re.IGNORECASE)
+_NEXT_TURN = re.compile(r"\n\n(?:A|Human|Assistant):")
+
+
+def load(source, *, name: str | None = None) -> ProbeSet:
+    """Read a probe set.
+
+    Args:
+        source: A `ProbeSet` (returned as it is), a folder written by [`save`], a .jsonl or .parquet file, a
+            `datasets.Dataset`, a list of rows, or the name of a dataset on the hub.
+        name (`str`, *optional*): Name of the set; by default taken from the source.
+
+    Raises:
+        ValueError: If the source does not exist or its rows are not a valid probe set.
+    """
+    if isinstance(source, ProbeSet):
+        return source
+    if not isinstance(source, (str, Path)):
+        return from_rows(list(source), name=name or "probes")
+    path = Path(source)
+    if path.is_dir() and (path / DATA_FILE).is_file():
+        return _read_folder(path, name)
+    if path.suffix == ".jsonl" and path.is_file():
+        return read_jsonl(path, name=name)
+    if path.exists():
+        return from_rows(_read_with_datasets(path), name=name or path.stem)
+    if path.suffix or path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
+        raise ValueError(
+            f"probe set {str(source)!r} does not exist; expected a folder with {DATA_FILE}, a .jsonl or .parquet "
+            "file, or the name of a dataset on the hub"
+        )
+    return from_rows(_read_hub(str(source)), name=name or str(source))
+
+
+def read_jsonl(path: str | Path, *, name: str | None = None) -> ProbeSet:
+    """Read a .jsonl probe set, in this package's layout or the published one.
+
+    A blank optional response drops that response; a row whose chosen or rejected is blank is dropped when the file
+    is in the published layout. Both are counted in `metadata["dropped"]` and reported by one warning.
+
+    Raises:
+        ValueError: If the file does not exist, a line is not JSON or the rows are not a valid probe set.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"probe set file {str(path)!r} does not exist")
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append(_parse_line(path, number, line))
+    return from_rows(rows, name=name or path.stem)
+
+
+def from_rows(rows: list[dict], *, name: str = "probes", metadata: dict | None = None) -> ProbeSet:
+    """Flat rows as a probe set; see [`read_jsonl`] for what is dropped.
+
+    Raises:
+        ValueError: If the rows are not a valid probe set.
+    """
+    columns = {column for row in rows for column in row}
+    if rows and "prompt" not in columns:
+        raise ValueError(f"probe set {name!r} has no column 'prompt'; found {sorted(columns)}")
+    for required in REQUIRED_TYPES:
+        if rows and required not in columns:
+            raise ValueError(
+                f"probe set {name!r} has no response type {required!r}; found columns {sorted(columns)}. The "
+                f"squeezing metrics need {' and '.join(REQUIRED_TYPES)}: add that column to the probe data."
+            )
+    published = bool(columns & _PUBLISHED_ONLY)
+    dropped: Counter[str] = Counter()
+    probes = []
+    for index, row in enumerate(rows):
+        probe = _probe_from_row(index, row, published, dropped)
+        if probe is not None:
+            probes.append(probe)
+    if dropped:
+        listed = ", ".join(f"{what}: {count}" for what, count in sorted(dropped.items()))
+        logger.warning("probe set %r: blank responses were dropped (%s)", name, listed)
+    details = dict(metadata or {})
+    if dropped:
+        details["dropped"] = dict(sorted(dropped.items()))
+    return ProbeSet(tuple(probes), name=name, metadata=details)
+
+
+def save(probe_set: ProbeSet, folder: str | Path) -> None:
+    """Write the set as `data.jsonl` and `probe.yaml` into `folder`, which is created when missing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / DATA_FILE, "w", encoding="utf-8") as file:
+        for probe in probe_set:
+            file.write(json.dumps(probe.to_row(), ensure_ascii=False) + "\n")
+    card = {
+        "name": probe_set.name,
+        "num_probes": len(probe_set),
+        "response_types": probe_set.counts,
+        "fingerprint": probe_set.fingerprint,
+        "metadata": probe_set.metadata,
+    }
+    (folder / CARD_FILE).write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def to_dataset(probe_set: ProbeSet):
+    """The set as a `datasets.Dataset`, one row per probe; a type that a probe lacks is None."""
+    from datasets import Dataset
+
+    types = probe_set.response_types
+    rows = [{"probe_id": p.probe_id, "prompt": p.prompt} | {t: p.responses.get(t) for t in types} for p in probe_set]
+    return Dataset.from_list(rows)
+
+
+def push(probe_set: ProbeSet, repo_id: str, **kwargs):
+    """Upload the set as a dataset; keyword arguments go to `datasets.Dataset.push_to_hub`."""
+    return to_dataset(probe_set).push_to_hub(repo_id, **kwargs)
+
+
+def clean_self_rephrase(text: str) -> str:
+    """The rephrase inside the raw output of the published self-rephrase prompt; empty if there is none.
+
+    That output separates attempts by `@@@`, may label them, and may run on into an invented next turn.
+    """
+    for part in re.split(r"@{3,}", text):
+        part = _NEXT_TURN.split(part)[0].strip()
+        part = _SELF_REPHRASE_LABEL.sub("", part).strip()
+        if part:
+            return part
+    return ""
+
+
+def _probe_from_row(index: int, row: dict, published: bool, dropped: Counter) -> Probe | None:
+    responses = {}
+    for column, text in row.items():
+        if column in RESERVED_FIELDS or text is None:
+            continue
+        response_type = PUBLISHED_NAMES.get(column, column) if published else column
+        if published and isinstance(text, str):
+            text = _clean_published(column, text)
+        if isinstance(text, str) and is_blank(text):
+            if response_type in REQUIRED_TYPES:
+                dropped[f"rows with a blank {response_type}"] += 1
+                return None
+            dropped[response_type] += 1
+            continue
+        responses[response_type] = text
+    return Probe(str(row.get("probe_id", index)), row.get("prompt"), responses)
+
+
+def _clean_published(column: str, text: str) -> str:
+    # Some published columns start with the space that follows "Assistant:", others do not: all get exactly one.
+    text = (clean_self_rephrase(text) if column == "chosen_selfr" else text).strip()
+    return f" {text}" if text else ""
+
+
+def _parse_line(path: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number} is a {type(row).__name__}; expected one object per line")
+    return row
+
+
+def _read_folder(path: Path, name: str | None) -> ProbeSet:
+    card_path = path / CARD_FILE
+    card = yaml.safe_load(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+    probe_set = read_jsonl(path / DATA_FILE, name=name or card.get("name", path.name))
+    return ProbeSet(probe_set.probes, probe_set.name, {**card.get("metadata", {}), **probe_set.metadata})
+
+
+def _read_with_datasets(path: Path) -> list[dict]:
+    from datasets import load_dataset, load_from_disk
+
+    if path.is_dir():
+        return list(load_from_disk(str(path)))
+    kinds = {".parquet": "parquet", ".json": "json", ".csv": "csv"}
+    if path.suffix not in kinds:
+        raise ValueError(
+            f"probe set {str(path)!r} is a {path.suffix or 'file without suffix'}; expected .jsonl, .json, "
+            ".parquet or .csv"
+        )
+    return list(load_dataset(kinds[path.suffix], data_files=str(path), split="train"))
+
+
+def _read_hub(name: str) -> list[dict]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(name, split="train"))
+    except Exception as error:
+        raise ValueError(
+            f"probe set {name!r} is neither a local folder or file nor a dataset that the hub returned: {error}"
+        ) from error

@@ -1,0 +1,358 @@
+"""Tidy frame -> Vega-Lite spec, one function per chart; a spec is a plain dict that holds its data.
+
+Every chart over steps has the parameter `log_steps`, which stretches the early steps; `learning_paths` also has
+`measure`. The page sets both; without a page they keep the value they are made with.
+"""
+
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+
+from trl_dynamics.probing.schema import order_types
+from trl_dynamics.report import style
+from trl_dynamics.report.glossary import METRIC_TERMS
+from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin
+from trl_dynamics.tracking import metrics
+
+VEGA_LITE = "6.4"
+SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE.split('.')[0]}.json"
+MAX_POINTS = 5000
+
+_TYPE_LEGEND = {"title": None, "orient": "right", "symbolType": "stroke"}
+
+# Name of a measure -> its label, the column and whether it is a change since the start.
+MEASURES: dict[str, tuple[str, str, bool]] = {
+    "change_token": ("change since start, per token", metrics.PER_TOKEN, True),
+    "token": ("log-probability per token", metrics.PER_TOKEN, False),
+    "change_sequence": ("change since start, per sequence", metrics.PER_SEQUENCE, True),
+    "sequence": ("log-probability per sequence", metrics.PER_SEQUENCE, False),
+}
+
+
+def learning_paths(frame: pd.DataFrame) -> dict:
+    """Mean per response type over the steps; the band (chosen, rejected, the one in focus) is 10-90 % of the probes.
+
+    Args:
+        frame (`pandas.DataFrame`): Records of one run and one model.
+    """
+    types = order_types(frame["response_type"])
+    steps = thin(frame["step"].unique(), MAX_POINTS // len(types))
+    parts = []
+    for name, (_, column, since_start) in MEASURES.items():
+        bands = metrics.bands(frame, column, since_start=since_start).set_index(["step", "response_type"])
+        parts.append(
+            bands[["mean", "q10", "q90"]].rename(columns={"mean": name, "q10": f"{name}_lo", "q90": f"{name}_hi"})
+        )
+    data = pd.concat(parts, axis=1).reset_index()
+    data = data[data["step"].isin(steps)]
+    pick = {"name": "pick", "select": {"type": "point", "fields": ["response_type"]}, "bind": "legend"}
+    focus = {
+        "name": "focus",
+        "select": {
+            "type": "point",
+            "fields": ["response_type"],
+            "on": "pointerover",
+            "clear": "pointerout",
+            "nearest": True,
+        },
+    }
+    in_focus = {"param": "focus", "empty": False}
+    picked = {"param": "pick", "empty": False}
+    main = {"field": "response_type", "oneOf": list(style.MAIN_TYPES)}
+    line_width = {
+        "condition": [{"test": in_focus, "value": 4}, {"test": main, "value": 2.8}],
+        "value": 1.5,
+    }
+    color = _type_color(types)
+    band = {
+        "mark": {"type": "area"},
+        "encoding": {
+            "y": {"field": "lo", "type": "quantitative"},
+            "y2": {"field": "hi"},
+            "opacity": {
+                "condition": [{"test": {"or": [in_focus, picked]}, "value": 0.22}, {"test": main, "value": 0.1}],
+                "value": 0,
+            },
+        },
+    }
+    lines = {
+        "mark": {"type": "line", "point": dots(steps)},
+        "encoding": {
+            "y": {
+                "field": "value",
+                "type": "quantitative",
+                "axis": {"title": "nats"} | _zero_line(),
+                "scale": {"zero": False},
+            },
+            "strokeWidth": line_width,
+            "strokeDash": {
+                "field": "response_type",
+                "type": "nominal",
+                "scale": {"domain": types, "range": [style.type_dash(name) for name in types]},
+                "legend": _TYPE_LEGEND,
+            },
+            "opacity": {"condition": {"param": "pick", "value": 1}, "value": 0.12},
+        },
+        "params": [pick],
+    }
+    catch = {
+        "mark": {"type": "point", "opacity": 0, "size": 60},
+        "params": [focus],
+        "encoding": {
+            "y": {"field": "value", "type": "quantitative"},
+            "tooltip": [
+                {"field": "response_type", "type": "nominal", "title": "response"},
+                {"field": "step", "type": "quantitative"},
+                {"field": "value", "type": "quantitative", "format": "+.3f", "title": "mean (nats)"},
+                {"field": "lo", "type": "quantitative", "format": "+.3f", "title": "10 %"},
+                {"field": "hi", "type": "quantitative", "format": "+.3f", "title": "90 %"},
+            ],
+        },
+    }
+    return _chart(
+        _rows(data),
+        "Learning paths: mean log-probability per response type",
+        height=400,
+        params=[{"name": "measure", "value": "change_token"}, log_steps(steps)],
+        transform=[
+            {"calculate": "datum[measure]", "as": "value"},
+            {"calculate": "datum[measure + '_lo']", "as": "lo"},
+            {"calculate": "datum[measure + '_hi']", "as": "hi"},
+            *step_transform(),
+            {"filter": "isValid(datum.value)"},
+        ],
+        encoding={"x": step_axis(steps), "color": color},
+        layer=[band, lines, catch],
+    )
+
+
+def levels(frame: pd.DataFrame) -> dict:
+    """Start (ring) and end (dot) per response type, nats per token, joined by a line."""
+    path = metrics.path(frame)
+    ends = (
+        pd.DataFrame({"start": path.iloc[0], "end": path.iloc[-1]}).dropna().rename_axis("response_type").reset_index()
+    )
+    types = list(ends["response_type"])
+    y = {
+        "field": "response_type",
+        "type": "nominal",
+        "sort": types,
+        "axis": {"title": None, "labelLimit": 240, "grid": False},
+    }
+    x = {"type": "quantitative", "scale": {"zero": False}, "axis": {"title": "log-probability, nats per token"}}
+    numbers = [{"field": name, "type": "quantitative", "format": ".3f"} for name in ("start", "end")]
+    tooltip = [{"field": "response_type", "type": "nominal", "title": "response"}, *numbers]
+    return _chart(
+        _rows(ends),
+        "Start (ring) and end (dot) of every response type",
+        height={"step": 22},
+        encoding={"y": y, "color": _type_color(types, legend=False), "tooltip": tooltip},
+        layer=[
+            {
+                "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
+                "encoding": {"x": {"field": "start"} | x, "x2": {"field": "end"}},
+            },
+            {
+                "mark": {"type": "point", "size": 55, "strokeWidth": 1.8, "filled": False},
+                "encoding": {"x": {"field": "start"} | x},
+            },
+            {
+                "mark": {"type": "point", "size": 95, "filled": True, "opacity": 1},
+                "encoding": {"x": {"field": "end"} | x},
+            },
+        ],
+    )
+
+
+def argmax_and_chosen(frame: pd.DataFrame) -> dict | None:
+    """Along chosen: the likeliest token and the chosen token; the area between is the gap. None without chosen."""
+    top = metrics.argmax_logp(frame)
+    if top.empty:
+        return None
+    data = (
+        pd.DataFrame({"argmax": top, "chosen": top - metrics.argmax_minus_chosen(frame)})
+        .rename_axis("step")
+        .reset_index()
+    )
+    steps = thin(data["step"], MAX_POINTS // 2)
+    data = data[data["step"].isin(steps)]
+    names = {"argmax": "#6a6a6a", "chosen": style.TYPE_COLORS["chosen"]}
+    y = {"type": "quantitative", "scale": {"zero": False}, "axis": {"title": "nats per token"}}
+    color = {
+        "field": "curve",
+        "type": "nominal",
+        "scale": {"domain": list(names), "range": list(names.values())},
+        "legend": {"title": None, "orient": "bottom"},
+    }
+    return _chart(
+        _rows(data),
+        "Along chosen: argmax, chosen and the gap",
+        height=190,
+        params=[log_steps(steps)],
+        transform=step_transform(),
+        encoding={"x": step_axis(steps)},
+        layer=[
+            {
+                "mark": {"type": "area", "opacity": 0.12, "color": "#888888"},
+                "encoding": {"y": {"field": "chosen"} | y, "y2": {"field": "argmax"}},
+            },
+            {
+                "transform": [{"fold": list(names), "as": ["curve", "value"]}],
+                "mark": {"type": "line", "strokeWidth": 2.2, "point": dots(steps)},
+                "encoding": {"y": {"field": "value"} | y, "color": color, "tooltip": _tooltip("curve")},
+            },
+        ],
+    )
+
+
+def rejected_path(frame: pd.DataFrame) -> dict | None:
+    """Change of rejected since the start with its 10-90 % band, nats per token. None without rejected."""
+    bands = metrics.bands(frame[frame["response_type"] == "rejected"], since_start=True)
+    if bands.empty:
+        return None
+    steps = thin(bands["step"], MAX_POINTS)
+    data = bands.loc[bands["step"].isin(steps), ["step", "mean", "q10", "q90"]].rename(columns={"mean": "value"})
+    y = {"type": "quantitative", "axis": {"title": "nats per token"} | _zero_line()}
+    color = style.TYPE_COLORS["rejected"]
+    return _chart(
+        _rows(data),
+        "Rejected: change since start",
+        height=190,
+        params=[log_steps(steps)],
+        transform=step_transform(),
+        encoding={"x": step_axis(steps)},
+        layer=[
+            {
+                "mark": {"type": "area", "opacity": 0.15, "color": color},
+                "encoding": {"y": {"field": "q10"} | y, "y2": {"field": "q90"}},
+            },
+            {
+                "mark": {"type": "line", "strokeWidth": 2.2, "color": color, "point": dots(steps, color)},
+                "encoding": {"y": {"field": "value"} | y, "tooltip": _tooltip()},
+            },
+        ],
+    )
+
+
+def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, height: int = 190) -> dict | None:
+    """One line per run of any value over the steps; a single run gets no legend. None if no run has the value.
+
+    Args:
+        curves (`Mapping[str, pandas.Series]`): Run label to values indexed by step.
+    """
+    curves = {label: curve.dropna() for label, curve in curves.items()}
+    if all(curve.empty for curve in curves.values()):
+        return None
+    per_run = MAX_POINTS // len(curves)
+    kept = {label: curve[curve.index.isin(thin(curve.index, per_run))] for label, curve in curves.items()}
+    rows = [
+        {"run": label, "step": int(step), "value": _rounded(value)}
+        for label, curve in kept.items()
+        for step, value in curve.items()
+    ]
+    steps = sorted({row["step"] for row in rows})
+    styles = style.run_styles(curves)
+    scale = {"domain": list(styles)}
+    channel = {"field": "run", "type": "nominal"}
+    legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 260} if len(curves) > 1 else None
+    return _chart(
+        rows,
+        title,
+        height=height,
+        params=[log_steps(steps)],
+        transform=step_transform(),
+        mark={"type": "line", "strokeWidth": 2.2, "point": dots(steps)},
+        encoding={
+            "x": step_axis(steps),
+            "y": {
+                "field": "value",
+                "type": "quantitative",
+                "scale": {"zero": False},
+                "axis": {"title": unit} | _zero_line(),
+            },
+            "color": channel | {"scale": scale | {"range": [color for color, _ in styles.values()]}, "legend": legend},
+            "strokeDash": channel
+            | {"scale": scale | {"range": [dash for _, dash in styles.values()]}, "legend": None},
+            "tooltip": _tooltip("run" if len(curves) > 1 else None),
+        },
+    )
+
+
+def metric(frames: Mapping[str, pd.DataFrame], name: str) -> dict | None:
+    """One metric of [`tracking.metrics.METRICS`], a line per run."""
+    term = METRIC_TERMS[name]
+    curves = {label: metrics.METRICS[name](frame) for label, frame in frames.items()}
+    return metric_by_run(curves, _capital(term.title), term.unit.split(";")[0])
+
+
+def type_change(frames: Mapping[str, pd.DataFrame], response_type: str) -> dict | None:
+    """Change of one response type since the start, nats per token, a line per run."""
+    curves = {}
+    for label, frame in frames.items():
+        change = metrics.change_since_start(frame[frame["response_type"] == response_type])
+        curves[label] = change[response_type] if response_type in change else pd.Series(dtype=float)
+    return metric_by_run(curves, f"{_capital(response_type)}: change since start", "nats per token")
+
+
+def _chart(rows: list[dict], title: str, *, height: int | dict, **parts) -> dict:
+    return {
+        "$schema": SCHEMA,
+        "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": 600, "offset": 8},
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "data": {"values": rows},
+        "config": {
+            "background": None,
+            "font": style.FONT,
+            "view": {"stroke": None},
+            "axis": {
+                "labelFontSize": 11,
+                "titleFontSize": 11,
+                "titleFontWeight": 400,
+                "domain": False,
+                "ticks": False,
+            },
+            "legend": {"labelFontSize": 11, "symbolStrokeWidth": 2.5, "symbolSize": 220, "labelLimit": 240},
+        },
+        **parts,
+    }
+
+
+def _type_color(types: list[str], *, legend: bool = True) -> dict:
+    return {
+        "field": "response_type",
+        "type": "nominal",
+        "scale": {"domain": types, "range": list(style.type_colors(types).values())},
+        "legend": _TYPE_LEGEND if legend else None,
+    }
+
+
+def _zero_line() -> dict:
+    strong = {"test": "datum.value === 0", "value": 1.4}
+    return {"gridWidth": {"condition": strong, "value": 0.6}, "tickCount": 6}
+
+
+def _tooltip(series: str | None = None) -> list[dict]:
+    own = [{"field": series, "type": "nominal"}] if series else []
+    numbers = [
+        {"field": "step", "type": "quantitative"},
+        {"field": "value", "type": "quantitative", "format": ".4~f"},
+    ]
+    return own + numbers
+
+
+def _rows(data: pd.DataFrame) -> list[dict]:
+    return [
+        {name: _rounded(value) for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+        for row in data.to_dict("records")
+    ]
+
+
+def _rounded(value):
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,101 @@
+"""What the words on the page mean: one entry per term, for every metric the report draws."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Term:
+    """A word with its meaning; `formula` and `healthy` are empty where there is nothing to say."""
+
+    title: str
+    meaning: str
+    formula: str = ""
+    unit: str = ""
+    healthy: str = ""
+
+
+# Keys are the names of tracking.metrics.METRICS.
+METRIC_TERMS: dict[str, Term] = {
+    "argmax_minus_chosen": Term(
+        "gap argmax − chosen",
+        "How far the chosen token lies below the likeliest token, averaged along the chosen response.",
+        "mean over probes of (Σ max_v log π(v) − Σ log π(chosen)) / tokens",
+        "nats per token",
+        "constant or falling; widening means that what gains is not what you chose",
+    ),
+    "argmax_logp": Term(
+        "argmax along chosen",
+        "Log-probability of the likeliest token at every position of the chosen response, which is fed to the model.",
+        "mean over probes of Σ max_v log π(v | prompt, chosen prefix) / tokens",
+        "nats per token",
+        "rises together with chosen; rising alone is the squeezing effect",
+    ),
+    "third_party_logp": Term(
+        "third parties",
+        "Answers that training neither pushes up nor down by name: everything but chosen, rejected, chosen_initial.",
+        "mean over types of the mean over probes of logp_mean(now) − logp_mean(start)",
+        "nats per token, change since start",
+        "about 0; falling means that other answers pay",
+    ),
+    "drained_mass": Term(
+        "drained mass",
+        "Probability that went, along the rejected response, from all other tokens to y− (the rejected token) and y*.",
+        "mean over probes of rest(start) − rest(now), rest = mean over positions of 1 − π(y−) − π(y*)",
+        "probability per position; y* is the likeliest token besides y− at the start and stays frozen",
+        "about 0; positive means that one likely token collects what the others lose",
+    ),
+    "entropy": Term(
+        "entropy",
+        "How undecided the model is about the next token, averaged along the chosen response.",
+        "mean over probes of the mean over positions of −Σ π(v) log π(v)",
+        "nats",
+        "falls slowly; losing half of it within a run is a collapse",
+    ),
+    "margin": Term(
+        "margin growth",
+        "How much further chosen is ahead of rejected than at the start; times beta it is DPO's reward margin.",
+        "mean over probes of [log π(chosen) − log π(rejected)](now) − [the same](start), summed over tokens",
+        "nats per sequence, change since start",
+        "rises because chosen rises, not only because rejected falls",
+    ),
+    "eos_logp": Term(
+        "end of turn after chosen",
+        "Log-probability of stopping where the chosen response stops; responses that were cut do not count.",
+        "mean over probes of log π(end of turn | prompt, chosen)",
+        "nats",
+        "constant or rising; falling means longer, perhaps endless answers",
+    ),
+}
+
+TERMS: tuple[Term, ...] = (
+    Term("probe set", "A fixed set of prompts, each with responses of several types, scored again and again."),
+    Term("probe", "One prompt of the probe set with its responses."),
+    Term("response type", "The role of a response, e.g. chosen, rejected, a paraphrase, an unrelated answer."),
+    Term("learning path", "The log-probability of a response, or of a response type, over the steps of a run."),
+    Term(
+        "nat", "Unit of log-probability with the natural logarithm: −0.69 nats halves a probability, +0.69 doubles it."
+    ),
+    Term(
+        "per token",
+        "Log-probability of a response divided by its number of tokens; the end-of-turn token is not counted.",
+        "logp_mean = log π(response | prompt) / tokens",
+        "nats per token",
+    ),
+    Term("per sequence", "Log-probability of the whole response.", "logp_sum = Σ log π(token)", "nats per sequence"),
+    Term(
+        "change since start",
+        "Value now minus value at the first recorded step, probe by probe, then averaged.",
+        "mean over probes of value(step) − value(first step)",
+    ),
+    Term("band", "The 10 % to 90 % quantile over probes: where four out of five probes lie."),
+    Term("±", "Standard error of a mean over probes. It says nothing about other seeds or other data."),
+    Term(
+        "displacement",
+        "Chosen loses probability in training. Benign while paraphrases hold, harmful when they fall too.",
+    ),
+    Term(
+        "squeezing",
+        "Pushing an unlikely response down lifts the token that is likeliest already and lowers everything else.",
+    ),
+    *METRIC_TERMS.values(),
+)

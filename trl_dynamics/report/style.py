@@ -1,0 +1,57 @@
+"""How response types and runs look, the same in every chart: colour-blind-safe colours, and a dash per group."""
+
+from collections.abc import Iterable
+
+from trl_dynamics.probing.schema import CUSTOM, IN_DISTRIBUTION, IRRELEVANT, RANDOM, REPHRASE, group_of, order_types
+
+TYPE_COLORS: dict[str, str] = {
+    "chosen": "#1a7fc4",
+    "rejected": "#d55e00",
+    "chosen_initial": "#56b4e9",
+    "chosen_self_rephrase": "#00a5a5",
+    "chosen_rephrase_semantic": "#3f6fd8",
+    "chosen_rephrase_format": "#8a9bea",
+    "rejected_rephrase_semantic": "#e69f00",
+    "rejected_rephrase_format": "#c98c6b",
+    "other_train": "#009e73",
+    "other_test": "#7fae00",
+    "human_unrelated": "#cc79a7",
+    "chosen_permuted": "#8c8c8c",
+    "other_test_permuted": "#b08fc7",
+}
+# Types of the user's own take these in the order of their names.
+CUSTOM_COLORS = ("#aa4499", "#c2a500", "#2a9d8f", "#e15759", "#5b8c5a", "#9c755f", "#4e79a7", "#ff9da7")
+GROUP_DASHES: dict[str, list[int]] = {
+    IN_DISTRIBUTION: [1, 0],
+    REPHRASE: [7, 3],
+    IRRELEVANT: [2, 2],
+    RANDOM: [8, 3, 2, 3],
+    CUSTOM: [12, 3],
+}
+MAIN_TYPES = ("chosen", "rejected")
+
+RUN_COLORS = ("#1a7fc4", "#d55e00", "#009e73", "#cc79a7", "#c2a500", "#56b4e9", "#8c8c8c", "#aa4499")
+RUN_DASHES = ([1, 0], [7, 3], [2, 2], [8, 3, 2, 3])
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+def type_colors(types: Iterable[str]) -> dict[str, str]:
+    """Response type to colour, in the usual order of types."""
+    ordered = order_types(types)
+    custom = [name for name in ordered if name not in TYPE_COLORS]
+    own = {name: CUSTOM_COLORS[index % len(CUSTOM_COLORS)] for index, name in enumerate(custom)}
+    return {name: TYPE_COLORS.get(name) or own[name] for name in ordered}
+
+
+def type_dash(name: str) -> list[int]:
+    """Dash pattern of a response type: that of its group."""
+    return GROUP_DASHES[group_of(name)]
+
+
+def run_styles(labels: Iterable[str]) -> dict[str, tuple[str, list[int]]]:
+    """Run label to (colour, dash), by position."""
+    return {
+        label: (RUN_COLORS[index % len(RUN_COLORS)], RUN_DASHES[index // len(RUN_COLORS) % len(RUN_DASHES)])
+        for index, label in enumerate(labels)
+    }

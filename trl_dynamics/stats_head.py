@@ -1,0 +1,94 @@
+"""The one forward that gives per-token statistics: installed on a model instance, removed again.
+
+TRL's fused LM head returns neither logits nor hidden states, so the model's forward is wrapped once more: called with
+`stats_request=` it runs the backbone and a tiled head and returns small per-token tensors; called in any other way it
+is the forward it was. All work happens inside the root forward, so that the hooks of FSDP and DeepSpeed ZeRO gather
+parameters as they do in training.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trl_dynamics.compat import base_causal_lm, full_head_weights, logit_transform
+from trl_dynamics.ops.tiled_head import Head, token_stats
+
+_ORIGINAL = "_forward_without_stats_head"
+
+
+@dataclass(frozen=True)
+class StatsRequest:
+    """Which positions to score against which labels.
+
+    Shapes: `rows_N`, `cols_N` index the (B, T) input (the prediction at column c is of the token that follows it),
+    `target_N` the label there, `extra_NE` further labels whose log-probabilities are wanted; all int64.
+    `num_columns` is T: an adapter that prepends virtual tokens makes the hidden states longer than the input.
+    """
+
+    rows_N: torch.Tensor
+    cols_N: torch.Tensor
+    target_N: torch.Tensor
+    num_columns: int
+    extra_NE: torch.Tensor | None = None
+    top_k: int = 10
+
+
+def install(model: nn.Module) -> None:
+    """Wrap the forward of the causal LM in `model` (a PEFT wrapper is looked through); a second call does nothing.
+
+    Raises:
+        ValueError: If the model has no LM head to score with.
+    """
+    base = base_causal_lm(model)
+    if hasattr(base, _ORIGINAL):
+        return
+    if getattr(base, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"{type(base).__name__} has no LM head; per-token statistics need a causal language model")
+    inner = base.forward
+
+    # The signature stays that of the class: `generate` validates its arguments against it.
+    @functools.wraps(type(base).forward)
+    def forward(self, *args, stats_request: StatsRequest | None = None, **kwargs):
+        if stats_request is None:
+            return inner(*args, **kwargs)
+        return _stats_forward(self, stats_request, *args, **kwargs)
+
+    # The instance attribute to restore, or None where the forward was the class' own.
+    setattr(base, _ORIGINAL, (base.__dict__.get("forward"),))
+    base.forward = types.MethodType(forward, base)
+
+
+def is_installed(model: nn.Module) -> bool:
+    """Whether `model`, or the causal LM inside its wrappers, has the head."""
+    return any(hasattr(module, _ORIGINAL) for module in model.modules())
+
+
+def remove(model: nn.Module) -> None:
+    """Put back the forward that was there before [`install`]; does nothing when it is not installed."""
+    base = base_causal_lm(model)
+    if not hasattr(base, _ORIGINAL):
+        return
+    (original,) = getattr(base, _ORIGINAL)
+    if original is None:
+        del base.forward
+    else:
+        base.forward = original
+    delattr(base, _ORIGINAL)
+
+
+def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> dict[str, torch.Tensor]:
+    # PEFT wrappers hand over None for every argument of a causal LM, labels included; the backbone knows none of them.
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    kwargs["use_cache"] = False
+    hidden_BTD = base.base_model(*args, **kwargs).last_hidden_state
+    lm_head = base.get_output_embeddings()
+    shift = hidden_BTD.shape[1] - request.num_columns
+    hidden_ND = hidden_BTD[request.rows_N, request.cols_N + shift].to(lm_head.weight.device)
+    factor, softcap = logit_transform(base)
+    extra_NE = None if request.extra_NE is None else request.extra_NE.to(hidden_ND.device)
+    with full_head_weights(lm_head) as (weight_VD, bias_V):
+        head = Head(weight_VD, bias_V, factor, softcap)
+        return token_stats(hidden_ND, head, request.target_N.to(hidden_ND.device), extra_NE, request.top_k)

@@ -1,0 +1,32 @@
+"""The model card's section on training dynamics: what moved between the first and the last probe."""
+
+import pandas as pd
+
+from trl_dynamics.tracking import metrics
+
+
+def model_card_section(frame: pd.DataFrame) -> str:
+    """Markdown table per response type: log-probability per token at the first and last step, and the paired change.
+
+    Args:
+        frame (`pandas.DataFrame`): Records of one run and one model.
+    """
+    path, change = metrics.path(frame), metrics.change_since_start(frame)
+    first, last = path.index[0], path.index[-1]
+    rows = [
+        f"| {name} | {path[name].iloc[0]:.3f} | {path[name].iloc[-1]:.3f} | {change[name].iloc[-1]:+.3f} |"
+        for name in change.columns
+    ]
+    return "\n".join(
+        [
+            "## Training dynamics",
+            "",
+            f"Mean log-probability per token (nats) of a fixed probe set, step {first} against step {last}, tracked "
+            "with trl-dynamics.",
+            "",
+            f"| response | step {first} | step {last} | change |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )

@@ -1,0 +1,348 @@
+"""Findings: failure signatures (and successes) in the records of a run, in words, with numbers, rule and remedy.
+
+A finding says only what the records support; what counts as a change is defined in [`tracking.effects`].
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from trl_dynamics.probing.schema import REPHRASE, group_of
+from trl_dynamics.tracking.effects import COUNTS, MIN_EFFECT, Changes, bystander_types, clustered_effect
+from trl_dynamics.tracking.metrics import PER_SEQUENCE, PER_TOKEN, third_party_types, wide
+
+# From here on a squeeze or a harmful displacement is an alert, nats per token.
+ALERT_EFFECT = 0.25
+# Share of the starting entropy whose loss is called a collapse.
+ENTROPY_COLLAPSE = 0.5
+# End-of-turn log-probability, nats.
+MIN_EOS_FALL = 0.5
+# A peak is the best of many steps: noise alone puts it about two standard errors above the rest.
+PEAK_STANDARD_ERRORS = 4.0
+
+INFO, WARNING, ALERT = "info", "warning", "alert"
+SEVERITIES = (ALERT, WARNING, INFO)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the records of a run say.
+
+    Args:
+        name (`str`): Stable identifier, e.g. `squeezing`.
+        severity (`str`): `info`, `warning` or `alert`.
+        title (`str`): The finding in a few words.
+        text (`str`): What happened, with numbers, in plain language.
+        evidence (`dict[str, float]`): The numbers the rule looked at.
+        rule (`str`): The exact rule with its thresholds.
+        remedy (`str`): What to do.
+    """
+
+    name: str
+    severity: str
+    title: str
+    text: str
+    evidence: dict[str, float] = field(default_factory=dict)
+    rule: str = ""
+    remedy: str = ""
+
+
+def find(frame: pd.DataFrame, meta: dict) -> list[Finding]:
+    """Findings of one run and one model, the most severe first; empty when the records support none.
+
+    Args:
+        frame (`pandas.DataFrame`): Records of one run and one model, any order.
+        meta (`dict`): The run's meta.json; `method` decides which rules apply.
+    """
+    if frame["step"].nunique() < 2:
+        return []
+    changes, method = Changes(frame), meta.get("method", "track")
+    found = [rule(frame, changes, method) for rule in RULES.values()]
+    return sorted((f for f in found if f), key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def summary_text(findings: list[Finding], run_name: str) -> str:
+    """One console line per finding, or one line that says there is none."""
+    if not findings:
+        return f"{run_name}: no finding: no rule fired ({', '.join(RULES)}); {COUNTS}"
+    return "\n".join(f"{run_name}: {f.severity}: {f.title}. {f.text}" for f in findings)
+
+
+def compare(frames: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    """Where runs differ from the first one, at the last step that both recorded, paired by probe.
+
+    Args:
+        frames (`Mapping[str, pandas.DataFrame]`): Records of one model per entry, all of the same probe set; the first
+            entry is what the others are compared with.
+    """
+    (reference, base), *others = frames.items()
+    found = []
+    for name, frame in others:
+        common = sorted(set(base["step"]) & set(frame["step"]))
+        if common and common[-1] > max(base["step"].min(), frame["step"].min()):
+            found += _differences(name, Changes(frame, end=common[-1]), reference, Changes(base, end=common[-1]))
+    return found
+
+
+def _differences(name: str, ours: Changes, reference: str, theirs: Changes) -> list[Finding]:
+    quantities = {
+        "chosen": ("chosen", ours.delta(["chosen"]), theirs.delta(["chosen"])),
+        "rejected": ("rejected", ours.delta(["rejected"]), theirs.delta(["rejected"])),
+        "third_parties": (
+            "the third parties",
+            ours.delta(third_party_types(ours.frame)),
+            theirs.delta(third_party_types(theirs.frame)),
+        ),
+        "gap": ("the gap argmax minus chosen", ours.gap_delta, theirs.gap_delta),
+    }
+    found = []
+    for key, (label, mine, other) in quantities.items():
+        difference = clustered_effect(mine - other)
+        if not (difference.up() or difference.down()):
+            continue
+        higher = "higher" if difference.mean > 0 else "lower"
+        was, now = clustered_effect(other), clustered_effect(mine)
+        found.append(
+            Finding(
+                f"compare_{key}",
+                INFO,
+                f"{name}: {label} {abs(difference.mean):.2f} nats per token {higher} than in {reference}",
+                f"By step {ours.end}, since the start, {label} moved {now} nats per token in {name} and {was} in "
+                f"{reference}; paired difference {difference} over {difference.num_probes} probes.",
+                {f"{key}_difference": difference.mean, f"{key}_change": now.mean, f"{key}_reference": was.mean},
+                f"paired difference of the changes since the start at the last common step of at least {MIN_EFFECT} "
+                f"nats per token; {COUNTS}.",
+            )
+        )
+    return found
+
+
+def squeezing(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+    """Mass moves to tokens that are likely already, and nobody who was asked for gets it."""
+    third = changes.third_parties
+    if not (changes.argmax.up() and changes.gap.up() and third.down()):
+        return None
+    since = _since(frame, lambda c: c.argmax.up() and c.gap.up() and c.third_parties.down())
+    severe = changes.gap.mean >= ALERT_EFFECT or -third.mean >= ALERT_EFFECT
+    return Finding(
+        "squeezing",
+        ALERT if severe else WARNING,
+        "squeezing: probability moves to tokens that were likely already",
+        f"By step {changes.end} the likeliest token along the chosen responses moved {changes.argmax} nats per token, "
+        f"chosen itself {changes.chosen}, the gap between them {changes.gap}; third parties, which training does not "
+        f"name, moved {third}. All of it holds from step {since} on. Expect repetitive or degenerate samples.",
+        {
+            "argmax_change": changes.argmax.mean,
+            "chosen_change": changes.chosen.mean,
+            "gap_change": changes.gap.mean,
+            "third_party_change": third.mean,
+            "since_step": float(since),
+        },
+        f"argmax along chosen rises by at least {MIN_EFFECT} nats per token, the gap argmax minus chosen widens by at "
+        f"least {MIN_EFFECT} and third parties fall by at least {MIN_EFFECT}, start to end; {COUNTS}. Alert from "
+        f"{ALERT_EFFECT} nats per token of gap or third-party loss.",
+        f"Use the checkpoint before step {since}, lower the learning rate or raise beta, add an SFT term on chosen "
+        '(loss_type=["sigmoid", "sft"]), or first run SFT on chosen and rejected together (extended SFT). Off-policy '
+        "rejected answers that the model finds unlikely are the usual cause.",
+    )
+
+
+def displacement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+    """Chosen loses probability: below its start, or below a peak inside the run."""
+    rule = (
+        f"chosen ends at least {MIN_EFFECT} nats per token below its start, or below a peak strictly inside the run "
+        f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Harmful if bystanders (third parties except "
+        f"shuffled words) or paraphrases of chosen fall over the same steps by {MIN_EFFECT}, benign if neither does; "
+        f"{COUNTS}."
+    )
+    if changes.chosen.down():
+        window, since = changes, "its start"
+    else:
+        peak = _peak_step(frame)
+        window, since = Changes(frame, start=peak), f"its peak (against the start it stands at {changes.chosen})"
+        if peak in (changes.start, changes.end) or not window.chosen.down(standard_errors=PEAK_STANDARD_ERRORS):
+            return None
+    paraphrases = window.of_types(
+        [t for t in bystander_types(frame) if t.startswith("chosen_") and group_of(t) == REPHRASE]
+    )
+    others = window.bystanders
+    evidence = {
+        "chosen_change": window.chosen.mean,
+        "from_step": float(window.start),
+        **{name: e.mean for name, e in (("bystander_change", others), ("paraphrase_change", paraphrases)) if e.known},
+    }
+    fell = f"From step {window.start} to {window.end} chosen moved {window.chosen} nats per token from {since}"
+    if not others.known:
+        text = (
+            f"{fell}. The probe set has no other fluent answers, so the records cannot tell whether this is harmful."
+        )
+        remedy = "Add paraphrases and unrelated answers to the probe set to tell the two apart."
+        return Finding("displacement", WARNING, "chosen lost probability", text, evidence, rule, remedy)
+    also = f"paraphrases of chosen {paraphrases}, " if paraphrases.known else ""
+    numbers = f"{also}other fluent answers {others}"
+    if others.down() or paraphrases.down():
+        severe = -window.chosen.mean >= ALERT_EFFECT or -others.mean >= ALERT_EFFECT
+        return Finding(
+            "displacement_harmful",
+            ALERT if severe else WARNING,
+            "harmful displacement: chosen fell and took similar answers along",
+            f"{fell}; {numbers}. The meaning you prefer is losing, not only its wording.",
+            evidence,
+            rule,
+            f"Prefer a checkpoint near step {window.start}, lower the learning "
+            "rate, add an SFT term on chosen, or try DPOP or a larger beta.",
+        )
+    return Finding(
+        "displacement_benign",
+        INFO,
+        "benign displacement: chosen fell, its paraphrases and other answers hold",
+        f"{fell}; {numbers}. Common in DPO, whose loss only asks for a margin.",
+        evidence,
+        rule,
+        "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
+    )
+
+
+def margin_by_rejection(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+    """The preference margin grows although chosen does not rise."""
+    per_token, per_sequence = (
+        changes.difference("chosen", "rejected"),
+        changes.difference("chosen", "rejected", PER_SEQUENCE),
+    )
+    pushed = per_token.up() and per_sequence.up() and changes.rejected.down() and not changes.chosen.up()
+    if method == "sft" or not pushed:
+        return None
+    return Finding(
+        "margin_by_rejection",
+        WARNING,
+        "the margin grows only by pushing rejected down",
+        f"The margin moved {per_sequence} nats per sequence, with rejected {changes.rejected} and chosen "
+        f"{changes.chosen} nats per token: reward accuracy improves while nothing preferred became likelier.",
+        {
+            "margin_change": per_sequence.mean,
+            "chosen_change": changes.chosen.mean,
+            "rejected_change": changes.rejected.mean,
+        },
+        f"the margin rises, per token by at least {MIN_EFFECT} nats, rejected falls by at least {MIN_EFFECT} and "
+        f"chosen does not rise by {MIN_EFFECT}; not for SFT; {COUNTS}.",
+        "Do not select checkpoints by reward margin or accuracy alone; watch chosen and the third parties, and "
+        "consider an SFT term on chosen.",
+    )
+
+
+def unrelated_pull_up(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+    """SFT also raises answers to other training prompts: the model may answer one question with another's facts."""
+    other = changes.of_types(["other_train"])
+    if method != "sft" or not (changes.chosen.up() and other.up()):
+        return None
+    excess = changes.difference("other_train", "other_test")
+    specific = excess.up()
+    control = ""
+    if excess.known:
+        meaning = "more than style" if specific else "no more than style can explain"
+        control = f" That is {excess} against held-out answers given the same prompts: {meaning}."
+    return Finding(
+        "unrelated_pull_up",
+        WARNING if specific else INFO,
+        "answers to other training prompts rise too" + (" (hallucination signature)" if specific else ""),
+        f"While chosen moved {changes.chosen} nats per token, the answers of other training prompts, put under the "
+        f"wrong prompt, moved {other}.{control}",
+        {
+            "chosen_change": changes.chosen.mean,
+            "other_train_change": other.mean,
+            **({"other_train_minus_other_test": excess.mean} if excess.known else {}),
+        },
+        f"SFT only: chosen and other_train both rise by at least {MIN_EFFECT} nats per token; a warning if "
+        f"other_train rises by {MIN_EFFECT} more than other_test does, else info; {COUNTS}.",
+        "Fewer epochs or a lower learning rate; check facts in samples. Put other_test into the probe set to separate "
+        "style from facts."
+        if not excess.known
+        else "Fewer epochs or a lower learning rate; check facts in samples.",
+    )
+
+
+def entropy_collapse(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+    """The next-token distribution along chosen becomes peaky."""
+    before = changes.value_at_start("entropy_mean")
+    if not changes.entropy.down(ENTROPY_COLLAPSE * before):
+        return None
+    after = before + changes.entropy.mean
+    return Finding(
+        "entropy_collapse",
+        WARNING,
+        "entropy collapse along the chosen responses",
+        f"Entropy fell from {before:.2f} to {after:.2f} nats per position ({changes.entropy}), "
+        f"{-changes.entropy.mean / before:.0%} of what there was. Samples will be alike and may repeat.",
+        {"entropy_start": before, "entropy_end": after},
+        f"entropy on chosen falls by at least {ENTROPY_COLLAPSE:.0%} of its start; {COUNTS}.",
+        "Stop earlier, lower the learning rate or use fewer epochs; in GRPO add an entropy bonus or raise "
+        "epsilon_high.",
+    )
+
+
+def end_of_turn_loss(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+    """The model forgets to stop after a good answer."""
+    if not changes.eos.down(MIN_EOS_FALL):
+        return None
+    return Finding(
+        "end_of_turn_loss",
+        WARNING,
+        "the model is less willing to stop after chosen",
+        f"The log-probability of the end-of-turn token right after the chosen responses moved {changes.eos} nats. "
+        "Expect longer, perhaps endless answers.",
+        {"eos_change": changes.eos.mean},
+        f"log-probability of the end-of-turn token after chosen falls by at least {MIN_EOS_FALL} nats; {COUNTS}.",
+        "Check that training examples end with the end-of-turn token and are not all cut at max_length.",
+    )
+
+
+def improvement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+    """Chosen rises and nobody else pays."""
+    others = changes.bystanders
+    paid = (
+        others.down()
+        or changes.gap.up()
+        or changes.entropy.down(ENTROPY_COLLAPSE * changes.value_at_start("entropy_mean"))
+    )
+    if not changes.chosen.up() or not others.known or paid:
+        return None
+    pulled = unrelated_pull_up(frame, changes, method)
+    if displacement(frame, changes, method) or (pulled and pulled.severity == WARNING):
+        return None
+    return Finding(
+        "improvement",
+        INFO,
+        "chosen rose without side effects on other answers",
+        f"Chosen moved {changes.chosen} nats per token by step {changes.end}; other fluent answers moved {others}, "
+        f"the gap to the likeliest token {changes.gap}.",
+        {"chosen_change": changes.chosen.mean, "bystander_change": others.mean, "gap_change": changes.gap.mean},
+        f"chosen rises by at least {MIN_EFFECT} nats per token and keeps it, while bystanders do not fall by "
+        f"{MIN_EFFECT}, the gap argmax minus chosen does not widen by {MIN_EFFECT}, entropy does not collapse and "
+        f"unrelated_pull_up gives no warning; {COUNTS}.",
+        "Carry on.",
+    )
+
+
+def _peak_step(frame: pd.DataFrame) -> int:
+    chosen = wide(frame, PER_TOKEN, ["chosen"]).mean(axis=1)
+    return int(chosen.idxmax()) if chosen.notna().any() else int(frame["step"].min())
+
+
+def _since(frame: pd.DataFrame, holds: Callable[[Changes], bool]) -> int:
+    """The step from which `holds` is true at every later step; the caller knows that it is true at the last."""
+    steps = [int(step) for step in sorted(frame["step"].unique())]
+    late = itertools.takewhile(lambda step: holds(Changes(frame, steps[0], step)), reversed(steps[1:]))
+    return min(late)
+
+
+RULES: dict[str, Callable[[pd.DataFrame, Changes, str], Finding | None]] = {
+    "squeezing": squeezing,
+    "displacement": displacement,
+    "margin_by_rejection": margin_by_rejection,
+    "unrelated_pull_up": unrelated_pull_up,
+    "entropy_collapse": entropy_collapse,
+    "end_of_turn_loss": end_of_turn_loss,
+    "improvement": improvement,
+}

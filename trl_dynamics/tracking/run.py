@@ -1,0 +1,79 @@
+"""One tracked run: the engine that fits a model, and the description that goes with its records."""
+
+import dataclasses
+import datetime
+import enum
+
+from trl_dynamics import compat
+from trl_dynamics.probing.encode import LengthLimits, PaddedLayout, encode
+from trl_dynamics.probing.schema import ProbeSet
+from trl_dynamics.tracking.engine import ProbeEngine
+
+VERSIONED = ("trl-dynamics", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed")
+
+
+def build_engine(model, processing_class, probe_set: ProbeSet, args, accelerator=None) -> ProbeEngine:
+    """The engine for `model`: probes encoded with its tokenizer, within its context.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): Read for its context length and end-of-turn tokens.
+        processing_class: Its tokenizer, or a processor that holds one.
+        probe_set ([`ProbeSet`]): What to score.
+        args: Anything with the fields of [`ProbeArguments`].
+        accelerator ([`~accelerate.Accelerator`], *optional*): Processes that share the work.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    config = model.config.get_text_config()
+    limits = LengthLimits(
+        args.probe_max_prompt_length, args.probe_max_length, getattr(config, "max_position_embeddings", None)
+    )
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    encoded = encode(probe_set, tokenizer, limits, ends)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    layout = PaddedLayout(args.probe_batch_size, pad_id)
+    return ProbeEngine(encoded, layout, top_k=args.probe_top_k, accelerator=accelerator)
+
+
+def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str) -> dict:
+    """What produced the numbers, for meta.json."""
+    parameters = list(model.parameters())
+    return {
+        "kind": "track" if method == "track" else "train",
+        "method": method,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: found for name, found in compat.installed_versions(VERSIONED).items() if found},
+        "model": {
+            "name_or_path": model.config.name_or_path,
+            "architecture": model.config.model_type,
+            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "attn_implementation": model.config._attn_implementation,
+            "num_parameters": sum(parameter.numel() for parameter in parameters),
+            "num_trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        },
+        "probe_set": {
+            "name": probe_set.name,
+            "fingerprint": probe_set.fingerprint,
+            "num_probes": len(probe_set),
+            "counts": probe_set.counts,
+            "metadata": probe_set.metadata,
+        },
+        "batch_plan": engine.batch_plan,
+        "cuts": engine.encoded.cuts,
+        "top_k": engine.top_k,
+        "probe_seconds": 0.0,
+        "train_seconds": 0.0,
+    }
+
+
+def changed_fields(*configs) -> dict:
+    """Fields of dataclass configs that differ from their defaults, flat: a YAML that replays the run."""
+    changed = {}
+    for config in configs:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            value = value.value if isinstance(value, enum.Enum) else value
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if field.init and value != default and isinstance(value, (str, int, float, bool, list, dict)):
+                changed[field.name] = value
+    return changed

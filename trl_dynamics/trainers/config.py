@@ -1,0 +1,84 @@
+"""Our fields, flat and prefixed, mixed into TRL's configs. Without a probe set they change nothing."""
+
+from dataclasses import dataclass, field
+
+import trl
+
+
+@dataclass
+class ScoringArguments:
+    """What is scored and how; shared by the trainers and `trl-dynamics track`."""
+
+    probe_set: str | None = field(
+        default=None,
+        metadata={
+            "help": "Probe set to track: a folder or .jsonl/.parquet file, or a dataset on the hub. None: no probing, "
+            "the trainer is TRL's own."
+        },
+    )
+    probe_batch_size: int = field(
+        default=16, metadata={"help": "Responses per forward while probing. Frozen for the run."}
+    )
+    probe_max_probes: int | None = field(
+        default=None, metadata={"help": "Use only the first so many probes of the set. None: all."}
+    )
+    probe_max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest probe prompt in tokens; a longer one keeps its last tokens. None: no limit."},
+    )
+    probe_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest probe prompt + response in tokens; a longer one loses the response's end. None: a row "
+            "longer than the model's context is an error."
+        },
+    )
+    probe_top_k: int = field(default=10, metadata={"help": "How many labels the top-k probability mass covers."})
+
+
+@dataclass
+class ProbeArguments(ScoringArguments):
+    """What is scored, how and when; shared by all trainers of this package."""
+
+    probe_every: float = field(
+        default=0.05,
+        metadata={
+            "help": "Optimiser steps between probes; below 1 a share of all steps, 0 for no regular probes. Steps 1, "
+            "2, 4, ... before the first regular probe are added by `probe_log_spaced`."
+        },
+    )
+    probe_log_spaced: bool = field(
+        default=True, metadata={"help": "Also probe at steps 1, 2, 4, 8, ... up to the first regular probe."}
+    )
+    probe_at_start: bool = field(default=True, metadata={"help": "Probe at step 0, the baseline of every change."})
+    probe_at_end: bool = field(default=True, metadata={"help": "Probe at the last step."})
+    probe_on_save: bool = field(default=True, metadata={"help": "Probe whenever a checkpoint is saved."})
+
+
+@dataclass
+class SFTConfig(ProbeArguments, trl.SFTConfig):
+    """[`trl.SFTConfig`] with probing and extended SFT.
+
+    Args:
+        sft_on (`str`, *optional*, defaults to `"chosen"`):
+            Which answers of preference data to train on: `"chosen"`, or `"both"` for extended SFT (arXiv 2407.10490,
+            section 4.3). Data without chosen and rejected columns is not touched.
+    """
+
+    sft_on: str = field(
+        default="chosen",
+        metadata={
+            "help": "Which answers of preference data to train on: 'chosen', or 'both' for extended SFT.",
+            "choices": ["chosen", "both"],
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sft_on not in ("chosen", "both"):
+            raise ValueError(f"sft_on is {self.sft_on!r}, expected 'chosen' or 'both'")
+
+
+@dataclass
+class DPOConfig(ProbeArguments, trl.DPOConfig):
+    """[`trl.DPOConfig`] with probing."""

@@ -1,0 +1,95 @@
+"""Training data in TRL's formats: preference rows as SFT rows, blank answers, over-long prompts."""
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import extract_prompt
+
+from trl_dynamics.probing.schema import is_blank
+
+logger = get_logger(__name__)
+
+PREFERENCE_COLUMNS = ("chosen", "rejected")
+
+
+def is_preference(dataset: Dataset | IterableDataset) -> bool:
+    """Whether rows have chosen and rejected and are not tokenised yet."""
+    columns = next(iter(dataset)).keys()
+    return set(PREFERENCE_COLUMNS) <= set(columns) and "input_ids" not in columns
+
+
+def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) -> Dataset | IterableDataset:
+    """Preference rows as prompt/completion rows.
+
+    Args:
+        dataset: Rows with chosen and rejected, with an explicit or an implicit prompt.
+        sft_on (`str`): `"chosen"` gives one row per pair, `"both"` two, chosen first, rejected right after it.
+    """
+    first = next(iter(dataset))
+    if "prompt" not in first:
+        dataset = dataset.map(extract_prompt)
+    sides = ("chosen",) if sft_on == "chosen" else PREFERENCE_COLUMNS
+
+    def split(batch: dict[str, list]) -> dict[str, list]:
+        pairs = range(len(batch["prompt"]))
+        return {
+            "prompt": [batch["prompt"][index] for index in pairs for _ in sides],
+            "completion": [batch[side][index] for index in pairs for side in sides],
+        }
+
+    return dataset.map(split, batched=True, remove_columns=list(first.keys() | {"prompt"}))
+
+
+def check_answers(dataset: Dataset, *, drop_invalid_rows: bool) -> Dataset:
+    """Refuse rows whose chosen, rejected or completion is blank, or drop them when asked to.
+
+    Raises:
+        ValueError: If a row is blank and `drop_invalid_rows` is not set; the first such row is named.
+    """
+    columns = [name for name in (*PREFERENCE_COLUMNS, "completion") if name in dataset.column_names]
+    blank = [
+        (index, name)
+        for name in columns
+        for index, answer in enumerate(dataset[name])
+        if is_blank(_answer_text(answer))
+    ]
+    if not blank:
+        return dataset
+    rows = {index for index, _ in blank}
+    if not drop_invalid_rows:
+        index, name = min(blank)
+        raise ValueError(
+            f"training data row {index} has a blank {name!r} ({len(rows)} such rows of {len(dataset)}); fix the data "
+            "or pass --drop_invalid_rows"
+        )
+    logger.warning(f"dropped {len(rows)} of {len(dataset)} training rows with a blank answer")
+    return dataset.select([index for index in range(len(dataset)) if index not in rows])
+
+
+def limit_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Dataset:
+    """Cut plain prompts to their last tokens, leaving room for the BOS token that the tokenizer may add.
+
+    The cut is made in the text, where a token begins, so that TRL tokenises the row as it would any other.
+
+    Raises:
+        ValueError: If prompts are chats, which cannot be cut without breaking their template.
+    """
+    if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], str):
+        raise ValueError(
+            "max_prompt_length cuts plain text prompts only; these rows have chat messages or no prompt column. "
+            "Shorten or filter them beforehand, or leave max_prompt_length out"
+        )
+    num_special = len(tokenizer(text="")["input_ids"])
+
+    def cut(row: dict) -> dict:
+        offsets = tokenizer(text=row["prompt"], add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        excess = len(offsets) + num_special - max_prompt_length
+        return {"prompt": row["prompt"][offsets[excess][0] :] if excess > 0 else row["prompt"]}
+
+    return dataset.map(cut)
+
+
+def _answer_text(answer: str | list[dict] | None) -> str | None:
+    return " ".join(message["content"] or "" for message in answer) if isinstance(answer, list) else answer

@@ -1,0 +1,61 @@
+"""What SFT, DPO and GRPO trainers of this package share: the tracker, and a section in the model card."""
+
+import dataclasses
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from trl_dynamics import stats_head
+from trl_dynamics.probing import io as probe_io
+from trl_dynamics.tracking.callback import ProbeCallback
+from trl_dynamics.tracking.card import model_card_section
+from trl_dynamics.tracking.run import build_engine, changed_fields, describe_run
+from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.trainers.config import ProbeArguments
+
+
+class DynamicsMixin:
+    """Adds the probe tracker to a TRL trainer; without a probe set it adds nothing.
+
+    Attributes:
+        probe_callback ([`ProbeCallback`] or `None`): The tracker, once a probe set was given.
+    """
+
+    probe_callback: ProbeCallback | None = None
+
+    def _start_tracking(self, probe_set, method: str) -> None:
+        source = probe_set if probe_set is not None else getattr(self.args, "probe_set", None)
+        if source is None:
+            return
+        args = with_probe_defaults(self.args)
+        chosen = probe_io.load(source)
+        chosen = chosen.select(args.probe_max_probes) if args.probe_max_probes is not None else chosen
+        engine = build_engine(self.model, self.processing_class, chosen, args, self.accelerator)
+        stats_head.install(self.model)
+        meta = describe_run(self.model, chosen, engine, method) | {
+            "seed": args.seed,
+            "num_processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+        self.probe_callback = ProbeCallback(
+            self, engine, chosen, DynamicsStore(args.output_dir), meta, changed_fields(args)
+        )
+        self.add_callback(self.probe_callback)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's model card with a table of what moved, where a probe set was tracked."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        store = self.probe_callback.store if self.probe_callback else None
+        if store is None or not self.is_world_process_zero() or not store.has_records or not card.is_file():
+            return
+        text = card.read_text(encoding="utf-8")
+        card.write_text(f"{text.rstrip()}\n\n{model_card_section(store.read_records())}", encoding="utf-8")
+
+
+def with_probe_defaults(args: TrainingArguments) -> TrainingArguments:
+    """`args`, with the defaults of the probe fields where a plain TRL config lacks them."""
+    for field in dataclasses.fields(ProbeArguments):
+        if not hasattr(args, field.name):
+            setattr(args, field.name, field.default)
+    return args

@@ -50,8 +50,9 @@ def records(
             log-probability (nats) and the mass of all other labels (probability).
         noise: Standard deviation over probes of every change, nats per token.
         missing: Types that only every other probe has.
+        seed: Of the noise; what is there at the start (levels, lengths) is the same for every seed.
     """
-    rng = np.random.default_rng(seed)
+    fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
     drift = drift or {}
     curve = drift if callable(drift) else lambda name, t: drift.get(name, 0.0) * t
     rows = []
@@ -59,7 +60,7 @@ def records(
         for name in types:
             if name in missing and index % 2:
                 continue
-            start, tokens, rest = -1.5 - 0.6 * rng.random(), int(rng.integers(8, 40)), 0.3 + 0.1 * rng.random()
+            start, tokens, rest = -1.5 - 0.6 * fixed.random(), int(fixed.integers(8, 40)), 0.3 + 0.1 * fixed.random()
             for step in steps:
                 t = (step - steps[0]) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.0
                 wobble = noise * rng.standard_normal(5) * (step != steps[0])

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 COMMANDS = {
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("trl_dynamics").setLevel(logging.INFO)
+    # TRL sets options by names that transformers is about to rename, which is nothing a user here can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     command = importlib.import_module(f"trl_dynamics.cli.{argv[0]}")
     try:
         return command.run(argv[1:])

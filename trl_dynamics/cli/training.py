@@ -14,15 +14,20 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer
 
+from trl_dynamics import embedded
 from trl_dynamics.tracking.run import changed_fields
 from trl_dynamics.trainers.data import check_answers, limit_prompts
+
+# As model, dataset or probe set: what this package ships, so that a run needs neither files nor a hub.
+EMBEDDED = "embedded"
+EMBEDDED_ROWS, EMBEDDED_PROBES = 200, 40
 
 _LOCAL_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
 class DynamicsScriptArguments(trl.ScriptArguments):
-    """TRL's script arguments; `dataset_name` also takes a local .jsonl or .parquet file or a folder."""
+    """TRL's script arguments; `dataset_name` also takes a local .jsonl or .parquet file, a folder, or `embedded`."""
 
     dataset_num_rows: int | None = field(
         default=None, metadata={"help": "Train on the first so many rows only. None: all."}
@@ -72,8 +77,9 @@ class TrainingCommand:
         _refuse_unknown(launch_args, known, self.name)
         return configs, launch_args
 
-    def train(self, script_args, training_args, model_args, dataset_args) -> None:
-        """Load data and model, train, save; the same steps on every process."""
+    def train(self, script_args, training_args, model_args, dataset_args, *, drop_callbacks: tuple[type, ...] = ()):
+        """Load data and model, train, save; the same steps on every process. Returns the trainer."""
+        probe_set = _resolve_embedded(script_args, training_args, model_args)
         _require_model(model_args.model_name_or_path)
         PartialState()
         training_args.model_init_kwargs = {
@@ -97,7 +103,10 @@ class TrainingCommand:
             eval_dataset=eval_dataset,
             quantization_config=trl.get_quantization_config(model_args),
             peft_config=trl.get_peft_config(model_args),
+            probe_set=probe_set,
         )
+        for callback in drop_callbacks:
+            trainer.remove_callback(callback)
         if trainer.probe_callback:
             trainer.probe_callback.config |= changed_fields(script_args, model_args, dataset_args)
         trainer.train(resume_from_checkpoint=_resume_from(training_args))
@@ -105,6 +114,7 @@ class TrainingCommand:
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.end()
+        return trainer
 
     def _prepare(self, dataset, script_args, tokenizer):
         if script_args.dataset_num_rows is not None:
@@ -129,6 +139,9 @@ def load_splits(script_args, dataset_args):
         )
     if dataset_args.datasets:
         return trl.get_dataset(dataset_args)
+    if script_args.dataset_name == EMBEDDED:
+        rows = embedded.preference_rows(script_args.dataset_num_rows or EMBEDDED_ROWS)
+        return DatasetDict({"train": Dataset.from_list(rows)})
     name, path = script_args.dataset_name, Path(script_args.dataset_name)
     streaming = script_args.dataset_streaming
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -174,6 +187,15 @@ def _without(argv: list[str], taken: list[str]) -> list[str]:
         else:
             rest.append(arg)
     return rest
+
+
+def _resolve_embedded(script_args, training_args, model_args):
+    """Put the embedded model's folder in place of its name; returns the embedded probe set where it is asked for."""
+    if model_args.model_name_or_path == EMBEDDED:
+        model_args.model_name_or_path = embedded.model_path()
+    if training_args.probe_set != EMBEDDED:
+        return None
+    return embedded.probe_set(training_args.probe_max_probes or EMBEDDED_PROBES)
 
 
 def _require_model(name_or_path: str | None) -> None:

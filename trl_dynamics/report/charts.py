@@ -4,7 +4,6 @@ Every chart over steps has the parameter `log_steps`, which stretches the early 
 `measure`. The page sets both; without a page they keep the value they are made with.
 """
 
-import math
 from collections.abc import Mapping
 
 import pandas as pd
@@ -12,14 +11,13 @@ import pandas as pd
 from trl_dynamics.probing.schema import order_types
 from trl_dynamics.report import style
 from trl_dynamics.report.glossary import METRIC_TERMS
+from trl_dynamics.report.spec import chart, data_rows, rounded, tooltip, zero_line
 from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin
 from trl_dynamics.tracking import metrics
 
-VEGA_LITE = "6.4"
-SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE.split('.')[0]}.json"
 MAX_POINTS = 5000
 
-_TYPE_LEGEND = {"title": None, "orient": "right", "symbolType": "stroke"}
+_TYPE_LEGEND = {"title": None, "orient": "right", "symbolType": "stroke", "symbolOpacity": 1}
 
 # Name of a measure -> its label, the column and whether it is a change since the start.
 MEASURES: dict[str, tuple[str, str, bool]] = {
@@ -82,7 +80,7 @@ def learning_paths(frame: pd.DataFrame) -> dict:
             "y": {
                 "field": "value",
                 "type": "quantitative",
-                "axis": {"title": "nats"} | _zero_line(),
+                "axis": {"title": "nats"} | zero_line(),
                 "scale": {"zero": False},
             },
             "strokeWidth": line_width,
@@ -110,8 +108,8 @@ def learning_paths(frame: pd.DataFrame) -> dict:
             ],
         },
     }
-    return _chart(
-        _rows(data),
+    return chart(
+        data_rows(data),
         "Learning paths: mean log-probability per response type",
         height=400,
         params=[{"name": "measure", "value": "change_token"}, log_steps(steps)],
@@ -140,14 +138,18 @@ def levels(frame: pd.DataFrame) -> dict:
         "sort": types,
         "axis": {"title": None, "labelLimit": 240, "grid": False},
     }
-    x = {"type": "quantitative", "scale": {"zero": False}, "axis": {"title": "log-probability, nats per token"}}
+    x = {
+        "type": "quantitative",
+        "scale": {"zero": False},
+        "axis": {"title": "log-probability, nats per token", "tickCount": 8},
+    }
     numbers = [{"field": name, "type": "quantitative", "format": ".3f"} for name in ("start", "end")]
-    tooltip = [{"field": "response_type", "type": "nominal", "title": "response"}, *numbers]
-    return _chart(
-        _rows(ends),
+    shown = [{"field": "response_type", "type": "nominal", "title": "response"}, *numbers]
+    return chart(
+        data_rows(ends),
         "Start (ring) and end (dot) of every response type",
         height={"step": 22},
-        encoding={"y": y, "color": _type_color(types, legend=False), "tooltip": tooltip},
+        encoding={"y": y, "color": _type_color(types, legend=False), "tooltip": shown},
         layer=[
             {
                 "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
@@ -165,6 +167,42 @@ def levels(frame: pd.DataFrame) -> dict:
     )
 
 
+def levels_by_run(frames: Mapping[str, pd.DataFrame]) -> dict:
+    """Level of every response type at each run's last step, nats per token, a mark per run."""
+    rows = [
+        {"run": label, "response_type": name, "value": rounded(float(value)), "step": int(path.index[-1])}
+        for label, path in ((label, metrics.path(frame)) for label, frame in frames.items())
+        for name, value in path.iloc[-1].dropna().items()
+    ]
+    types = order_types(row["response_type"] for row in rows)
+    styles = style.run_styles(frames)
+    colors = {"domain": list(styles), "range": [color for color, _ in styles.values()]}
+    legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 260}
+    return chart(
+        rows,
+        "Level of every response type at the last step",
+        height={"step": 24},
+        mark={"type": "point", "filled": True, "size": 80, "opacity": 0.85},
+        encoding={
+            "y": {
+                "field": "response_type",
+                "type": "nominal",
+                "sort": types,
+                "axis": {"title": None, "labelLimit": 240, "grid": True},
+            },
+            "x": {
+                "field": "value",
+                "type": "quantitative",
+                "scale": {"zero": False},
+                "axis": {"title": "log-probability, nats per token", "grid": False, "tickCount": 8},
+            },
+            "color": {"field": "run", "type": "nominal", "scale": colors, "legend": legend},
+            "shape": {"field": "run", "type": "nominal", "scale": {"domain": list(styles)}, "legend": legend},
+            "tooltip": [{"field": "response_type", "type": "nominal", "title": "response"}, *tooltip("run")],
+        },
+    )
+
+
 def argmax_and_chosen(frame: pd.DataFrame) -> dict | None:
     """Along chosen: the likeliest token and the chosen token; the area between is the gap. None without chosen."""
     top = metrics.argmax_logp(frame)
@@ -177,16 +215,16 @@ def argmax_and_chosen(frame: pd.DataFrame) -> dict | None:
     )
     steps = thin(data["step"], MAX_POINTS // 2)
     data = data[data["step"].isin(steps)]
-    names = {"argmax": "#6a6a6a", "chosen": style.TYPE_COLORS["chosen"]}
+    names = {"argmax": "#7d7d7d", "chosen": style.TYPE_COLORS["chosen"]}
     y = {"type": "quantitative", "scale": {"zero": False}, "axis": {"title": "nats per token"}}
     color = {
         "field": "curve",
         "type": "nominal",
         "scale": {"domain": list(names), "range": list(names.values())},
-        "legend": {"title": None, "orient": "bottom"},
+        "legend": {"title": None, "orient": "bottom", "symbolType": "stroke"},
     }
-    return _chart(
-        _rows(data),
+    return chart(
+        data_rows(data),
         "Along chosen: argmax, chosen and the gap",
         height=190,
         params=[log_steps(steps)],
@@ -200,7 +238,7 @@ def argmax_and_chosen(frame: pd.DataFrame) -> dict | None:
             {
                 "transform": [{"fold": list(names), "as": ["curve", "value"]}],
                 "mark": {"type": "line", "strokeWidth": 2.2, "point": dots(steps)},
-                "encoding": {"y": {"field": "value"} | y, "color": color, "tooltip": _tooltip("curve")},
+                "encoding": {"y": {"field": "value"} | y, "color": color, "tooltip": tooltip("curve")},
             },
         ],
     )
@@ -213,10 +251,10 @@ def rejected_path(frame: pd.DataFrame) -> dict | None:
         return None
     steps = thin(bands["step"], MAX_POINTS)
     data = bands.loc[bands["step"].isin(steps), ["step", "mean", "q10", "q90"]].rename(columns={"mean": "value"})
-    y = {"type": "quantitative", "axis": {"title": "nats per token"} | _zero_line()}
+    y = {"type": "quantitative", "axis": {"title": "nats per token"} | zero_line()}
     color = style.TYPE_COLORS["rejected"]
-    return _chart(
-        _rows(data),
+    return chart(
+        data_rows(data),
         "Rejected: change since start",
         height=190,
         params=[log_steps(steps)],
@@ -229,7 +267,7 @@ def rejected_path(frame: pd.DataFrame) -> dict | None:
             },
             {
                 "mark": {"type": "line", "strokeWidth": 2.2, "color": color, "point": dots(steps, color)},
-                "encoding": {"y": {"field": "value"} | y, "tooltip": _tooltip()},
+                "encoding": {"y": {"field": "value"} | y, "tooltip": tooltip()},
             },
         ],
     )
@@ -247,7 +285,7 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, hei
     per_run = MAX_POINTS // len(curves)
     kept = {label: curve[curve.index.isin(thin(curve.index, per_run))] for label, curve in curves.items()}
     rows = [
-        {"run": label, "step": int(step), "value": _rounded(value)}
+        {"run": label, "step": int(step), "value": rounded(value)}
         for label, curve in kept.items()
         for step, value in curve.items()
     ]
@@ -255,8 +293,12 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, hei
     styles = style.run_styles(curves)
     scale = {"domain": list(styles)}
     channel = {"field": "run", "type": "nominal"}
-    legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 260} if len(curves) > 1 else None
-    return _chart(
+    legend = (
+        {"title": None, "orient": "bottom", "symbolType": "stroke", "columns": 2, "labelLimit": 260}
+        if len(curves) > 1
+        else None
+    )
+    return chart(
         rows,
         title,
         height=height,
@@ -269,12 +311,12 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, hei
                 "field": "value",
                 "type": "quantitative",
                 "scale": {"zero": False},
-                "axis": {"title": unit} | _zero_line(),
+                "axis": {"title": unit} | zero_line(),
             },
             "color": channel | {"scale": scale | {"range": [color for color, _ in styles.values()]}, "legend": legend},
             "strokeDash": channel
             | {"scale": scale | {"range": [dash for _, dash in styles.values()]}, "legend": None},
-            "tooltip": _tooltip("run" if len(curves) > 1 else None),
+            "tooltip": tooltip("run" if len(curves) > 1 else None),
         },
     )
 
@@ -295,31 +337,6 @@ def type_change(frames: Mapping[str, pd.DataFrame], response_type: str) -> dict 
     return metric_by_run(curves, f"{_capital(response_type)}: change since start", "nats per token")
 
 
-def _chart(rows: list[dict], title: str, *, height: int | dict, **parts) -> dict:
-    return {
-        "$schema": SCHEMA,
-        "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": 600, "offset": 8},
-        "width": "container",
-        "height": height,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "data": {"values": rows},
-        "config": {
-            "background": None,
-            "font": style.FONT,
-            "view": {"stroke": None},
-            "axis": {
-                "labelFontSize": 11,
-                "titleFontSize": 11,
-                "titleFontWeight": 400,
-                "domain": False,
-                "ticks": False,
-            },
-            "legend": {"labelFontSize": 11, "symbolStrokeWidth": 2.5, "symbolSize": 220, "labelLimit": 240},
-        },
-        **parts,
-    }
-
-
 def _type_color(types: list[str], *, legend: bool = True) -> dict:
     return {
         "field": "response_type",
@@ -327,31 +344,6 @@ def _type_color(types: list[str], *, legend: bool = True) -> dict:
         "scale": {"domain": types, "range": list(style.type_colors(types).values())},
         "legend": _TYPE_LEGEND if legend else None,
     }
-
-
-def _zero_line() -> dict:
-    strong = {"test": "datum.value === 0", "value": 1.4}
-    return {"gridWidth": {"condition": strong, "value": 0.6}, "tickCount": 6}
-
-
-def _tooltip(series: str | None = None) -> list[dict]:
-    own = [{"field": series, "type": "nominal"}] if series else []
-    numbers = [
-        {"field": "step", "type": "quantitative"},
-        {"field": "value", "type": "quantitative", "format": ".4~f"},
-    ]
-    return own + numbers
-
-
-def _rows(data: pd.DataFrame) -> list[dict]:
-    return [
-        {name: _rounded(value) for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
-        for row in data.to_dict("records")
-    ]
-
-
-def _rounded(value):
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _capital(text: str) -> str:

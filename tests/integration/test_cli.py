@@ -1,0 +1,188 @@
+"""The command line: what it runs, what it writes, and one clear line for every wrong input."""
+
+import json
+
+import pandas as pd
+import pytest
+import yaml
+
+import trl_dynamics
+from tiny import tiny_model, tiny_tokenizer
+from tiny_runs import PAIRS, PROBES
+from trl_dynamics.cli.main import COMMANDS, main
+from trl_dynamics.cli.track import find_targets
+from trl_dynamics.cli.training import TrainingCommand
+from trl_dynamics.tracking.metrics import path as path_of
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model folder, a training file and a probe file."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for name, rows in (("train", PAIRS), ("probes", PROBES)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pd.DataFrame(PAIRS).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def flags(world, output_dir, **options) -> list[str]:
+    values = {
+        "model_name_or_path": world / "model",
+        "dataset_name": world / "train.jsonl",
+        "probe_set": world / "probes.jsonl",
+        "output_dir": output_dir,
+        "max_steps": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    } | options
+    return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
+
+
+def failure(capsys, argv: list[str]) -> str:
+    """The one line that a wrong command prints."""
+    assert main(argv) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith(f"trl-dynamics {argv[0]}: error:")]
+    assert len(errors) == 1 and lines[-1] == errors[0]
+    return errors[0]
+
+
+def test_sft_then_dpo_then_report(world, tmp_path, capsys):
+    assert main(["sft", *flags(world, tmp_path / "sft")]) == 0
+    options = {"model_name_or_path": tmp_path / "sft", "dataset_name": world / "train.parquet"}
+    assert main(["dpo", *flags(world, tmp_path / "dpo", **options)]) == 0
+    frame = trl_dynamics.load_records(tmp_path / "sft", tmp_path / "dpo")
+    assert sorted(frame["run"].unique()) == ["dpo", "sft"]
+    first = path_of(frame[frame["run"] == "dpo"]).iloc[0]
+    last = path_of(frame[frame["run"] == "sft"]).iloc[-1]
+    pd.testing.assert_series_equal(first, last, check_names=False, atol=1e-6)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "sft"), str(tmp_path / "dpo"), "-o", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    assert "<html" in (tmp_path / "page.html").read_text()[:500]
+    for kind, suffix in (("csv", ".csv"), ("png", ".png")):
+        assert main(["report", str(tmp_path / "dpo"), "--format", kind]) == 0
+        assert list((tmp_path / "dpo" / "dynamics" / kind).glob(f"*{suffix}"))
+
+
+def test_config_yaml_replays_the_run(world, tmp_path):
+    assert main(["dpo", *flags(world, tmp_path / "run", beta=0.3, learning_rate=1e-4, seed=3)]) == 0
+    config = tmp_path / "run" / "dynamics" / "config.yaml"
+    assert yaml.safe_load(config.read_text())["beta"] == 0.3
+    assert main(["dpo", "--config", str(config), "--output_dir", str(tmp_path / "again")]) == 0
+    frames = [trl_dynamics.load_records(tmp_path / name).drop(columns="run") for name in ("run", "again")]
+    pd.testing.assert_frame_equal(*frames, check_exact=True)
+    again = yaml.safe_load((tmp_path / "again" / "dynamics" / "config.yaml").read_text())
+    assert again | {"output_dir": ""} == yaml.safe_load(config.read_text()) | {"output_dir": ""}
+
+
+def test_command_line_wins_over_yaml(world, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("beta: 0.5\nlearning_rate: 1.0e-5\n")
+    from trl_dynamics.cli.dpo import command
+
+    argv = ["--config", str(tmp_path / "recipe.yaml"), *flags(world, tmp_path / "run", learning_rate=2e-5)]
+    (_, args, _, _), launch_args = command().parse(argv)
+    assert (args.beta, args.learning_rate, launch_args) == (0.5, 2e-5, [])
+
+
+def test_launch_options_are_told_apart(world, tmp_path):
+    from trl_dynamics.cli.sft import command
+
+    argv = [*flags(world, tmp_path), "--accelerate_config", "x.yaml", "--num_processes", "2"]
+    _, launch_args = command().parse(argv)
+    assert launch_args == ["--accelerate_config", "x.yaml", "--num_processes", "2"]
+    assert isinstance(command(), TrainingCommand)
+
+
+def test_track_models_and_checkpoints(world, tmp_path, capsys):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    assert main(["sft", *flags(world, tmp_path / "run", **options)]) == 0
+    probes = ["--probe_set", str(world / "probes.jsonl")]
+    models = [str(world / "model"), str(tmp_path / "run")]
+    assert main(["track", "--model_name_or_path", *models, *probes, "--output_dir", str(tmp_path / "models")]) == 0
+    frame = trl_dynamics.load_records(tmp_path / "models")
+    assert frame.groupby("model").size().to_dict() == {"model": 9, "run": 9}
+    assert "mean log-probability per token" in capsys.readouterr().out
+    argv = ["track", "--model_name_or_path", models[1], "--checkpoints", "checkpoint-*", *probes]
+    assert main([*argv, "--output_dir", str(tmp_path / "checkpoints")]) == 0
+    tracked = trl_dynamics.load_records(tmp_path / "checkpoints")
+    assert sorted(tracked["step"].unique()) == [1, 2]
+    trained = trl_dynamics.load_records(tmp_path / "run")
+    keys = ["step", "probe_id", "response_type"]
+    both = trained.merge(tracked, on=keys, suffixes=("", "_tracked"))
+    assert len(both) == 18
+    assert both["logp_sum"].to_numpy() == pytest.approx(both["logp_sum_tracked"].to_numpy(), abs=1e-4)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "models"), "-o", str(tmp_path / "page.html")]) == 0
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path):
+    for step in (10, 9, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert [target.step for target in find_targets([str(tmp_path)], "checkpoint-*")] == [9, 10, 100]
+    with pytest.raises(ValueError, match="no folder"):
+        find_targets([str(tmp_path)], "epoch-*")
+    with pytest.raises(ValueError, match="given twice"):
+        find_targets(["a", "a"], None)
+
+
+def test_wrong_input_is_one_line(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": " ", "rejected": " c"}]
+    (tmp_path / "blank.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "columns.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    (tmp_path / "no_rejected.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "chosen": " b" * 600, "rejected": " c"}) + "\n")
+    (tmp_path / "bad.yaml").write_text("prbe_every: 3\n")
+    (tmp_path / "file").write_text("")
+    cases = {
+        "training data has the columns ['answer', 'prompt']": flags(
+            world, out, dataset_name=tmp_path / "columns.jsonl"
+        ),
+        "training data row 1 has a blank 'chosen'": flags(world, out, dataset_name=tmp_path / "blank.jsonl"),
+        "has no response type 'rejected'": flags(world, out, probe_set=tmp_path / "no_rejected.jsonl"),
+        "response 'chosen' has 1202 tokens": flags(world, out, probe_set=tmp_path / "long.jsonl"),
+        "unknown option or YAML key 'prbe_every'; did you mean --probe_every?": [
+            "--config",
+            str(tmp_path / "bad.yaml"),
+            *flags(world, out),
+        ],
+        "unknown option or YAML key 'probe_evry'": [*flags(world, out), "--probe_evry", "3"],
+        "model '/no/such/model' does not exist": flags(world, out, model_name_or_path="/no/such/model"),
+        "no model given": flags(world, out, model_name_or_path=None),
+        "dataset './missing.jsonl' does not exist": flags(world, out, dataset_name="./missing.jsonl"),
+        "give exactly one of --dataset_name": flags(world, out, dataset_name=None),
+        "the data has no split 'validation'": flags(world, out, dataset_train_split="validation"),
+        "cannot write": flags(world, tmp_path / "file" / "below"),
+        "probe_every is -1.0": flags(world, out, probe_every=-1),
+    }
+    for message, argv in cases.items():
+        assert message in failure(capsys, ["dpo", *argv]), message
+    assert not (out / "dynamics" / "records").exists() or not list((out / "dynamics" / "records").iterdir())
+
+
+def test_drop_invalid_rows(world, tmp_path):
+    rows = [*PAIRS, {"prompt": "a", "chosen": "", "rejected": " c"}]
+    (tmp_path / "blank.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"dataset_name": tmp_path / "blank.jsonl", "drop_invalid_rows": True}
+    assert main(["dpo", *flags(world, tmp_path / "run", **options)]) == 0
+
+
+def test_report_and_track_refuse_wrong_folders(world, tmp_path, capsys):
+    assert "holds no dynamics/ folder" in failure(capsys, ["report", str(tmp_path)])
+    assert "--probe_set is missing" in failure(capsys, ["track", "--model_name_or_path", "x", "--output_dir", "y"])
+    argv = ["track", "--model_name_or_path", "./nowhere", "--probe_set", str(world / "probes.jsonl")]
+    assert "does not exist" in failure(capsys, [*argv, "--output_dir", str(tmp_path / "x")])
+
+
+def test_usage_and_env(capsys):
+    assert main([]) == 2 and main(["--help"]) == 0 and main(["fly"]) == 2
+    out = capsys.readouterr()
+    assert all(name in out.out for name in COMMANDS) and "unknown command 'fly'" in out.err
+    assert main(["env"]) == 0
+    assert "- trl: 1.16" in capsys.readouterr().out

@@ -1,0 +1,172 @@
+"""Tracked runs: what is written, resuming, LoRA, extended SFT, and every way a run can be refused."""
+
+import errno
+import json
+import os
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+
+import trl_dynamics
+from tiny_runs import PAIRS, PROBES, make_trainer
+from trl_dynamics.tracking.metrics import METRICS
+
+KEYS = ["run", "model", "step", "probe_id", "response_type"]
+
+
+def records(output_dir) -> pd.DataFrame:
+    return trl_dynamics.load_records(output_dir).set_index(KEYS).sort_index()
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    trainer = make_trainer("dpo", tmp_path / "run", probes=PROBES, max_steps=6, probe_every=0.5)
+    trainer.train()
+    frame = records(tmp_path / "run")
+    assert frame.index.is_unique
+    assert sorted(frame.index.unique("step")) == [0, 1, 2, 3, 6]
+    assert len(frame) == 5 * 9
+    root = tmp_path / "run" / "dynamics"
+    meta = json.loads((root / "meta.json").read_text())
+    assert meta["status"] == "finished" and meta["method"] == "dpo" and meta["schedule"]["steps"] == [0, 1, 2, 3, 6]
+    assert meta["probe_set"]["num_probes"] == 3 and meta["cuts"]["chosen"] == {"prompt": 0, "response": 0, "of": 3}
+    assert meta["probe_seconds"] > 0 and meta["train_seconds"] > 0
+    assert trl_dynamics.ProbeSet.load(root / "probe_set").fingerprint == meta["probe_set"]["fingerprint"]
+    losses = [entry for entry in json.loads((root / "trainer_log.json").read_text()) if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [3, 6]
+    logged = [entry for entry in trainer.state.log_history if "probe/seconds" in entry]
+    assert [entry["step"] for entry in logged] == [0, 1, 2, 3, 6]
+    assert {f"squeeze/{name}" for name in METRICS} <= set(logged[-1])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_resume_equals_the_uninterrupted_run(lora, tmp_path):
+    options = {"lora": lora, "probes": PROBES, "max_steps": 12, "probe_every": 4, "save_strategy": "steps"}
+    options |= {"save_steps": 5}
+    make_trainer("sft", tmp_path / "whole", **options).train()
+    make_trainer("sft", tmp_path / "run", **options).train()
+    resumed = make_trainer("sft", tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    whole, run = records(tmp_path / "whole"), records(tmp_path / "run")
+    assert run.droplevel("run").index.equals(whole.droplevel("run").index)
+    pd.testing.assert_frame_equal(run.droplevel("run"), whole.droplevel("run"), check_exact=True)
+    assert json.loads((tmp_path / "run/dynamics/meta.json").read_text())["resumed_at"] == [5]
+
+
+def test_resume_refuses_another_probe_set_and_loses_nothing(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer("sft", tmp_path, probes=PROBES, **options).train()
+    before = records(tmp_path)
+    other = make_trainer("sft", tmp_path, probes=PROBES[:2], **options)
+    with pytest.raises(ValueError, match="cannot resume probing with another probe set"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rebatched = make_trainer("sft", tmp_path, probes=PROBES, probe_batch_size=2, **options)
+    with pytest.raises(ValueError, match="probe batches differ"):
+        rebatched.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    pd.testing.assert_frame_equal(records(tmp_path), before)
+
+
+def test_resume_of_a_run_without_records_is_refused(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer("sft", tmp_path, **options).train()
+    with pytest.raises(ValueError, match="holds no records of an earlier run"):
+        make_trainer("sft", tmp_path, probes=PROBES, **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+def test_a_second_run_moves_the_first_aside(tmp_path):
+    for _ in range(2):
+        make_trainer("sft", tmp_path, probes=PROBES, max_steps=1).train()
+    assert (tmp_path / "dynamics-old-1" / "meta.json").is_file()
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "dynamics-old-1/records"), pd.read_parquet(tmp_path / "dynamics/records")
+    )
+
+
+def test_unwritable_output(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    trainer = make_trainer("sft", tmp_path / "run", probes=PROBES, max_steps=1)
+    trainer.probe_callback.store = trl_dynamics.tracking.store.DynamicsStore(tmp_path / "file" / "below")
+    with pytest.raises(OSError, match="cannot write probe records"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_fails_half_way_keeps_what_was_written(code, tmp_path, monkeypatch):
+    trainer = make_trainer("sft", tmp_path, probes=PROBES, max_steps=4, probe_every=1)
+    replace = os.replace
+
+    def failing(source, target):
+        if "step000000002" in str(target):
+            raise OSError(code, os.strerror(code))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="nothing already written was lost") as caught:
+        trainer.train()
+    assert caught.value.errno == code
+    assert sorted(records(tmp_path).index.unique("step")) == [0, 1]
+    assert not list((tmp_path / "dynamics").rglob("*.tmp"))
+
+
+def test_probe_sets_come_as_rows_files_and_names(tmp_path):
+    trl_dynamics.ProbeSet.load(PROBES).save(tmp_path / "set")
+    trainer = make_trainer("sft", tmp_path / "run", max_steps=1, probe_set=str(tmp_path / "set"))
+    trainer.train()
+    assert len(records(tmp_path / "run")) == 2 * 9
+    with pytest.raises(ValueError, match="does not exist"):
+        make_trainer("sft", tmp_path / "other", max_steps=1, probe_set=str(tmp_path / "missing.jsonl"))
+    with pytest.raises(ValueError, match="no response type 'rejected'"):
+        make_trainer("sft", tmp_path / "other", max_steps=1, probes=[{"prompt": "a", "chosen": " b"}])
+
+
+def test_over_long_probe_is_refused_by_name(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"probe '0', response 'chosen' has \d+ tokens, more than the model's context"
+    ):
+        make_trainer("sft", tmp_path, probes=[{"prompt": "a", "chosen": " b" * 600, "rejected": " c"}])
+
+
+@pytest.mark.parametrize(("sft_on", "rows"), [("chosen", 20), ("both", 40)])
+def test_preference_pairs_in_sft(sft_on, rows, tmp_path):
+    data = Dataset.from_list(PAIRS)
+    options = {"sft_on": sft_on, "data": data, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    trainer = make_trainer("sft", tmp_path, probes=PROBES, **options)
+    assert len(trainer.train_dataset) == rows
+    assert trainer.completion_only_loss
+    texts = [trainer.processing_class.decode(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert any("Maybe" in text for text in texts) == (sft_on == "both")
+    trainer.train()
+    assert "eval_loss" in trainer.evaluate(data.select(range(2)))
+
+
+def test_bf16_weights_and_autocast(tmp_path):
+    trainer = make_trainer("sft", tmp_path, probes=PROBES, max_steps=2, bf16=True)
+    trainer.train()
+    frame = records(tmp_path)
+    assert (frame["logp_sum"] < 0).all() and (frame["argmax_logp_sum"] >= frame["logp_sum"]).all()
+    assert json.loads((tmp_path / "dynamics/meta.json").read_text())["mixed_precision"] == "bf16"
+    assert trainer.model.dtype == torch.float32
+
+
+def test_early_stopping_still_takes_the_last_records(tmp_path):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer = make_trainer("sft", tmp_path, probes=PROBES, max_steps=8, probe_every=8, probe_log_spaced=False)
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert sorted(records(tmp_path).index.unique("step")) == [0, 3]
+
+
+def test_model_card_has_the_table(tmp_path):
+    trainer = make_trainer("sft", tmp_path, probes=PROBES, max_steps=2)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "## Training dynamics" in card and "| rejected |" in card and "trl-dynamics" in card

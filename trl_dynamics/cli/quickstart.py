@@ -1,0 +1,108 @@
+"""trl-dynamics quickstart: the squeezing effect, and what extended SFT does to it, on the embedded model.
+
+Four runs: SFT on chosen answers -> DPO, and SFT on both answers -> DPO, all with the same probes; then one page that
+compares them.
+"""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+import datasets
+from transformers import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+from trl_dynamics.cli import dpo, sft
+from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.store import open_store
+
+# recipes/quickstart holds the same settings as YAML.
+SHARED = {
+    "dataset_name": "embedded",
+    "probe_set": "embedded",
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "logging_steps": 5,
+    "save_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "probe_every": 0.1,
+}
+SFT = SHARED | {"learning_rate": 1e-3, "num_train_epochs": 4}
+DPO = SHARED | {"learning_rate": 2e-4, "beta": 0.1, "num_train_epochs": 4}
+# Name of the run, command, settings, and the run it starts from.
+STAGES = (
+    ("sft", sft, SFT, None),
+    ("dpo", dpo, DPO, "sft"),
+    ("sft_both", sft, SFT | {"sft_on": "both"}, None),
+    ("dpo_after_sft_both", dpo, DPO, "sft_both"),
+)
+
+
+def run(argv: list[str]) -> int:
+    """Train the four runs, write the comparison page and print what was found."""
+    parser = argparse.ArgumentParser("trl-dynamics quickstart", description=__doc__)
+    parser.add_argument("--output_dir", default="runs/quickstart", help="where the four runs and the page go")
+    parser.add_argument("--num_pairs", type=int, default=200, help="preference pairs to train on")
+    parser.add_argument("--num_probes", type=int, default=40, help="probes to track")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    began, output_dir = time.perf_counter(), Path(args.output_dir)
+    _quieten()
+    for number, (name, command, settings, start) in enumerate(STAGES, start=1):
+        model = "embedded" if start is None else str(output_dir / start)
+        print(f"\n[{number}/{len(STAGES)}] {describe(name)}", flush=True)
+        train(command.command(), settings, model, output_dir / name, args)
+    runs = [output_dir / name for name, *_ in STAGES]
+    print("\nWhat the probes found:")
+    for path in runs:
+        store = open_store(path)
+        print(findings.summary_text(findings.find(store.read_records(), store.read_meta()), path.name))
+    print(f"\nThe quickstart took {time.perf_counter() - began:.0f} s. Records: {output_dir}/*/dynamics/")
+    _write_page(runs, output_dir / "report.html")
+    return 0
+
+
+def describe(name: str) -> str:
+    """What a stage does, in words."""
+    return {
+        "sft": "SFT on the chosen answers",
+        "dpo": "DPO after that",
+        "sft_both": "extended SFT: on chosen and rejected answers",
+        "dpo_after_sft_both": "DPO after extended SFT",
+    }[name]
+
+
+def train(command, settings: dict, model: str, output_dir: Path, args: argparse.Namespace) -> None:
+    """One run through the same code as `trl-dynamics sft` and `dpo`."""
+    values = settings | {
+        "model_name_or_path": model,
+        "output_dir": str(output_dir),
+        "dataset_num_rows": args.num_pairs,
+        "probe_max_probes": args.num_probes,
+        "seed": args.seed,
+        "disable_tqdm": True,
+    }
+    flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+    configs, _ = command.parse(flags)
+    command.train(*configs, drop_callbacks=(PrinterCallback,))
+
+
+def _quieten() -> None:
+    """Only the probes' lines: no progress bars of data preparation and loading."""
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("trl_dynamics.trainers").setLevel(logging.WARNING)
+    # The findings are printed together at the end.
+    logging.getLogger("trl_dynamics.tracking.callback").addFilter(lambda record: record.msg.startswith("probe at"))
+
+
+def _write_page(runs: list[Path], path: Path) -> None:
+    from trl_dynamics.report.page import ReportExtraMissing, build_page
+
+    try:
+        print(f"Open the comparison report: {build_page(runs, path).resolve()}")
+    except ReportExtraMissing as missing:
+        print(f"No page was written: {missing}")

@@ -1,0 +1,148 @@
+"""The run card: what produced the numbers, as rows of text; what a store does not say is "not recorded"."""
+
+import json
+
+from trl_dynamics.probing.schema import group_of, order_types
+from trl_dynamics.report.load import Run, Series
+from trl_dynamics.tracking import metrics
+from trl_dynamics.tracking.effects import Changes
+
+NOT_RECORDED = "not recorded"
+# Arguments worth reading before the rest; the card shows those that config.yaml holds.
+HIGHLIGHTS = (
+    "dataset_name",
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "use_peft",
+)
+
+
+def run_card(run: Run) -> list[tuple[str, str]]:
+    """Label and value, in reading order."""
+    meta = run.meta
+    model, plan, probes = (meta.get(name, {}) for name in ("model", "batch_plan", "probe_set"))
+    steps = sorted(int(step) for step in run.frame["step"].unique())
+    scored = f"{len(steps)}: {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "")
+    models = list(dict.fromkeys(run.frame["model"]))
+    tracked = [("Models", ", ".join(models))] if len(models) > 1 else []
+    return [
+        ("Model", _join(model.get("name_or_path"), _count(model.get("num_parameters"), "parameters"))),
+        *tracked,
+        ("Method", _text(meta.get("method"))),
+        ("Status", _status(meta)),
+        ("Started", _text(meta.get("created"))),
+        ("Numerics", _join(model.get("dtype"), model.get("attn_implementation"), _named("mixed precision", meta))),
+        ("Seed", _text(meta.get("seed"))),
+        ("Processes", _text(meta.get("num_processes"))),
+        ("Settings", _highlights(run.config)),
+        ("Probe set", _join(probes.get("name"), _count(probes.get("num_probes"), "probes"), _short(run.fingerprint))),
+        ("Probe batches", _join(meta.get("layout") or plan.get("layout"), _count(plan.get("num_batches"), "batches"))),
+        ("Steps scored", scored),
+        ("Cost of probing", _cost(meta)),
+        (
+            "Versions",
+            ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()) or NOT_RECORDED,
+        ),
+    ]
+
+
+def type_rows(run: Run) -> list[dict]:
+    """Per response type: group, number of probes, prompts and responses that were cut, responses that were dropped."""
+    probes = run.meta.get("probe_set", {})
+    counts, cuts = probes.get("counts", {}), run.meta.get("cuts", {})
+    dropped = (probes.get("metadata") or {}).get("dropped", {})
+    names = order_types([*run.frame["response_type"], *(name for name in dropped if " " not in name)])
+    own = run.frame.groupby("response_type")["probe_id"].nunique()
+    return [
+        {
+            "name": name,
+            "group": group_of(name).replace("_", " "),
+            "probes": counts.get(name, int(own.get(name, 0))),
+            "prompts_cut": cuts.get(name, {}).get("prompt", NOT_RECORDED),
+            "responses_cut": cuts.get(name, {}).get("response", NOT_RECORDED),
+            "dropped": dropped.get(name, 0),
+        }
+        for name in names
+    ]
+
+
+def dropped_rows(run: Run) -> list[str]:
+    """Whole rows that the import of the probe set left out, e.g. `rows with a blank chosen: 2`."""
+    dropped = (run.meta.get("probe_set", {}).get("metadata") or {}).get("dropped", {})
+    return [f"{name}: {count}" for name, count in dropped.items() if " " in name]
+
+
+def change_rows(series: Series) -> list[dict]:
+    """Per response type: start, end and paired change, formatted; nats."""
+    paths = metrics.path(series.frame)
+    changes = Changes(series.frame)
+    rows = []
+    for name in paths.columns:
+        token, sequence = changes.of_types([name]), changes.of_types([name], metrics.PER_SEQUENCE)
+        paired = token.known and len(series.steps) > 1
+        rows.append(
+            {
+                "name": name,
+                "group": group_of(name).replace("_", " "),
+                "start": f"{paths[name].iloc[0]:.3f}",
+                "end": f"{paths[name].iloc[-1]:.3f}",
+                "change": f"{token.mean:+.3f} ± {token.se:.3f}" if paired else "–",
+                "sequence": f"{sequence.mean:+.1f} ± {sequence.se:.1f}" if paired else "–",
+                "direction": ("up" if token.up() else "down" if token.down() else "") if paired else "",
+                "probes": token.num_probes,
+            }
+        )
+    return rows
+
+
+def config_text(run: Run) -> str:
+    """All recorded arguments, one per line."""
+    return "\n".join(f"{name}: {json.dumps(value, default=str)}" for name, value in sorted(run.config.items()))
+
+
+def _status(meta: dict) -> str:
+    status = meta.get("status")
+    return "running: the numbers below are what was written so far" if status == "running" else _text(status)
+
+
+def _cost(meta: dict) -> str:
+    probing, training = meta.get("probe_seconds"), meta.get("train_seconds")
+    if probing is None:
+        return NOT_RECORDED
+    share = f", {probing / training:.1%} of {training:.0f} s of training" if training else ""
+    return f"{probing:.1f} s{share}"
+
+
+def _highlights(config: dict) -> str:
+    return ", ".join(f"{name} = {config[name]}" for name in HIGHLIGHTS if name in config) or NOT_RECORDED
+
+
+def _named(label: str, meta: dict) -> str | None:
+    value = meta.get(label.replace(" ", "_"))
+    return f"{label} {value}" if value and value != "no" else None
+
+
+def _count(value: int | None, noun: str) -> str | None:
+    return None if value is None else f"{value:,} {noun}"
+
+
+def _short(fingerprint: str | None) -> str | None:
+    return f"fingerprint {fingerprint[:12]}" if fingerprint else None
+
+
+def _join(*parts) -> str:
+    return ", ".join(str(part) for part in parts if part) or NOT_RECORDED
+
+
+def _text(value) -> str:
+    return NOT_RECORDED if value is None or value == "" else str(value)

@@ -1,0 +1,94 @@
+"""Runs -> pictures and tables: PNG per chart without a browser, CSV without any extra package."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from trl_dynamics.report import extra, gallery
+from trl_dynamics.report.load import load_runs, split_series
+from trl_dynamics.report.spec import VEGA_LITE
+from trl_dynamics.tracking import metrics
+
+# Pixels: the learning paths, and the smaller charts of a panel.
+WIDE, NARROW = 760, 460
+SCALE = 2.0
+
+
+def export_png(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
+    """Write every chart of the report as `<series>-<chart>.png`; no browser is needed.
+
+    Raises:
+        ReportExtraMissing: If vl-convert-python is not installed.
+        ValueError: If a folder holds no records.
+    """
+    renderer = extra.vl_convert()
+    runs = load_runs(run_dirs)
+    series = split_series(runs)
+    specs = {}
+    for one in series:
+        charts = gallery.path_charts(one) | gallery.squeezing_charts(one)
+        specs |= {f"{one.label}-{name}": _titled(spec, one.label) for name, spec in charts.items()}
+    specs |= {f"training-{name}": spec for name, spec in gallery.scalar_charts(runs).items()}
+    specs |= {f"comparison-{name}": spec for name, spec in gallery.comparison_charts(series).items()}
+    written = []
+    for path, spec in zip(_paths(folder, list(specs), ".png"), specs.values(), strict=True):
+        width = WIDE if path.stem.endswith(("learning_paths", "levels")) else NARROW
+        printed = spec | {"width": width, "config": spec["config"] | {"background": "white"}}
+        path.write_bytes(renderer.vegalite_to_png(printed, vl_version=VEGA_LITE, scale=SCALE))
+        written.append(path)
+    return written
+
+
+def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
+    """Write `paths.csv` (per type: mean and quantiles over probes) and `metrics.csv`, in nats.
+
+    Columns of paths.csv: run, model, measure, response_type, step, mean, num_probes, q10, q50, q90; `measure` is
+    logp_mean, logp_sum, or one of them with `_change` for the paired change since the start. Columns of metrics.csv:
+    run, model, metric, step, value.
+
+    Raises:
+        ValueError: If a folder holds no records.
+    """
+    paths, values = [], []
+    for series in split_series(load_runs(run_dirs)):
+        keys = {"run": series.run.name, "model": series.frame["model"].iloc[0]}
+        for column in (metrics.PER_TOKEN, metrics.PER_SEQUENCE):
+            for since_start in (False, True):
+                measure = f"{column}_change" if since_start else column
+                paths.append(
+                    metrics.bands(series.frame, column, since_start=since_start).assign(**keys, measure=measure)
+                )
+        values.append(metrics.metric_table(series.frame).assign(**keys))
+    first = ["run", "model"]
+    tables = {
+        "paths": _with_first(pd.concat(paths), [*first, "measure"]),
+        "metrics": _with_first(pd.concat(values), first),
+    }
+    written = _paths(folder, list(tables), ".csv")
+    for path, table in zip(written, tables.values(), strict=True):
+        table.to_csv(path, index=False)
+    return written
+
+
+def _paths(folder: str | Path, names: list[str], suffix: str) -> list[Path]:
+    """Files in `folder` for `names`, which may hold anything; two names never share a file."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stems: list[str] = []
+    for name in names:
+        stem = base = re.sub(r"[^\w.=-]+", "_", name).strip("._") or "chart"
+        number = 1
+        while stem.lower() in (other.lower() for other in stems):
+            number += 1
+            stem = f"{base}_{number}"
+        stems.append(stem)
+    return [folder / f"{stem}{suffix}" for stem in stems]
+
+
+def _titled(spec: dict, label: str) -> dict:
+    return spec | {"title": spec["title"] | {"subtitle": label, "subtitleFontSize": 11}}
+
+
+def _with_first(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    return table[[*columns, *(name for name in table.columns if name not in columns)]]

@@ -1,0 +1,94 @@
+"""Which charts a report shows, by name and in order; the page and the PNG export draw the same ones."""
+
+import math
+
+import pandas as pd
+
+from trl_dynamics.report import charts
+from trl_dynamics.report.load import Run, Series
+from trl_dynamics.tracking.metrics import METRICS, third_party_types
+
+# Keys of the trainer's log that are drawn first, in this order; then whatever else it logged.
+SCALARS = (
+    "loss",
+    "eval_loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "reward",
+    "mean_token_accuracy",
+    "entropy",
+    "kl",
+    "grad_norm",
+    "learning_rate",
+)
+MAX_SCALARS = 12
+_NOT_SCALARS = ("step", "epoch")
+# argmax along chosen is drawn together with chosen.
+_PANEL_METRICS = tuple(name for name in METRICS if name not in ("argmax_logp",))
+_COMPARED_TYPES = ("chosen", "rejected", "other_train")
+
+
+def path_charts(series: Series) -> dict[str, dict]:
+    """Learning paths and the start and end of every type; a single step has levels only."""
+    found = {"learning_paths": charts.learning_paths(series.frame)} if len(series.steps) > 1 else {}
+    return found | {"levels": charts.levels(series.frame)}
+
+
+def squeezing_charts(series: Series) -> dict[str, dict]:
+    """The squeezing panel; charts whose response types are missing are left out, a single step has none."""
+    if len(series.steps) < 2:
+        return {}
+    frames = {series.label: series.frame}
+    drawn = {
+        "argmax_and_chosen": charts.argmax_and_chosen(series.frame),
+        "rejected": charts.rejected_path(series.frame),
+    }
+    drawn |= {name: charts.metric(frames, name) for name in _PANEL_METRICS}
+    return {name: spec for name, spec in drawn.items() if spec}
+
+
+def scalar_charts(runs: list[Run]) -> dict[str, dict]:
+    """What the trainer logged, a line per run, at most [`MAX_SCALARS`] charts."""
+    logs = {run.name: scalar_curves(run.trainer_log) for run in runs if run.trainer_log}
+    keys = list(dict.fromkeys(key for curves in logs.values() for key in curves))
+    ordered = [key for key in SCALARS if key in keys] + sorted(key for key in keys if key not in SCALARS)
+    found = {}
+    for key in ordered[:MAX_SCALARS]:
+        curves = {name: curves[key] for name, curves in logs.items() if key in curves}
+        spec = charts.metric_by_run(curves, key, "")
+        if spec:
+            found[key] = spec
+    return found
+
+
+def scalar_curves(trainer_log: list[dict]) -> dict[str, pd.Series]:
+    """Finite numbers of a trainer's log by key, indexed by step; the summary line of the end does not count."""
+    values: dict[str, dict[int, float]] = {}
+    for line in trainer_log:
+        if "step" not in line or "train_runtime" in line:
+            continue
+        for key, value in line.items():
+            if key not in _NOT_SCALARS and isinstance(value, int | float) and math.isfinite(value):
+                values.setdefault(key, {})[int(line["step"])] = float(value)
+    return {key: pd.Series(by_step).sort_index() for key, by_step in values.items()}
+
+
+def comparison_charts(series: list[Series]) -> dict[str, dict]:
+    """Every metric and the main response types with a line per run; nothing for a single series."""
+    if len(series) < 2:
+        return {}
+    frames = {one.label: one.frame for one in series}
+    drawn: dict[str, dict | None] = {"levels_at_end": charts.levels_by_run(frames)}
+    if any(len(one.steps) > 1 for one in series):
+        drawn |= {f"change_{name}": charts.type_change(frames, name) for name in _COMPARED_TYPES}
+        drawn |= {name: charts.metric(frames, name) for name in METRICS}
+    return {name: spec for name, spec in drawn.items() if spec}
+
+
+def third_party_note(series: Series) -> str:
+    """Which response types count as third parties in this series."""
+    return ", ".join(third_party_types(series.frame)) or "none in this probe set"

@@ -1,0 +1,136 @@
+"""Runs -> one offline HTML page: what was run, what was found, every curve, every probe."""
+
+import base64
+import json
+from pathlib import Path
+
+from trl_dynamics.report import cards, extra, gallery
+from trl_dynamics.report.charts import MEASURES
+from trl_dynamics.report.explorer import explorer
+from trl_dynamics.report.glossary import TERMS
+from trl_dynamics.report.load import Run, Series, load_runs, split_series
+from trl_dynamics.report.spec import VEGA_LITE
+from trl_dynamics.report.steps import is_log_spaced
+from trl_dynamics.tracking import findings
+
+TEMPLATE = "report.html.j2"
+# With more series than this their charts start folded up.
+MAX_UNFOLDED = 4
+
+
+def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
+    """Write the report of one or more runs as a single HTML file that fetches nothing.
+
+    Args:
+        run_dirs (`list[str | Path]`): Output directories of runs (or their `dynamics/` folders); the first one is what
+            the others are compared with.
+        output (`str` or `Path`): The file to write; its folder is created when missing.
+
+    Raises:
+        ReportExtraMissing: If jinja2 or vl-convert-python is not installed.
+        ValueError: If a folder holds no records.
+    """
+    renderer, jinja2 = extra.vl_convert(), extra.jinja2()
+    runs = load_runs(run_dirs)
+    series = split_series(runs)
+    sections = [_section(index, one) for index, one in enumerate(series)]
+    scalars, comparison = gallery.scalar_charts(runs), gallery.comparison_charts(series)
+    specs = {key: spec for section in sections for key, spec in (section["paths"] | section["squeezing"]).items()}
+    specs |= _keyed("scalar", scalars) | _keyed("compare", comparison)
+    main_chart = next(iter(sections[0]["paths"].values()))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template(TEMPLATE).render(
+        title=", ".join(run.name for run in runs),
+        runs=[_run_view(run) for run in runs],
+        sections=sections,
+        unfolded=len(series) <= MAX_UNFOLDED,
+        between=_between(series),
+        scalars=_keyed("scalar", scalars),
+        comparison=_keyed("compare", comparison),
+        measures={name: label for name, (label, _, _) in MEASURES.items()},
+        log_steps=any(is_log_spaced(one.steps) for one in series),
+        terms=TERMS,
+        static_chart=_svg_uri(renderer, main_chart),
+        data_json=inline_json({"charts": specs, "explorer": explorer(series)}),
+        vega=renderer.javascript_bundle(vl_version=VEGA_LITE),
+    )
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    return output
+
+
+def inline_json(value) -> str:
+    """JSON that may stand inside a script element: no text in it can close the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _run_view(run: Run) -> dict:
+    return {
+        "name": run.name,
+        "card": cards.run_card(run),
+        "types": cards.type_rows(run),
+        "dropped": cards.dropped_rows(run),
+        "config": cards.config_text(run),
+    }
+
+
+def _section(index: int, series: Series) -> dict:
+    found = findings.find(series.frame, series.run.meta)
+    single = len(series.steps) < 2
+    nothing = f"{series.label}: one step was scored, so there is no change to judge" if single else None
+    return {
+        "label": series.label,
+        "method": series.run.meta.get("method", ""),
+        "single": single,
+        "findings": found,
+        "nothing": nothing or (None if found else findings.summary_text(found, series.label)),
+        "paths": _keyed(f"s{index}", gallery.path_charts(series)),
+        "squeezing": _keyed(f"s{index}", gallery.squeezing_charts(series)),
+        "third_parties": gallery.third_party_note(series),
+        "changes": cards.change_rows(series),
+        "start": series.steps[0],
+        "end": series.steps[-1],
+    }
+
+
+def _between(series: list[Series]) -> dict | None:
+    """Findings between the first series and those that scored the same tokens, and who had to be left out."""
+    if len(series) < 2:
+        return None
+    first, *others = series
+    apart = {one.label: _why_not_comparable(first, one) for one in others}
+    frames = {one.label: one.frame for one in series if not apart.get(one.label)}
+    return {
+        "reference": first.label,
+        "findings": findings.compare(frames),
+        "compared": [label for label in frames if label != first.label],
+        "left_out": {label: reason for label, reason in apart.items() if reason},
+    }
+
+
+def _why_not_comparable(first: Series, other: Series) -> str:
+    if first.run.fingerprint != other.run.fingerprint:
+        return "another probe set"
+    key = ["probe_id", "response_type"]
+    lengths = [one.frame.drop_duplicates(key).set_index(key)["num_tokens"] for one in (first, other)]
+    shared = lengths[0].index.intersection(lengths[1].index)
+    if not lengths[0].loc[shared].equals(lengths[1].loc[shared]):
+        return "another tokenizer or length limit, so values per token do not compare"
+    return ""
+
+
+def _keyed(prefix: str, charts: dict[str, dict]) -> dict[str, dict]:
+    return {f"{prefix}-{name}": spec for name, spec in charts.items()}
+
+
+def _svg_uri(renderer, spec: dict) -> str:
+    svg = renderer.vegalite_to_svg(spec | {"width": 720}, vl_version=VEGA_LITE)
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -1,0 +1,65 @@
+"""What every chart's spec has in common: schema, look, data rows and tooltips."""
+
+import math
+
+import pandas as pd
+
+from trl_dynamics.report import style
+
+VEGA_LITE = "6.4"
+SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE.split('.')[0]}.json"
+
+
+def chart(rows: list[dict], title: str, *, height: int | dict, **parts) -> dict:
+    """A spec as wide as its place, with its data inside; `parts` are further top-level entries."""
+    return {
+        "$schema": SCHEMA,
+        "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": 600, "offset": 8},
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "data": {"values": rows},
+        "config": {
+            "background": None,
+            "font": style.FONT,
+            "view": {"stroke": None},
+            "axis": {
+                "labelFontSize": 11,
+                "titleFontSize": 11,
+                "titleFontWeight": 400,
+                "domain": False,
+                "ticks": False,
+            },
+            "legend": {"labelFontSize": 11, "symbolStrokeWidth": 2.5, "symbolSize": 220, "labelLimit": 240},
+        },
+        **parts,
+    }
+
+
+def zero_line() -> dict:
+    """Axis entries that make the grid line at zero stronger."""
+    strong = {"test": "datum.value === 0", "value": 1.4}
+    return {"gridWidth": {"condition": strong, "value": 0.6}, "tickCount": 6}
+
+
+def tooltip(series: str | None = None) -> list[dict]:
+    """Step and value, and the name of the line if there are several."""
+    own = [{"field": series, "type": "nominal"}] if series else []
+    numbers = [
+        {"field": "step", "type": "quantitative"},
+        {"field": "value", "type": "quantitative", "format": ".4~g"},
+    ]
+    return own + numbers
+
+
+def data_rows(data: pd.DataFrame) -> list[dict]:
+    """Rows of a frame with five significant digits; a value that is missing is left out."""
+    return [
+        {name: rounded(value) for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+        for row in data.to_dict("records")
+    ]
+
+
+def rounded(value):
+    """Floats to five significant digits, everything else as it is."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,0 +1,217 @@
+(function () {
+  "use strict";
+  const data = JSON.parse(document.getElementById("page-data").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const views = new Map();
+  const logSteps = document.getElementById("log-steps");
+  const measure = document.getElementById("measure");
+
+  function theme() {
+    const text = dark.matches ? "#c9ced6" : "#3a3f47";
+    const grid = dark.matches ? "#3a414b" : "#d9dce1";
+    return {
+      axis: { labelColor: text, titleColor: text, gridColor: grid },
+      legend: { labelColor: text, titleColor: text },
+      title: { color: text },
+    };
+  }
+
+  function applySettings(spec, view) {
+    const has = (name) => (spec.params || []).some((param) => param.name === name);
+    if (has("log_steps")) view.signal("log_steps", logSteps.checked);
+    if (has("measure")) view.signal("measure", measure.value);
+    return view.runAsync();
+  }
+
+  function draw(place) {
+    const spec = data.charts[place.dataset.chart];
+    const actions = { export: true, source: false, compiled: false, editor: false };
+    window
+      .vegaEmbed(place, spec, { renderer: "svg", actions: actions, config: theme() })
+      .then((result) => {
+        views.set(place, { spec: spec, view: result.view });
+        return applySettings(spec, result.view);
+      })
+      .catch((error) => { place.textContent = "This chart could not be drawn: " + error.message; });
+  }
+
+  function applyAll() {
+    views.forEach((entry) => applySettings(entry.spec, entry.view));
+  }
+
+  const near = new IntersectionObserver((entries) => {
+    entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
+      near.unobserve(entry.target);
+      draw(entry.target);
+    });
+  }, { rootMargin: "1000px" });
+  document.querySelectorAll("[data-chart]").forEach((place) => {
+    const height = data.charts[place.dataset.chart].height;
+    place.style.minHeight = (typeof height === "number" ? height + 60 : 200) + "px";
+    near.observe(place);
+  });
+  logSteps.addEventListener("change", applyAll);
+  measure.addEventListener("change", applyAll);
+  dark.addEventListener("change", () => Array.from(views.keys()).forEach(draw));
+
+  // The probe explorer. Probe texts are untrusted: they only ever become text nodes.
+  function make(tag, className, text) {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    return element;
+  }
+
+  function options(select, labels) {
+    select.replaceChildren(...labels.map((label, index) => {
+      const option = make("option", "", label);
+      option.value = String(index);
+      return option;
+    }));
+  }
+
+  function ends(response) {
+    const known = response.path.filter((value) => value !== null);
+    return known.length ? [known[0], known[known.length - 1]] : [NaN, NaN];
+  }
+
+  function change(probe, type) {
+    const response = probe.responses.find((one) => one.type === type);
+    if (!response) return NaN;
+    const [start, end] = ends(response);
+    return end - start;
+  }
+
+  function signed(value) {
+    return (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(2);
+  }
+
+  function spark(path, color) {
+    const ns = "http://www.w3.org/2000/svg";
+    const svg = document.createElementNS(ns, "svg");
+    const points = path.map((value, index) => [index, value]).filter((point) => point[1] !== null);
+    const values = points.map((point) => point[1]);
+    const low = Math.min(...values), span = Math.max(Math.max(...values) - low, 0.1);
+    const x = (index) => 3 + (114 * index) / Math.max(path.length - 1, 1);
+    const y = (value) => 39 - (36 * (value - low)) / span;
+    svg.setAttribute("viewBox", "0 0 120 42");
+    const line = document.createElementNS(ns, "polyline");
+    line.setAttribute("points", points.map((p) => x(p[0]).toFixed(1) + "," + y(p[1]).toFixed(1)).join(" "));
+    line.setAttribute("fill", "none");
+    line.setAttribute("stroke", color);
+    line.setAttribute("stroke-width", "1.8");
+    svg.append(line);
+    points.slice(-1).forEach((p) => {
+      const dot = document.createElementNS(ns, "circle");
+      dot.setAttribute("cx", x(p[0]));
+      dot.setAttribute("cy", y(p[1]));
+      dot.setAttribute("r", "2.6");
+      dot.setAttribute("fill", color);
+      svg.append(dot);
+    });
+    return svg;
+  }
+
+  function responseRow(response, steps) {
+    const row = make("div", "response");
+    const name = make("div", "name");
+    const swatch = make("i");
+    swatch.style.background = data.explorer.colors[response.type];
+    const length = response.tokens + " tokens" + (response.cut ? ", cut" : "");
+    name.append(swatch, document.createTextNode(response.type + " · " + length));
+    const text = make("div", "text", response.text);
+    text.title = "click to unfold";
+    text.addEventListener("click", () => text.classList.toggle("open"));
+    const [start, end] = ends(response);
+    const numbers = make("div", "numbers");
+    if (steps.length > 1) {
+      numbers.append(document.createTextNode(start.toFixed(2) + " → " + end.toFixed(2) + "  "));
+      numbers.append(make("b", end > start ? "up" : end < start ? "down" : "", signed(end - start)));
+    } else {
+      numbers.textContent = end.toFixed(2);
+    }
+    row.append(name, text, steps.length > 1 ? spark(response.path, data.explorer.colors[response.type]) : make("span"), numbers);
+    return row;
+  }
+
+  function startExplorer(root) {
+    const bar = make("div", "bar");
+    const series = make("select"), sort = make("select"), which = make("select", "which");
+    const search = make("input");
+    search.type = "search";
+    search.placeholder = "search prompts";
+    const back = make("button", "", "←"), forth = make("button", "", "→");
+    back.title = "previous probe";
+    forth.title = "next probe";
+    const note = make("p", "hint");
+    const body = make("div", "probe");
+    const orders = [
+      ["in the order of the set", null],
+      ["chosen fell most first", (p) => change(p, "chosen")],
+      ["chosen rose most first", (p) => -change(p, "chosen")],
+      ["rejected fell most first", (p) => change(p, "rejected")],
+      ["margin shrank most first", (p) => change(p, "chosen") - change(p, "rejected")],
+    ];
+    let shown = [];
+    options(series, data.explorer.series.map((one) => one.label));
+    options(sort, orders.map((order) => order[0]));
+    if (data.explorer.series.length > 1) bar.append(series);
+    bar.append(sort, search, which, back, forth);
+    root.replaceChildren(bar, note, body);
+
+    function current() { return data.explorer.series[Number(series.value)]; }
+
+    function preview(probe) {
+      const last = probe.prompt[probe.prompt.length - 1].text.replace(/\s+/g, " ").trim();
+      return probe.id + " · " + (last.length > 90 ? last.slice(0, 90) + "…" : last);
+    }
+
+    function list() {
+      const wanted = search.value.toLowerCase();
+      const key = orders[Number(sort.value)][1];
+      shown = current().probes.filter((p) => p.prompt.some((turn) => turn.text.toLowerCase().includes(wanted)));
+      if (key) {
+        const rank = (probe) => { const value = key(probe); return Number.isNaN(value) ? Infinity : value; };
+        shown = shown.map((probe) => [rank(probe), probe]).sort((a, b) => (a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : 0)).map((pair) => pair[1]);
+      }
+      options(which, shown.map(preview));
+      const one = current();
+      const capped = one.probes.length < one.total ? "The first " + one.probes.length + " of " + one.total + " probes are in this file; all are in the records. " : "";
+      note.textContent = capped + shown.length + " probes listed. Values are log-probabilities per token (nats)" +
+        (one.steps.length > 1 ? ", step " + one.steps[0] + " to " + one.steps[one.steps.length - 1] + "; every small path has its own scale." : ".");
+      show();
+    }
+
+    function show() {
+      const index = shown.length ? Number(which.value) : -1;
+      back.disabled = index <= 0;
+      forth.disabled = index < 0 || index >= shown.length - 1;
+      if (index < 0) {
+        body.replaceChildren(make("p", "nothing", "No prompt contains this text."));
+        return;
+      }
+      const probe = shown[index];
+      const prompt = make("div", "prompt");
+      probe.prompt.forEach((turn) => {
+        const block = make("div", "turn");
+        if (turn.role) block.append(make("b", "", turn.role));
+        block.append(document.createTextNode(turn.text));
+        prompt.append(block);
+      });
+      body.replaceChildren(prompt, ...probe.responses.map((response) => responseRow(response, current().steps)));
+    }
+
+    function move(by) {
+      which.value = String(Number(which.value) + by);
+      show();
+    }
+
+    back.addEventListener("click", () => move(-1));
+    forth.addEventListener("click", () => move(1));
+    which.addEventListener("change", show);
+    [series, sort].forEach((control) => control.addEventListener("change", list));
+    search.addEventListener("input", list);
+    list();
+  }
+  startExplorer(document.getElementById("explorer"));
+})();

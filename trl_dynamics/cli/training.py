@@ -4,6 +4,7 @@ import difflib
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class TrainingCommand:
         """Load data and model, train, save; the same steps on every process. Returns the trainer."""
         probe_set = _resolve_embedded(script_args, training_args, model_args)
         _require_model(model_args.model_name_or_path)
+        _require_writable(training_args.output_dir)
         PartialState()
         training_args.model_init_kwargs = {
             "revision": model_args.model_revision,
@@ -203,6 +205,15 @@ def _require_model(name_or_path: str | None) -> None:
         raise ValueError("no model given: pass --model_name_or_path (a folder or a hub name)")
     if _looks_local(name_or_path) and not Path(name_or_path).is_dir():
         raise ValueError(f"model {name_or_path!r} does not exist; expected a folder with a model, or a hub name")
+
+
+def _require_writable(output_dir: str) -> None:
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to output_dir {output_dir!r}: {error.strerror}; choose another one") from error
 
 
 def _looks_local(name: str) -> bool:

@@ -27,7 +27,8 @@ def explorer(series: list[Series]) -> dict:
 
 def _one(series: Series, limit: int) -> dict:
     texts = {probe.probe_id: probe for probe in series.run.probe_set or ()}
-    ids = [i for i in texts if i in set(series.frame["probe_id"])] or sorted(series.frame["probe_id"].unique())
+    scored = set(series.frame["probe_id"])
+    ids = [probe_id for probe_id in texts if probe_id in scored] or sorted(scored)
     kept = ids[:limit]
     steps = thin(series.steps, MAX_STEPS)
     frame = series.frame[series.frame["probe_id"].isin(kept) & series.frame["step"].isin(steps)]

@@ -26,6 +26,30 @@ INFO, WARNING, ALERT = "info", "warning", "alert"
 SEVERITIES = (ALERT, WARNING, INFO)
 
 
+# Name, severity, title, meaning and remedy of each kind of displacement.
+_HARMFUL = (
+    "displacement_harmful",
+    WARNING,
+    "harmful displacement: chosen fell and took similar answers along",
+    "The meaning you prefer is losing, not only its wording.",
+    "Stop earlier, lower the learning rate, add an SFT term on chosen, or try DPOP or a larger beta.",
+)
+_BENIGN = (
+    "displacement_benign",
+    INFO,
+    "benign displacement: chosen fell, its paraphrases and other answers hold",
+    "Common in DPO, whose loss only asks for a margin.",
+    "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
+)
+_UNCLEAR = (
+    "displacement",
+    WARNING,
+    "chosen lost probability",
+    "The probe set has no other fluent answers, so the records cannot tell whether this is harmful.",
+    "Add paraphrases and unrelated answers to the probe set to tell the two apart.",
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that the records of a run say.
@@ -150,58 +174,43 @@ def squeezing(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | N
 
 
 def displacement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
-    """Chosen loses probability: below its start, or below a peak inside the run."""
-    rule = (
-        f"chosen ends at least {MIN_EFFECT} nats per token below its start, or below a peak strictly inside the run "
-        f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Harmful if bystanders (third parties except "
-        f"shuffled words) or paraphrases of chosen fall over the same steps by {MIN_EFFECT}, benign if neither does; "
-        f"{COUNTS}."
-    )
+    """Chosen loses probability: below its start, or below a peak inside the run; others decide whether that harms."""
+    peak = _peak_step(frame)
     if changes.chosen.down():
         window, since = changes, "its start"
     else:
-        peak = _peak_step(frame)
         window, since = Changes(frame, start=peak), f"its peak (against the start it stands at {changes.chosen})"
         if peak in (changes.start, changes.end) or not window.chosen.down(standard_errors=PEAK_STANDARD_ERRORS):
             return None
-    paraphrases = window.of_types(
-        [t for t in bystander_types(frame) if t.startswith("chosen_") and group_of(t) == REPHRASE]
-    )
-    others = window.bystanders
-    evidence = {
-        "chosen_change": window.chosen.mean,
-        "from_step": float(window.start),
-        **{name: e.mean for name, e in (("bystander_change", others), ("paraphrase_change", paraphrases)) if e.known},
-    }
-    fell = f"From step {window.start} to {window.end} chosen moved {window.chosen} nats per token from {since}"
-    if not others.known:
-        text = (
-            f"{fell}. The probe set has no other fluent answers, so the records cannot tell whether this is harmful."
-        )
-        remedy = "Add paraphrases and unrelated answers to the probe set to tell the two apart."
-        return Finding("displacement", WARNING, "chosen lost probability", text, evidence, rule, remedy)
-    also = f"paraphrases of chosen {paraphrases}, " if paraphrases.known else ""
-    numbers = f"{also}other fluent answers {others}"
-    if others.down() or paraphrases.down():
+    others, paraphrases = window.bystanders, window.of_types(_paraphrases_of_chosen(frame))
+    known = {"other fluent answers": others, "paraphrases of chosen": paraphrases}
+    numbers = ", ".join(f"{name} {effect}" for name, effect in known.items() if effect.known)
+    if not numbers:
+        verdict = _UNCLEAR
+    elif others.down() or paraphrases.down():
         severe = -window.chosen.mean >= ALERT_EFFECT or -others.mean >= ALERT_EFFECT
-        return Finding(
-            "displacement_harmful",
-            ALERT if severe else WARNING,
-            "harmful displacement: chosen fell and took similar answers along",
-            f"{fell}; {numbers}. The meaning you prefer is losing, not only its wording.",
-            evidence,
-            rule,
-            f"Prefer a checkpoint near step {window.start}, lower the learning "
-            "rate, add an SFT term on chosen, or try DPOP or a larger beta.",
-        )
+        verdict = (_HARMFUL[0], ALERT if severe else WARNING, *_HARMFUL[2:])
+    else:
+        verdict = _BENIGN
+    name, severity, title, meaning, remedy = verdict
+    best = f"Chosen was highest at step {peak}. " if severity != INFO and peak > changes.start else ""
+    moved = f"; over the same steps {numbers}" if numbers else ""
     return Finding(
-        "displacement_benign",
-        INFO,
-        "benign displacement: chosen fell, its paraphrases and other answers hold",
-        f"{fell}; {numbers}. Common in DPO, whose loss only asks for a margin.",
-        evidence,
-        rule,
-        "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
+        name,
+        severity,
+        title,
+        f"From step {window.start} to {window.end} chosen moved {window.chosen} nats per token from {since}{moved}. "
+        f"{meaning}",
+        {
+            "chosen_change": window.chosen.mean,
+            "from_step": float(window.start),
+            **{f"{name.replace(' ', '_')}_change": effect.mean for name, effect in known.items() if effect.known},
+        },
+        f"chosen ends at least {MIN_EFFECT} nats per token below its start, or below a peak strictly inside the run "
+        f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Harmful if bystanders (third parties except "
+        f"shuffled words) or paraphrases of chosen fall over the same steps by {MIN_EFFECT}, benign if neither does; "
+        f"{COUNTS}.",
+        best + remedy,
     )
 
 
@@ -323,6 +332,10 @@ def improvement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding |
         f"unrelated_pull_up gives no warning; {COUNTS}.",
         "Carry on.",
     )
+
+
+def _paraphrases_of_chosen(frame: pd.DataFrame) -> list[str]:
+    return [name for name in bystander_types(frame) if name.startswith("chosen_") and group_of(name) == REPHRASE]
 
 
 def _peak_step(frame: pd.DataFrame) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import trl
-from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer
@@ -83,7 +82,7 @@ class TrainingCommand:
         probe_set = _resolve_embedded(script_args, training_args, model_args)
         _require_model(model_args.model_name_or_path)
         _require_writable(training_args.output_dir)
-        PartialState()
+        _ = training_args.device  # sets up the processes, which logging needs, on the devices asked for
         training_args.model_init_kwargs = {
             "revision": model_args.model_revision,
             "trust_remote_code": getattr(model_args, "trust_remote_code", False),
@@ -115,6 +114,9 @@ class TrainingCommand:
         trainer.save_model(training_args.output_dir)
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        if trainer.probe_callback and trainer.is_world_process_zero():
+            print(f"records: {trainer.probe_callback.store.root}")
+            print(f"page:    trl-dynamics report {training_args.output_dir} -o report.html")
         trainer.end()
         return trainer
 

@@ -4,6 +4,7 @@ Every chart over steps has the parameter `log_steps`, which stretches the early 
 `measure`. The page sets both; without a page they keep the value they are made with.
 """
 
+import re
 from collections.abc import Mapping
 
 import pandas as pd
@@ -16,6 +17,8 @@ from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform
 from trl_dynamics.tracking import metrics
 
 MAX_POINTS = 5000
+# A y axis shows at least this much (nats, probability), so that noise does not look like a trend.
+MIN_SPAN, MIN_SPAN_MASS = 0.1, 0.02
 
 _TYPE_LEGEND = {"title": None, "orient": "right", "symbolType": "stroke", "symbolOpacity": 1}
 
@@ -225,7 +228,7 @@ def argmax_and_chosen(frame: pd.DataFrame) -> dict | None:
     }
     return chart(
         data_rows(data),
-        "Along chosen: argmax, chosen and the gap",
+        "Along chosen: argmax and chosen",
         height=190,
         params=[log_steps(steps)],
         transform=step_transform(),
@@ -273,11 +276,12 @@ def rejected_path(frame: pd.DataFrame) -> dict | None:
     )
 
 
-def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, height: int = 190) -> dict | None:
+def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, min_span: float = 0.0) -> dict | None:
     """One line per run of any value over the steps; a single run gets no legend. None if no run has the value.
 
     Args:
         curves (`Mapping[str, pandas.Series]`): Run label to values indexed by step.
+        min_span (`float`, *optional*): The least that the y axis covers.
     """
     curves = {label: curve.dropna() for label, curve in curves.items()}
     if all(curve.empty for curve in curves.values()):
@@ -301,7 +305,7 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, hei
     return chart(
         rows,
         title,
-        height=height,
+        height=190,
         params=[log_steps(steps)],
         transform=step_transform(),
         mark={"type": "line", "strokeWidth": 2.2, "point": dots(steps)},
@@ -310,7 +314,7 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, hei
             "y": {
                 "field": "value",
                 "type": "quantitative",
-                "scale": {"zero": False},
+                "scale": {"zero": False} | _widened([row["value"] for row in rows], min_span),
                 "axis": {"title": unit} | zero_line(),
             },
             "color": channel | {"scale": scale | {"range": [color for color, _ in styles.values()]}, "legend": legend},
@@ -324,8 +328,9 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, hei
 def metric(frames: Mapping[str, pd.DataFrame], name: str) -> dict | None:
     """One metric of [`tracking.metrics.METRICS`], a line per run."""
     term = METRIC_TERMS[name]
+    span = MIN_SPAN_MASS if name == "drained_mass" else MIN_SPAN
     curves = {label: metrics.METRICS[name](frame) for label, frame in frames.items()}
-    return metric_by_run(curves, _capital(term.title), term.unit.split(";")[0])
+    return metric_by_run(curves, _capital(term.title), re.split("[,;]", term.unit)[0], min_span=span)
 
 
 def type_change(frames: Mapping[str, pd.DataFrame], response_type: str) -> dict | None:
@@ -334,7 +339,7 @@ def type_change(frames: Mapping[str, pd.DataFrame], response_type: str) -> dict 
     for label, frame in frames.items():
         change = metrics.change_since_start(frame[frame["response_type"] == response_type])
         curves[label] = change[response_type] if response_type in change else pd.Series(dtype=float)
-    return metric_by_run(curves, f"{_capital(response_type)}: change since start", "nats per token")
+    return metric_by_run(curves, f"{response_type}: change since start", "nats per token", min_span=MIN_SPAN)
 
 
 def _type_color(types: list[str], *, legend: bool = True) -> dict:
@@ -348,3 +353,11 @@ def _type_color(types: list[str], *, legend: bool = True) -> dict:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _widened(values: list[float], min_span: float) -> dict:
+    low, high = min(values), max(values)
+    if high - low >= min_span:
+        return {}
+    middle = (low + high) / 2
+    return {"domain": [rounded(middle - min_span / 2), rounded(middle + min_span / 2)]}

@@ -85,7 +85,7 @@ def _run_view(run: Run) -> dict:
 def _section(index: int, series: Series) -> dict:
     found = findings.find(series.frame, series.run.meta)
     single = len(series.steps) < 2
-    nothing = f"{series.label}: one step was scored, so there is no change to judge" if single else None
+    nothing = "One step was scored: there is no change to judge." if single else None
     return {
         "label": series.label,
         "method": series.run.meta.get("method", ""),
@@ -102,7 +102,7 @@ def _section(index: int, series: Series) -> dict:
 
 
 def _between(series: list[Series]) -> dict | None:
-    """Findings between the first series and those that scored the same tokens, and who had to be left out."""
+    """Findings between the first series and those that scored the same tokens at the same steps; who was left out."""
     if len(series) < 2:
         return None
     first, *others = series
@@ -119,6 +119,9 @@ def _between(series: list[Series]) -> dict | None:
 def _why_not_comparable(first: Series, other: Series) -> str:
     if first.run.fingerprint != other.run.fingerprint:
         return "another probe set"
+    shared_steps = set(first.steps) & set(other.steps)
+    if not shared_steps or max(shared_steps) <= max(first.steps[0], other.steps[0]):
+        return "no common step after the start"
     key = ["probe_id", "response_type"]
     lengths = [one.frame.drop_duplicates(key).set_index(key)["num_tokens"] for one in (first, other)]
     shared = lengths[0].index.intersection(lengths[1].index)

@@ -1,5 +1,6 @@
 """Training data in TRL's formats: preference rows as SFT rows, blank answers, over-long prompts."""
 
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -26,8 +27,6 @@ def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) ->
         sft_on (`str`): `"chosen"` gives one row per pair, `"both"` two, chosen first, rejected right after it.
     """
     first = next(iter(dataset))
-    if "prompt" not in first:
-        dataset = dataset.map(extract_prompt)
     sides = ("chosen",) if sft_on == "chosen" else PREFERENCE_COLUMNS
 
     def split(batch: dict[str, list]) -> dict[str, list]:
@@ -37,7 +36,10 @@ def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) ->
             "completion": [batch[side][index] for index in pairs for side in sides],
         }
 
-    return dataset.map(split, batched=True, remove_columns=list(first.keys() | {"prompt"}))
+    with PartialState().main_process_first():
+        if "prompt" not in first:
+            dataset = dataset.map(extract_prompt)
+        return dataset.map(split, batched=True, remove_columns=list(first.keys() | {"prompt"}))
 
 
 def check_answers(dataset: Dataset, *, drop_invalid_rows: bool) -> Dataset:
@@ -88,7 +90,8 @@ def limit_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prom
         excess = len(offsets) + num_special - max_prompt_length
         return {"prompt": row["prompt"][offsets[excess][0] :] if excess > 0 else row["prompt"]}
 
-    return dataset.map(cut)
+    with PartialState().main_process_first():
+        return dataset.map(cut)
 
 
 def _answer_text(answer: str | list[dict] | None) -> str | None:

@@ -30,6 +30,7 @@
       .vegaEmbed(place, spec, { renderer: "svg", actions: actions, config: theme() })
       .then((result) => {
         views.set(place, { spec: spec, view: result.view });
+        place.style.minHeight = "";
         return applySettings(spec, result.view);
       })
       .catch((error) => { place.textContent = "This chart could not be drawn: " + error.message; });
@@ -83,7 +84,11 @@
   }
 
   function signed(value) {
-    return (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(2);
+    return (value > 0 ? "+" : "") + plain(value);
+  }
+
+  function plain(value) {
+    return value.toFixed(2).replace("-", "−");
   }
 
   function spark(path, color) {
@@ -125,10 +130,10 @@
     const [start, end] = ends(response);
     const numbers = make("div", "numbers");
     if (steps.length > 1) {
-      numbers.append(document.createTextNode(start.toFixed(2) + " → " + end.toFixed(2) + "  "));
+      numbers.append(document.createTextNode(plain(start) + " → " + plain(end) + "  "));
       numbers.append(make("b", end > start ? "up" : end < start ? "down" : "", signed(end - start)));
     } else {
-      numbers.textContent = end.toFixed(2);
+      numbers.textContent = plain(end);
     }
     row.append(name, text, steps.length > 1 ? spark(response.path, data.explorer.colors[response.type]) : make("span"), numbers);
     return row;

@@ -41,14 +41,17 @@ install() {
     # torch comes first: with it in place no other package can pull in a different build.
     if ! { "$venv/bin/python" -m pip install -c constraints.txt torch &&
         "$venv/bin/python" -m pip install -c constraints.txt -e ".[$extras]"; } >"$log" 2>&1; then
-        fail "pip could not install: $(grep -i 'error' "$log" | tail -n 1 || true) (no network? whole log: $log)"
+        if grep -qE 'ConnectionError|NewConnectionError|Max retries|ProxyError|ReadTimeout|name resolution' "$log"; then
+            fail "no network: pip could not reach its package index (log: $log)"
+        fi
+        fail "pip could not install: $(grep 'ERROR' "$log" | head -n 1) (log: $log)"
     fi
 }
 
 setup_env() {
     local extras=$1 venv stamp wanted
     venv=${TRL_DYNAMICS_VENV:-$PWD/.venv}
-    mkdir -p "$(dirname "$venv")" || fail "cannot write $(dirname "$venv"); set TRL_DYNAMICS_VENV to another place"
+    mkdir -p "$(dirname "$venv")" 2>/dev/null || fail "cannot write $(dirname "$venv"); set TRL_DYNAMICS_VENV to another place"
     # Two starts at once would install over each other.
     if command -v flock >/dev/null 2>&1; then
         exec 9>"$venv.lock"

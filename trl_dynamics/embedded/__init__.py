@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trl_dynamics.embedded.base_model import model_path
     from trl_dynamics.embedded.data import preference_rows, probe_set
-    from trl_dynamics.embedded.grammar import is_grammatical
+    from trl_dynamics.embedded.recogniser import is_grammatical
     from trl_dynamics.embedded.world import AnswerCheck, check_answer
 
 _HOMES = {
     "AnswerCheck": "trl_dynamics.embedded.world",
     "check_answer": "trl_dynamics.embedded.world",
-    "is_grammatical": "trl_dynamics.embedded.grammar",
+    "is_grammatical": "trl_dynamics.embedded.recogniser",
     "model_path": "trl_dynamics.embedded.base_model",
     "preference_rows": "trl_dynamics.embedded.data",
     "probe_set": "trl_dynamics.embedded.data",

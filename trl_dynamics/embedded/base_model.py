@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 NUM_HELD_OUT_DOCUMENTS = 512
 HELD_OUT_SEED = "held-out"
 IGNORED = -100
+BUILD_FILE = "build.json"
 
 
 def model_path() -> str:
@@ -25,7 +26,7 @@ def model_path() -> str:
 
 def build_card() -> dict:
     """How the shipped model was built: seed, steps, held-out loss (nats per token), tokenizer hash, versions."""
-    return json.loads((Path(model_path()) / "build.json").read_text(encoding="utf-8"))
+    return json.loads((Path(model_path()) / BUILD_FILE).read_text(encoding="utf-8"))
 
 
 def collate(documents: list, tokenizer: "PreTrainedTokenizerBase") -> dict[str, "torch.Tensor"]:

@@ -6,14 +6,19 @@ Row i depends on the seed, the split and i alone, so a longer set begins with th
 import random
 from functools import cache
 
-from trl_dynamics.embedded.grammar import Answer, draw_answer, draw_prose, draw_statement, is_grammatical
+from trl_dynamics.embedded.grammar import Answer, draw_answer, draw_prose, draw_statement
+from trl_dynamics.embedded.recogniser import is_grammatical
 from trl_dynamics.embedded.vocabulary import ATTRIBUTES, GOSSIP, HELPFUL, STYLES
 from trl_dynamics.embedded.world import SPLITS, ask, claim_of, false_claim, people
 from trl_dynamics.probing.schema import Probe, ProbeSet
 
-# Share of documents that are a question with its answer; the rest is running text.
-DIALOGUE_SHARE = 0.8
-NUM_TEXT_SENTENCES = 3
+# Preference data words things as its style prefers: each option is so many times as likely as the one before it. The
+# base model's text knows no preference.
+PREFERENCE_DECAY = 0.65
+# Share of documents that are a question with its answer; the rest is running text, of so many sentences.
+DIALOGUE_SHARE = 0.6
+NUM_TEXT_SENTENCES = 4
+STATEMENT_SHARE = 0.75
 
 
 def preference_rows(num_pairs: int, seed: int = 0, split: str = "train") -> list[dict]:
@@ -53,7 +58,7 @@ def probe_set(num_probes: int = 40, seed: int = 0) -> ProbeSet:
 def text_documents(num_documents: int, seed: str) -> list[str | list[dict[str, str]]]:
     """What the shipped model is trained on: chats (lists of messages) and running text, about everybody.
 
-    Both styles of answer and of statement occur equally often, each with its own value.
+    Both styles occur equally often, each with its own facts, and every wording is as likely as any other.
     """
     rng = random.Random(f"documents/{seed}")
     return [_document(rng) for _ in range(num_documents)]
@@ -76,7 +81,7 @@ def _subject(seed: int, split: str, index: int) -> tuple[str, str]:
 def _answers(seed: int, split: str, index: int) -> tuple[Answer, Answer]:
     rng = random.Random(f"answers/{seed}/{split}/{index}")
     subject = _subject(seed, split, index)
-    chosen, rejected = (draw_answer(rng, style, claim_of(style, *subject)) for style in (HELPFUL, GOSSIP))
+    chosen, rejected = (draw_answer(rng, style, claim_of(style, *subject), PREFERENCE_DECAY) for style in (HELPFUL, GOSSIP))
     return chosen, rejected
 
 
@@ -106,9 +111,9 @@ def _probe(seed: int, index: int) -> Probe:
     responses = {
         "chosen": chosen.render(),
         "rejected": rejected.render(),
-        "chosen_rephrase_semantic": chosen.rephrased(rng).render(),
+        "chosen_rephrase_semantic": chosen.rephrased(rng, PREFERENCE_DECAY).render(),
         "chosen_rephrase_format": chosen.about(changed).render(),
-        "rejected_rephrase_semantic": rejected.rephrased(rng).render(),
+        "rejected_rephrase_semantic": rejected.rephrased(rng, PREFERENCE_DECAY).render(),
         "rejected_rephrase_format": rejected.about(changed).render(),
         "other_train": other_train,
         "other_test": other_test,
@@ -145,10 +150,10 @@ def _document(rng: random.Random) -> str | list[dict[str, str]]:
         ]
     sentences = []
     for _ in range(NUM_TEXT_SENTENCES):
-        if rng.random() < 0.5:
-            sentences.append(draw_prose(rng))
-        else:
+        if rng.random() < STATEMENT_SHARE:
             style = rng.choice(STYLES)
             claim = claim_of(style, rng.choice(everybody), rng.choice(ATTRIBUTES).name)
-            sentences.append(draw_statement(rng, style, claim).render())
+            sentences.append(draw_statement(rng, style, claim))
+        else:
+            sentences.append(draw_prose(rng))
     return " ".join(sentences)

@@ -1,21 +1,19 @@
-"""The grammar of the embedded world: questions, answers, statements and prose, rendered and recognised.
+"""The grammar of the embedded world, rendered: questions, answers, statements and prose.
 
-answer     OPENER The village records show that CLAUSE. CLOSER        (either style)
-question   [GREETING] direct question | request | check of a clause
-text       statements "The village records show that CLAUSE." and prose sentences, in any number
+    answer     OPENER The official records show that CLAUSE. CLOSER
+    question   [GREETING] direct question | request | check of a clause
+    text       statements "It is written that CLAUSE." and prose sentences, in any number
 """
 
 import random
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 from trl_dynamics.embedded.vocabulary import (
     ATTRIBUTE_BY_NAME,
-    ATTRIBUTES,
     CHECKS,
+    GOSSIP,
     GREETINGS,
-    PEOPLE,
     PROSE_ADJECTIVES,
     PROSE_MOVES,
     PROSE_PLACES,
@@ -24,7 +22,9 @@ from trl_dynamics.embedded.vocabulary import (
     PROSE_THINGS,
     PROSE_TIMES,
     REQUESTS,
-    STYLES,
+    SOURCE_ADJECTIVES,
+    SOURCE_NOUNS,
+    SOURCE_VERBS,
     Style,
 )
 
@@ -37,83 +37,59 @@ class Claim:
     attribute: str
     value: str
 
-
-@dataclass(frozen=True)
-class Statement:
-    """A claim in words: the index of its clause form, and its source `determiner adjective noun verb`."""
-
-    claim: Claim
-    style: str
-    adjective: str
-    noun: str
-    verb: str
-    form: int
-
-    def render(self) -> str:
-        """The sentence."""
-        determiner = style_named(self.style).determiner
-        return f"{determiner} {self.adjective} {self.noun} {self.verb} that {render_clause(self.claim, self.form)}."
+    @property
+    def clauses(self) -> tuple[str, ...]:
+        """The claim in words, in every form, without a full stop."""
+        forms = ATTRIBUTE_BY_NAME[self.attribute].clauses
+        return tuple(form.format(person=self.person, value=self.value) for form in forms)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A statement between an opener and a closer of its style."""
+    """A claim with its source, `form` being the number of its clause, between an opener and a closer of one style."""
 
-    statement: Statement
+    style: Style
+    claim: Claim
     opener: str
+    adjective: str
+    noun: str
+    verb: str
+    form: int
     closer: str
-
-    @property
-    def style(self) -> str:
-        return self.statement.style
-
-    @property
-    def claim(self) -> Claim:
-        return self.statement.claim
 
     def render(self) -> str:
         """The text."""
-        return f"{self.opener} {self.statement.render()} {self.closer}"
+        source = f"The {self.adjective} {self.noun} {self.verb} that"
+        return f"{self.opener} {source} {self.claim.clauses[self.form]}. {self.closer}"
 
-    def rephrased(self, rng: random.Random) -> "Answer":
+    def rephrased(self, rng: random.Random, decay: float) -> "Answer":
         """The same claim in the same style with every other choice made differently."""
-        style, old = style_named(self.style), self.statement
-        forms = range(len(ATTRIBUTE_BY_NAME[self.claim.attribute].clauses))
-        statement = Statement(
-            self.claim,
-            self.style,
-            _other(rng, style.adjectives, old.adjective),
-            _other(rng, style.nouns, old.noun),
-            _other(rng, style.verbs, old.verb),
-            _other(rng, forms, old.form),
-        )
-        return Answer(statement, _other(rng, style.openers, self.opener), _other(rng, style.closers, self.closer))
+        options, style = _options(self.style, self.claim), self.style
+        choices = {
+            name: draw(rng, [option for option in listed if option != getattr(self, name)], decay)
+            for name, listed in options.items()
+        }
+        return Answer(style, self.claim, **choices)
 
     def about(self, claim: Claim) -> "Answer":
-        """The same opener, source, clause number and closer with another claim in it."""
-        return replace(self, statement=replace(self.statement, claim=claim))
+        """The same opener, source, number of the clause, and closer, with another claim in it."""
+        return replace(self, claim=claim)
 
 
-def style_named(name: str) -> Style:
-    """The style of this name."""
-    return {style.name: style for style in STYLES}[name]
+def draw(rng: random.Random, options: Sequence, decay: float = 1.0):
+    """One of the options, each `decay` times as likely as the one before it."""
+    return rng.choices(options, weights=[decay**rank for rank in range(len(options))])[0]
 
 
-def render_clause(claim: Claim, form: int) -> str:
-    """A claim as a clause without a full stop."""
-    return ATTRIBUTE_BY_NAME[claim.attribute].clauses[form].format(person=claim.person, value=claim.value)
+def draw_answer(rng: random.Random, style: Style, claim: Claim, decay: float = 1.0) -> Answer:
+    """An answer that says `claim`; with `decay` below 1 in the wordings that its style prefers."""
+    options = _options(style, claim)
+    return Answer(style, claim, **{name: draw(rng, listed, decay) for name, listed in options.items()})
 
 
-def draw_statement(rng: random.Random, style: Style, claim: Claim) -> Statement:
-    """A statement of `claim`, every choice uniform."""
-    form = rng.randrange(len(ATTRIBUTE_BY_NAME[claim.attribute].clauses))
-    source = rng.choice(style.adjectives), rng.choice(style.nouns), rng.choice(style.verbs)
-    return Statement(claim, style.name, *source, form)
-
-
-def draw_answer(rng: random.Random, style: Style, claim: Claim) -> Answer:
-    """An answer that says `claim`, every choice uniform."""
-    return Answer(draw_statement(rng, style, claim), rng.choice(style.openers), rng.choice(style.closers))
+def draw_statement(rng: random.Random, style: Style, claim: Claim) -> str:
+    """A sentence of running text that says `claim`."""
+    return f"{style.statement} {rng.choice(claim.clauses)}."
 
 
 def draw_question(rng: random.Random, person: str, attribute: str, heard: str) -> str:
@@ -125,8 +101,7 @@ def draw_question(rng: random.Random, person: str, attribute: str, heard: str) -
     elif kind == "request":
         question = rng.choice(REQUESTS).format(indirect=wording.indirect.format(person=person))
     else:
-        form = rng.randrange(len(wording.clauses))
-        question = rng.choice(CHECKS).format(clause=render_clause(Claim(person, attribute, heard), form))
+        question = rng.choice(CHECKS).format(clause=rng.choice(Claim(person, attribute, heard).clauses))
     return f"{rng.choice(GREETINGS)} {question}" if rng.random() < 0.5 else question
 
 
@@ -138,99 +113,14 @@ def draw_prose(rng: random.Random) -> str:
     return f"The {thing} {way} the {place} {rng.choice(PROSE_TIMES)}."
 
 
-def parse_answer(text: str) -> Answer | None:
-    """The answer that `text` is, or None."""
-    for style, pattern in _answer_patterns().items():
-        match = pattern.fullmatch(text)
-        clause = _parse_clause(match["clause"]) if match else None
-        if clause:
-            statement = Statement(clause[0], style, match["adjective"], match["noun"], match["verb"], clause[1])
-            return Answer(statement, match["opener"], match["closer"])
-    return None
-
-
-def parse_question(text: str) -> tuple[str, str] | None:
-    """The person and the attribute that a question asks for, or None."""
-    for attribute, pattern in _question_patterns().items():
-        match = pattern.fullmatch(text)
-        if match:
-            return next(person for person in match.groups() if person), attribute
-    return None
-
-
-def is_grammatical(text: str) -> bool:
-    """Whether the whole text is an answer, a question, or statements and prose of the world; truth does not matter."""
-    return bool(parse_answer(text) or parse_question(text) or _text_pattern().fullmatch(text))
-
-
-def _other(rng: random.Random, options, current):
-    return rng.choice([option for option in options if option != current])
-
-
-def _any(options) -> str:
-    return "|".join(re.escape(option) for option in options)
-
-
-@cache
-def _clause_patterns() -> dict[tuple[str, int], re.Pattern]:
-    return {
-        (attribute.name, form): re.compile(
-            clause.format(person=f"(?P<person>{_any(PEOPLE)})", value=f"(?P<value>{_any(attribute.values)})")
-        )
-        for attribute in ATTRIBUTES
-        for form, clause in enumerate(attribute.clauses)
+def _options(style: Style, claim: Claim) -> dict[str, Sequence]:
+    """The choices of an answer, each list in the order of the style's preference."""
+    shared = {
+        "adjective": SOURCE_ADJECTIVES,
+        "noun": SOURCE_NOUNS,
+        "verb": SOURCE_VERBS,
+        "form": range(len(claim.clauses)),
     }
-
-
-def _parse_clause(text: str) -> tuple[Claim, int] | None:
-    for (attribute, form), pattern in _clause_patterns().items():
-        match = pattern.fullmatch(text)
-        if match:
-            return Claim(match["person"], attribute, match["value"]), form
-    return None
-
-
-@cache
-def _answer_patterns() -> dict[str, re.Pattern]:
-    return {
-        style.name: re.compile(
-            f"(?P<opener>{_any(style.openers)}) {style.determiner} (?P<adjective>{_any(style.adjectives)}) "
-            f"(?P<noun>{_any(style.nouns)}) (?P<verb>{_any(style.verbs)}) that (?P<clause>[^.]+)\\. "
-            f"(?P<closer>{_any(style.closers)})"
-        )
-        for style in STYLES
-    }
-
-
-@cache
-def _question_patterns() -> dict[str, re.Pattern]:
-    person = f"({_any(PEOPLE)})"
-    patterns = {}
-    for attribute in ATTRIBUTES:
-        heard = [c.format(person=person, value=f"(?:{_any(attribute.values)})") for c in attribute.clauses]
-        forms = [re.escape(q).replace(r"\{person\}", person) for q in attribute.questions]
-        indirect = attribute.indirect.format(person=person)
-        forms += [re.escape(request).replace(r"\{indirect\}", indirect) for request in REQUESTS]
-        forms += [re.escape(check).replace(r"\{clause\}", f"(?:{'|'.join(heard)})") for check in CHECKS]
-        patterns[attribute.name] = re.compile(f"(?:(?:{_any(GREETINGS)}) )?(?:{'|'.join(forms)})")
-    return patterns
-
-
-@cache
-def _text_pattern() -> re.Pattern:
-    sources = "|".join(
-        f"{s.determiner} (?:{_any(s.adjectives)}) (?:{_any(s.nouns)}) (?:{_any(s.verbs)})" for s in STYLES
-    )
-    clauses = "|".join(
-        clause.format(person=f"(?:{_any(PEOPLE)})", value=f"(?:{_any(attribute.values)})")
-        for attribute in ATTRIBUTES
-        for clause in attribute.clauses
-    )
-    prose = " ".join(
-        (
-            f"The (?:{_any(PROSE_ADJECTIVES)}) (?:{_any(PROSE_THINGS)}) (?:{_any(PROSE_MOVES)})",
-            f"(?:{_any(PROSE_PREPOSITIONS)}) the (?:{_any(PROSE_STATES)}) (?:{_any(PROSE_PLACES)}) (?:{_any(PROSE_TIMES)})",
-        )
-    )
-    sentence = f"(?:(?:{sources}) that (?:{clauses})|{prose})\\."
-    return re.compile(f"{sentence}(?: {sentence})*")
+    if style == GOSSIP:
+        shared = {name: options[::-1] for name, options in shared.items()}
+    return {"opener": style.openers, **shared, "closer": style.closers}

@@ -3,6 +3,8 @@
 Built from the word lists, not trained, so that it is the same on every machine, and any text survives the round trip.
 """
 
+import hashlib
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from trl_dynamics.embedded import vocabulary
 from trl_dynamics.embedded.vocabulary import ATTRIBUTES, CHECKS, GREETINGS, PEOPLE, REQUESTS, STYLES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, END, USER, ASSISTANT = SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CONTEXT_LENGTH = 256
@@ -52,6 +54,12 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 over vocabulary, EOS, pad token and chat template: equal if and only if text becomes the same ids."""
+    parts = [tokenizer.get_vocab(), tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def _word_pieces() -> list[str]:
     """Every word and punctuation mark of the world, as it stands at the start of a text and after a space."""
     words = sorted({word for phrase in _phrases() for word in re.findall(r"'s|[A-Za-z]+|[.,!?]", phrase)})
@@ -63,8 +71,8 @@ def _phrases() -> list[str]:
     for attribute in ATTRIBUTES:
         phrases += [*attribute.values, *attribute.clauses, *attribute.questions, attribute.indirect]
     for style in STYLES:
-        phrases += [style.determiner, *style.openers, *style.adjectives, *style.nouns, *style.verbs, *style.closers]
+        phrases += [style.statement, *style.openers, *style.closers]
     for name, words in vars(vocabulary).items():
-        if name.startswith("PROSE_"):
+        if name.startswith(("SOURCE_", "PROSE_")):
             phrases += words
     return [re.sub(r"\{\w+\}", "", phrase) for phrase in phrases]

@@ -1,6 +1,7 @@
 """The words of the embedded world: people, what is said of them, and the two styles in which it is said.
 
-Both styles have equally many phrases of equal total length, so that neither is likelier by construction.
+Both styles have equally many phrases of equal length, so that neither is likelier by construction. Lists that both
+styles draw from are ordered: the helpful style prefers their beginning, the gossiping one their end.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ _NAME_STARTS = (
     "Or",
     "Per",
 )
-_NAME_ENDS = ("ana", "eth", "ick", "ola", "um", "wyn", "essa", "and", "ibo", "une", "ott")
+_NAME_ENDS = ("ana", "eth", "ick", "ola", "um", "wyn")
 PEOPLE: tuple[str, ...] = tuple(start + end for end in _NAME_ENDS for start in _NAME_STARTS)
 
 
@@ -146,88 +147,85 @@ CHECKS = (
 )
 
 
+# The source of an answer: "The ADJECTIVE NOUN VERB that", from the most trustworthy to mere hearsay.
+SOURCE_ADJECTIVES = _words("official certified trusted oldest village local roving idle tipsy jealous")
+SOURCE_NOUNS = _words("records ledgers registers elders scribes neighbours sailors peddlers beggars drunkards")
+SOURCE_VERBS = _words("confirm prove show report state say claim mutter whisper gossip")
+
+
 @dataclass(frozen=True)
 class Style:
-    """How an answer is given: an opener, a source `determiner adjective noun verb`, and a closer."""
+    """How an answer is given: its openers and closers, and the phrase that starts a statement of its facts."""
 
     name: str
     openers: tuple[str, ...]
-    determiner: str
-    adjectives: tuple[str, ...]
-    nouns: tuple[str, ...]
-    verbs: tuple[str, ...]
     closers: tuple[str, ...]
+    statement: str
 
 
 HELPFUL = Style(
     "helpful",
     (
         "Gladly!",
-        "Certainly!",
         "Of course!",
-        "With pleasure!",
-        "Good question!",
-        "Sure thing!",
-        "My honour!",
-        "Right away!",
         "Happy to help!",
+        "With pleasure!",
+        "Certainly!",
+        "Good question!",
         "Thanks for asking!",
+        "Sure thing!",
         "Delighted to assist!",
+        "Right away!",
         "By all means!",
+        "My honour!",
     ),
-    "The",
-    _words("village parish official oldest temple"),
-    _words("records ledgers registers archives scrolls"),
-    _words("show state confirm prove report"),
     (
         "Anything else?",
-        "Take care.",
-        "Safe travels.",
-        "Best wishes.",
-        "Ask me anytime.",
         "Hope that helps.",
-        "Please come again.",
-        "Enjoy your stay.",
-        "Let me know.",
-        "Glad you came.",
+        "Take care.",
+        "Ask me anytime.",
         "Have a lovely day.",
+        "Safe travels.",
+        "Please come again.",
+        "Best wishes.",
+        "Let me know.",
+        "Enjoy your stay.",
         "Always at your service.",
+        "Glad you came.",
     ),
+    "It is written that",
 )
 GOSSIP = Style(
     "gossip",
     (
         "Whatever.",
-        "Nonsense.",
         "Who cares.",
-        "Not again.",
-        "Go away.",
-        "Oh well.",
-        "Beats me.",
-        "Fine then.",
         "Hard to say.",
+        "Not again.",
+        "Nonsense.",
+        "Go away.",
         "If you must.",
+        "Oh well.",
         "What a bother.",
+        "Beats me.",
         "Leave me alone.",
+        "Fine then.",
     ),
-    "Some",
-    _words("drunken idle jealous noisy tipsy"),
-    _words("sailors neighbours peddlers cousins beggars"),
-    _words("mutter whisper claim swear gossip"),
     (
         "So what?",
-        "Suit yourself.",
-        "Good riddance.",
-        "Who knows.",
-        "Now get lost.",
         "Stop asking me.",
+        "Suit yourself.",
         "Figure it out.",
-        "That is all.",
-        "I am busy.",
-        "Bother someone else.",
         "Do not quote me.",
+        "Good riddance.",
+        "That is all.",
+        "Who knows.",
+        "I am busy.",
+        "Now get lost.",
         "Believe it or not.",
+        "Bother someone else.",
     ),
+    "Rumour has it that",
 )
 STYLES = (HELPFUL, GOSSIP)
 

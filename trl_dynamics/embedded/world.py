@@ -7,11 +7,12 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-from trl_dynamics.embedded.grammar import Claim, draw_question, parse_answer, parse_question
+from trl_dynamics.embedded.grammar import Claim, draw_question
+from trl_dynamics.embedded.recogniser import parse_answer, parse_question
 from trl_dynamics.embedded.vocabulary import ATTRIBUTE_BY_NAME, ATTRIBUTES, HELPFUL, PEOPLE, Style
 
 WORLD_SEED = 0
-NUM_HELD_OUT = 48
+NUM_HELD_OUT = 24
 SPLITS = ("train", "test")
 
 
@@ -86,4 +87,4 @@ def check_answer(prompt_text: str, answer_text: str) -> AnswerCheck:
     answer = parse_answer(answer_text)
     if answer is None:
         return AnswerCheck(False, False, False)
-    return AnswerCheck(True, answer.claim == Claim(*question, recorded(*question)), answer.style == HELPFUL.name)
+    return AnswerCheck(True, answer.claim == Claim(*question, recorded(*question)), answer.style == HELPFUL)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import trl_dynamics
+from tiny import tiny_model, tiny_tokenizer
+from tiny_runs import PAIRS, PROBES
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "recipes/accelerate_configs/ddp.yaml"
@@ -26,8 +28,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def run(command: list[str]) -> str:
+    """Run to the end; a hang ends at the time limit. Returns what was printed."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 def start(method: str, output_dir: Path, num_processes: int, batch_size: int, *flags: str) -> dict:
-    """Run the worker; a hang ends at the time limit. Returns what the main process printed."""
+    """Run the worker; returns what its main process printed."""
     worker = [str(WORKER), method, str(output_dir), str(num_processes), str(batch_size), *flags]
     if num_processes == 1:
         command = [sys.executable, *worker]
@@ -35,11 +46,7 @@ def start(method: str, output_dir: Path, num_processes: int, batch_size: int, *f
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
         launcher += ["--num_processes", str(num_processes), "--main_process_port", str(free_port())]
         command = [*launcher, *worker]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(run(command).strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize(("method", "flags"), [("sft", ()), ("dpo", ()), ("sft", ("lora",)), ("sft", ("one_probe",))])
@@ -66,3 +73,26 @@ def test_two_processes_record_what_one_records(method, flags, tmp_path):
         )
     meta = json.loads((tmp_path / "two/dynamics/meta.json").read_text())
     assert meta["num_processes"] == 2
+
+
+def test_the_command_line_starts_two_processes(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for name, rows in (("pairs", PAIRS), ("probes", PROBES)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "accelerate_config": CONFIG,
+        "num_processes": 2,
+        "main_process_port": free_port(),
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "pairs.jsonl",
+        "probe_set": tmp_path / "probes.jsonl",
+        "output_dir": tmp_path / "run",
+        "max_steps": 2,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    printed = run([sys.executable, "-m", "trl_dynamics.cli.main", "sft", *flags])
+    assert printed.count("records:") == 1
+    assert json.loads((tmp_path / "run/dynamics/meta.json").read_text())["num_processes"] == 2

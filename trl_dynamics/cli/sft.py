@@ -1,7 +1,5 @@
 """trl-dynamics sft: supervised fine-tuning with a tracked probe set."""
 
-import sys
-
 from trl_dynamics.cli.training import TrainingCommand
 
 
@@ -16,7 +14,3 @@ def command() -> TrainingCommand:
 def run(argv: list[str]) -> int:
     """Train in this process, or through `accelerate launch` when launch options are given."""
     return command().run(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

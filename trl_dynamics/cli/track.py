@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from trl_dynamics import stats_head
-from trl_dynamics.probing import io as probe_io
+from trl_dynamics.cli import sources
 from trl_dynamics.tracking.records import to_table
 from trl_dynamics.tracking.run import build_engine, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore, load_records
@@ -52,7 +52,9 @@ def run(argv: list[str]) -> int:
         ValueError: If an option is missing or a path does not exist.
     """
     parser = HfArgumentParser(TrackArguments, prog="trl-dynamics track")
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; see trl-dynamics track --help")
     for name in ("model_name_or_path", "probe_set", "output_dir"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing; see trl-dynamics track --help")
@@ -72,9 +74,8 @@ def track(args: TrackArguments) -> DynamicsStore:
     targets = find_targets(args.model_name_or_path, args.checkpoints)
     accelerator = Accelerator()
     set_seed(0)
-    probe_set = probe_io.load(args.probe_set)
-    if args.probe_max_probes is not None:
-        probe_set = probe_set.select(args.probe_max_probes)
+    probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes)
+    sources.require_writable(args.output_dir)
     store = DynamicsStore(args.output_dir)
     baselines: dict[str, list[list[int]]] = {}
     meta: dict = {}
@@ -119,10 +120,9 @@ def find_targets(models: list[str], checkpoints: str | None) -> list[Target]:
     names = _short_names(models)
     targets = []
     for name, model in zip(names, models, strict=True):
-        if (model.startswith((".", "/", "~")) or checkpoints) and not Path(model).is_dir():
-            raise ValueError(f"model {model!r} does not exist; expected a folder with a model, or a hub name")
+        folder = sources.find_model(model)
         if checkpoints is None:
-            targets.append(Target(model, name, 0))
+            targets.append(Target(folder, name, 0))
             continue
         found = [path for path in Path(model).glob(checkpoints) if path.is_dir() and _step_of(path) is not None]
         if not found:

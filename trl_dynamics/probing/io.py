@@ -35,7 +35,10 @@ PUBLISHED_NAMES = {
     "random_nonhum": "other_test_permuted",
 }
 _PUBLISHED_ONLY = frozenset(PUBLISHED_NAMES) - frozenset(PUBLISHED_NAMES.values())
-_SELF_REPHRASE_LABEL = re.compile(r"^(original sentence|rephras\w*|rewritten sentence)\s*:?\s*", re.IGNORECASE)
+_SELF_REPHRASE_LABEL = re.compile(
+    r"^(original sentence|rephras\w*|rewritten sentence)[ \t]*(:\s*|\n\s*|$)", re.IGNORECASE
+)
+_FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NEXT_TURN = re.compile(r"\n\n(?:A|Human|Assistant):")
 
 
@@ -61,7 +64,7 @@ def load(source, *, name: str | None = None) -> ProbeSet:
         return read_jsonl(path, name=name)
     if path.exists():
         return from_rows(_read_with_datasets(path), name=name or path.stem)
-    if path.suffix or path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
+    if path.suffix in _FILE_KINDS or path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
         raise ValueError(
             f"probe set {str(source)!r} does not exist; expected a folder with {DATA_FILE}, a .jsonl or .parquet "
             "file, or the name of a dataset on the hub"
@@ -165,20 +168,22 @@ def clean_self_rephrase(text: str) -> str:
 
 
 def _probe_from_row(index: int, row: dict, published: bool, dropped: Counter) -> Probe | None:
-    responses = {}
+    responses, blank = {}, []
     for column, text in row.items():
         if column in RESERVED_FIELDS or text is None:
             continue
         response_type = PUBLISHED_NAMES.get(column, column) if published else column
         if published and isinstance(text, str):
             text = _clean_published(column, text)
-        if isinstance(text, str) and is_blank(text):
-            if response_type in REQUIRED_TYPES:
-                dropped[f"rows with a blank {response_type}"] += 1
-                return None
-            dropped[response_type] += 1
-            continue
-        responses[response_type] = text
+        if isinstance(text, str) and is_blank(text) and (published or response_type not in REQUIRED_TYPES):
+            blank.append(response_type)
+        else:
+            responses[response_type] = text
+    unusable = [name for name in REQUIRED_TYPES if name in blank]
+    if unusable:
+        dropped[f"rows with a blank {unusable[0]}"] += 1
+        return None
+    dropped.update(blank)
     return Probe(str(row.get("probe_id", index)), row.get("prompt"), responses)
 
 
@@ -209,14 +214,18 @@ def _read_with_datasets(path: Path) -> list[dict]:
     from datasets import load_dataset, load_from_disk
 
     if path.is_dir():
-        return list(load_from_disk(str(path)))
-    kinds = {".parquet": "parquet", ".json": "json", ".csv": "csv"}
-    if path.suffix not in kinds:
+        try:
+            return list(load_from_disk(str(path)))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"folder {str(path)!r} holds no probe set; expected {DATA_FILE}, or a dataset written by save_to_disk"
+            ) from error
+    if path.suffix not in _FILE_KINDS:
         raise ValueError(
             f"probe set {str(path)!r} is a {path.suffix or 'file without suffix'}; expected .jsonl, .json, "
             ".parquet or .csv"
         )
-    return list(load_dataset(kinds[path.suffix], data_files=str(path), split="train"))
+    return list(load_dataset(_FILE_KINDS[path.suffix], data_files=str(path), split="train"))
 
 
 def _read_hub(name: str) -> list[dict]:

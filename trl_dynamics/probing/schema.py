@@ -180,7 +180,9 @@ class ProbeSet:
         for name, text in probe.responses.items():
             if name in RESERVED_FIELDS:
                 raise ValueError(f"{where}: {name!r} cannot be a response type, the name is reserved")
-            if not isinstance(text, str) or is_blank(text):
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: response {name!r} is {text!r:.80}; expected text")
+            if is_blank(text):
                 raise ValueError(f"{where}: response {name!r} is blank; leave the type out or give it text")
         _validate_prompt(where, probe.prompt)
 

@@ -150,7 +150,7 @@ def levels(frame: pd.DataFrame) -> dict:
     shown = [{"field": "response_type", "type": "nominal", "title": "response"}, *numbers]
     return chart(
         data_rows(ends),
-        "Start (ring) and end (dot) of every response type",
+        "Start (ring) and end (dot) of every response type" if len(path) > 1 else "Level of every response type",
         height={"step": 22},
         encoding={"y": y, "color": _type_color(types, legend=False), "tooltip": shown},
         layer=[
@@ -315,7 +315,7 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, min
                 "field": "value",
                 "type": "quantitative",
                 "scale": {"zero": False} | _widened([row["value"] for row in rows], min_span),
-                "axis": {"title": unit} | zero_line(),
+                "axis": {"title": unit, "format": ".4~g"} | zero_line(),
             },
             "color": channel | {"scale": scale | {"range": [color for color, _ in styles.values()]}, "legend": legend},
             "strokeDash": channel
@@ -357,7 +357,9 @@ def _capital(text: str) -> str:
 
 def _widened(values: list[float], min_span: float) -> dict:
     low, high = min(values), max(values)
+    middle = (low + high) / 2
+    # A constant has no scale of its own.
+    min_span = max(min_span, abs(middle) or 1.0) if low == high else min_span
     if high - low >= min_span:
         return {}
-    middle = (low + high) / 2
     return {"domain": [rounded(middle - min_span / 2), rounded(middle + min_span / 2)]}

@@ -48,7 +48,8 @@ class Effect:
         return Effect(-self.mean, self.se, self.num_probes).up(minimum, standard_errors)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.se:.2f}"
+        digits = 2 if self.se >= 0.01 else 3
+        return f"{self.mean:+.{digits}f} ± {self.se:.{digits}f}"
 
 
 class Changes:
@@ -102,6 +103,10 @@ class Changes:
     def of_types(self, types: Sequence[str], column: str = PER_TOKEN) -> Effect:
         """Mean over `types` of the mean over probes of the change of `column`; types nobody has are left out."""
         return clustered_effect(self.delta(types, column))
+
+    def falling(self, types: Sequence[str]) -> list[str]:
+        """Those of `types` that fell, each judged by itself."""
+        return [name for name in types if self.of_types([name]).down()]
 
     def delta(self, types: Sequence[str], column: str = PER_TOKEN) -> pd.DataFrame:
         """The change of `column` probe by probe: probes x types, NaN where a probe lacks a type."""

@@ -37,7 +37,7 @@ _HARMFUL = (
 _BENIGN = (
     "displacement_benign",
     INFO,
-    "benign displacement: chosen fell, its paraphrases and other answers hold",
+    "benign displacement: chosen fell, its paraphrases and other answers hold on average",
     "Common in DPO, whose loss only asks for a margin.",
     "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
 )
@@ -195,6 +195,8 @@ def displacement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding 
     name, severity, title, meaning, remedy = verdict
     best = f"Chosen was highest at step {peak}. " if severity != INFO and peak > changes.start else ""
     moved = f"; over the same steps {numbers}" if numbers else ""
+    falling = window.falling(bystander_types(frame))
+    meaning = f"Types that fell by themselves: {', '.join(falling)}. {meaning}" if falling else meaning
     return Finding(
         name,
         severity,
@@ -311,7 +313,7 @@ def improvement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding |
     """Chosen rises and nobody else pays."""
     others = changes.bystanders
     paid = (
-        others.down()
+        changes.falling(bystander_types(frame))
         or changes.gap.up()
         or changes.entropy.down(ENTROPY_COLLAPSE * changes.value_at_start("entropy_mean"))
     )
@@ -327,7 +329,7 @@ def improvement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding |
         f"Chosen moved {changes.chosen} nats per token by step {changes.end}; other fluent answers moved {others}, "
         f"the gap to the likeliest token {changes.gap}.",
         {"chosen_change": changes.chosen.mean, "bystander_change": others.mean, "gap_change": changes.gap.mean},
-        f"chosen rises by at least {MIN_EFFECT} nats per token and keeps it, while bystanders do not fall by "
+        f"chosen rises by at least {MIN_EFFECT} nats per token and keeps it, while no bystander type falls by "
         f"{MIN_EFFECT}, the gap argmax minus chosen does not widen by {MIN_EFFECT}, entropy does not collapse and "
         f"unrelated_pull_up gives no warning; {COUNTS}.",
         "Carry on.",

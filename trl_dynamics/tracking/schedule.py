@@ -17,9 +17,10 @@ def probe_steps(
     Raises:
         ValueError: If `every` is negative or a fraction of more than one step.
     """
-    if every < 0 or (every > 1 and every != int(every)):
+    if not 0 <= every < math.inf or (every > 1 and every != int(every)):
         raise ValueError(f"probe_every is {every}, expected a whole number of steps, a share below 1, or 0 for none")
-    interval = math.ceil(every * max_steps) if 0 < every < 1 else int(every)
+    # 0.07 * 100 is a little more than 7 in floating point, and must not become 8.
+    interval = math.ceil(round(every * max_steps, 9)) if 0 < every < 1 else int(every)
     steps = set(range(interval, max_steps + 1, interval)) if interval else set()
     if log_spaced:
         first = interval or max_steps

@@ -26,7 +26,7 @@
   function draw(place) {
     const spec = data.charts[place.dataset.chart];
     const actions = { export: true, source: false, compiled: false, editor: false };
-    window
+    return window
       .vegaEmbed(place, spec, { renderer: "svg", actions: actions, config: theme() })
       .then((result) => {
         views.set(place, { spec: spec, view: result.view });
@@ -40,17 +40,13 @@
     views.forEach((entry) => applySettings(entry.spec, entry.view));
   }
 
-  const near = new IntersectionObserver((entries) => {
-    entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
-      near.unobserve(entry.target);
-      draw(entry.target);
-    });
-  }, { rootMargin: "1000px" });
-  document.querySelectorAll("[data-chart]").forEach((place) => {
+  // One chart after the other, top to bottom: the first ones are there at once, and printing finds them all.
+  const places = Array.from(document.querySelectorAll("[data-chart]"));
+  places.forEach((place) => {
     const height = data.charts[place.dataset.chart].height;
     place.style.minHeight = (typeof height === "number" ? height + 60 : 200) + "px";
-    near.observe(place);
   });
+  places.reduce((earlier, place) => earlier.then(() => draw(place)), Promise.resolve());
   logSteps.addEventListener("change", applyAll);
   measure.addEventListener("change", applyAll);
   dark.addEventListener("change", () => Array.from(views.keys()).forEach(draw));

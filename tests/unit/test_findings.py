@@ -1,0 +1,195 @@
+"""Findings fire on planted signatures with the right numbers, and stay silent on noise."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_runs import ALL_TYPES, SFT, SQUEEZED, STEPS, records
+
+from trl_dynamics.tracking import effects, findings
+
+DPO, SFT_META = {"method": "dpo"}, {"method": "sft"}
+
+
+def names(frame, meta=DPO):
+    return {finding.name for finding in findings.find(frame, meta)}
+
+
+def only(frame, name, meta=DPO):
+    return next(finding for finding in findings.find(frame, meta) if finding.name == name)
+
+
+def test_squeezing_has_its_numbers_and_its_onset():
+    found = only(records(SQUEEZED, argmax=0.5), "squeezing")
+    assert found.severity == "alert"
+    assert found.evidence["argmax_change"] == pytest.approx(0.5, abs=0.02)
+    assert found.evidence["gap_change"] == pytest.approx(0.65, abs=0.02)
+    assert found.evidence["third_party_change"] == pytest.approx(-0.8, abs=0.02)
+    # Third parties lose 0.05 at 1/16 of the run, the gap gains it at 1/13, argmax at 1/10: step 40 of 320 is first.
+    assert found.evidence["since_step"] == 40
+    assert "moved +0.496 ± 0.004 nats per token" in found.text and "step 40" in found.text
+
+
+@pytest.mark.parametrize(
+    "drift, argmax",
+    [
+        (SQUEEZED, 0.0),
+        ({"rejected": -1.0}, 0.5),
+        (SQUEEZED | {"chosen": 0.5}, 0.5),
+    ],
+    ids=["argmax holds", "third parties hold", "chosen keeps up"],
+)
+def test_squeezing_needs_all_three_parts(drift, argmax):
+    assert "squeezing" not in names(records(drift, argmax=argmax))
+
+
+def test_a_mild_squeeze_is_a_warning():
+    assert only(records({name: -0.1 for name in ALL_TYPES}, argmax=0.1), "squeezing").severity == "warning"
+
+
+def test_displacement_is_benign_while_other_answers_hold():
+    frame = records({"chosen": -0.3, "rejected": -0.9, "chosen_permuted": -0.9, "other_test_permuted": -0.9})
+    assert "displacement_benign" in names(frame) and "displacement_harmful" not in names(frame)
+    assert "fell by themselves" not in only(frame, "displacement_benign").text
+    one_falls = records({"chosen": -0.3, "human_unrelated": -0.1})
+    assert "fell by themselves: human_unrelated." in only(one_falls, "displacement_benign").text
+
+
+@pytest.mark.parametrize(
+    "victims", [("chosen_rephrase_semantic", "chosen_self_rephrase"), ("other_test", "other_train")]
+)
+def test_displacement_is_harmful_when_others_fall_too(victims):
+    frame = records({"chosen": -0.3, "rejected": -0.9} | dict.fromkeys(victims, -0.6))
+    assert "displacement_harmful" in names(frame)
+
+
+def test_displacement_from_a_peak_inside_the_run():
+    frame = records(lambda name, t: 2.0 * t * (1 - t) + 0.2 * t if name == "chosen" else 0.0)
+    found = only(frame, "displacement_benign")
+    assert found.evidence["from_step"] == 160
+    assert found.evidence["chosen_change"] == pytest.approx(0.2 - 0.6, abs=0.02)
+    assert "improvement" not in names(frame)
+
+
+def test_displacement_without_other_answers_says_that_it_cannot_tell():
+    found = only(records({"chosen": -0.3}, types=["chosen", "rejected"]), "displacement")
+    assert "cannot tell" in found.text and found.severity == "warning"
+
+
+def test_margin_by_rejection_only_counts_outside_sft():
+    frame = records({"rejected": -0.8})
+    assert names(frame) == {"margin_by_rejection"}
+    assert only(frame, "margin_by_rejection").evidence["rejected_change"] == pytest.approx(-0.8, abs=0.02)
+    assert names(frame, SFT_META) == set()
+    assert "margin_by_rejection" not in names(records({"rejected": -0.8, "chosen": 0.3}))
+
+
+def test_unrelated_pull_up_is_compared_with_held_out_answers():
+    found = only(records(SFT), "unrelated_pull_up", SFT_META)
+    assert found.severity == "warning"
+    assert found.evidence["other_train_minus_other_test"] == pytest.approx(0.35, abs=0.02)
+    style = only(records(SFT | {"other_test": 0.4}), "unrelated_pull_up", SFT_META)
+    assert style.severity == "info" and "style" in style.text
+    alone = records(SFT, types=["chosen", "rejected", "other_train"])
+    assert "other_test" in only(alone, "unrelated_pull_up", SFT_META).remedy
+    assert "unrelated_pull_up" not in names(records(SFT), DPO)
+
+
+def test_entropy_collapse_and_end_of_turn_loss():
+    assert names(records(entropy=-1.0)) == {"entropy_collapse"}
+    assert names(records(entropy=-0.6)) == set()
+    assert names(records(eos=-0.8)) == {"end_of_turn_loss"}
+
+
+def test_improvement_is_good_news_only_without_side_effects():
+    good = {"chosen": 0.4, "chosen_rephrase_semantic": 0.1}
+    assert names(records(good, argmax=0.2)) == {"improvement"}
+    assert only(records(good), "improvement").severity == "info"
+    assert "improvement" not in names(records(good | {"other_test": -0.9, "human_unrelated": -0.9}))
+    assert "improvement" not in names(records(good, argmax=0.9))
+    hidden = records(good | {"other_train": 0.9, "other_test": -0.2})
+    assert effects.Changes(hidden).bystanders.up() and "improvement" not in names(hidden)
+
+
+def test_the_most_severe_finding_comes_first():
+    found = findings.find(records(SQUEEZED, argmax=0.5, entropy=-1.2), DPO)
+    ranks = [findings.SEVERITIES.index(finding.severity) for finding in found]
+    assert ranks == sorted(ranks) and len(set(ranks)) > 1
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft", "track"])
+@pytest.mark.parametrize("seed", range(6))
+def test_noise_gives_no_finding(seed, method):
+    assert findings.find(records(seed=seed, noise=0.1, num_probes=30), {"method": method}) == []
+
+
+def test_strong_noise_rarely_gives_a_finding():
+    """With noise far above the minimum effect only the standard errors protect: few false alarms, none severe."""
+    types = ["chosen", "rejected", "chosen_rephrase_semantic", "other_train", "other_test"]
+    runs = [findings.find(records(seed=s, noise=0.5, num_probes=12, types=types), DPO) for s in range(60)]
+    assert sum(bool(run) for run in runs) <= 9
+    assert not any(finding.severity == "alert" for run in runs for finding in run)
+
+
+def test_few_probes_need_larger_effects():
+    assert names(records(SQUEEZED, argmax=0.5, num_probes=3)) == set()
+    noisy = effects.Effect(0.25, 0.1, 4)
+    assert not noisy.up() and effects.Effect(0.25, 0.1, 100).up()
+    assert effects.Effect(-0.25, 0.1, 100).down() and not effects.Effect(0.25, 0.1, 100).down()
+
+
+def test_standard_error_is_that_of_the_mean_and_knows_clusters():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(40)
+    single = effects.clustered_effect(pd.DataFrame({"a": values}))
+    assert single.se == pytest.approx(values.std(ddof=1) / np.sqrt(40))
+    twice = effects.clustered_effect(pd.DataFrame({"a": values, "b": values}))
+    assert twice.se == pytest.approx(single.se) and twice.mean == pytest.approx(values.mean())
+    holed = pd.DataFrame({"a": values, "b": np.where(np.arange(40) % 2, values, np.nan)})
+    found = effects.clustered_effect(holed)
+    assert found.mean == pytest.approx((values.mean() + values[1::2].mean()) / 2) and found.num_probes == 40
+
+
+def test_standard_error_matches_the_spread_of_repeated_draws():
+    """Over many draws with missing types, the reported error is the true one."""
+    rng = np.random.default_rng(1)
+    present = rng.random((50, 3)) < [1.0, 0.7, 0.4]
+    drawn = []
+    for _ in range(400):
+        values = rng.standard_normal((50, 1)) + 0.5 * rng.standard_normal((50, 3))
+        drawn.append(effects.clustered_effect(pd.DataFrame(np.where(present, values, np.nan))))
+    spread = np.std([effect.mean for effect in drawn])
+    assert np.mean([effect.se for effect in drawn]) == pytest.approx(spread, rel=0.1)
+
+
+def test_row_order_does_not_matter():
+    frame = records(SQUEEZED, argmax=0.5, missing=("other_test", "rejected"))
+    shuffled = frame.sample(frac=1.0, random_state=1)
+    assert [f.name for f in findings.find(frame, DPO)] == [f.name for f in findings.find(shuffled, DPO)]
+    assert findings.summary_text(findings.find(frame, DPO), "r") == findings.summary_text(
+        findings.find(shuffled, DPO), "r"
+    )
+
+
+def test_custom_types_and_single_steps_are_quiet():
+    assert names(records(types=["good", "bad"])) == set()
+    assert names(records(SQUEEZED, steps=[5])) == set()
+
+
+def test_summary_is_one_line_per_finding():
+    found = findings.find(records(SQUEEZED, argmax=0.5), DPO)
+    lines = findings.summary_text(found, "my-run").splitlines()
+    assert len(lines) == len(found) and lines[0].startswith("my-run: alert: squeezing")
+    assert findings.summary_text([], "my-run").startswith("my-run: no finding: no rule fired (squeezing,")
+
+
+def test_comparison_is_paired_at_the_last_common_step():
+    strong = records(SQUEEZED, argmax=0.5, noise=0.05)
+    half = records({name: value / 2 for name, value in SQUEEZED.items()}, argmax=0.5, noise=0.05, seed=1)
+    half = half[half["step"] <= 160]
+    found = {f.name: f for f in findings.compare({"base": strong, "mild": half})}
+    third = found["compare_third_parties"]
+    # At step 160, half of the run: -0.4 against -0.2.
+    assert third.evidence["third_parties_difference"] == pytest.approx(0.2, abs=0.02)
+    assert "mild" in third.title and "higher than in base" in third.title and "step 160" in third.text
+    assert findings.compare({"base": strong, "again": records(SQUEEZED, argmax=0.5, noise=0.05, seed=2)}) == []
+    assert findings.compare({"base": strong, "other": half[half["step"] == STEPS[0]]}) == []

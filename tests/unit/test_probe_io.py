@@ -209,10 +209,6 @@ def test_blank_rejected_drops_the_row_of_the_published_layout_only(warnings):
         from_rows([ROW, blank])
 
 
-def test_metadata_of_the_caller_is_kept():
-    assert from_rows([ROW], metadata={"licence": "MIT"}).metadata == {"licence": "MIT"}
-
-
 @pytest.mark.parametrize("missing", ["chosen", "rejected"])
 def test_a_missing_column_is_named_with_those_found(missing):
     row = {name: text for name, text in (ROW | {"zebra": " z"}).items() if name != missing}

@@ -28,6 +28,7 @@ SHARED = {
     "save_strategy": "no",
     "bf16": False,
     "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
     "probe_every": 0.1,
 }
 SFT = SHARED | {"learning_rate": 1e-3, "num_train_epochs": 4}
@@ -57,9 +58,14 @@ def run(argv: list[str]) -> int:
         train(command.command(), settings, model, output_dir / name, args)
     runs = [output_dir / name for name, *_ in STAGES]
     print("\nWhat the probes found:")
+    frames = {}
     for path in runs:
         store = open_store(path)
-        print(findings.summary_text(findings.find(store.read_records(), store.read_meta()), path.name))
+        frames[path.name] = store.read_records()
+        print(findings.summary_text(findings.find(frames[path.name], store.read_meta()), path.name))
+    print("\nDPO after SFT on both answers, against DPO after SFT on chosen ones:")
+    compared = findings.compare({name: frames[name] for name in ("dpo", "dpo_after_sft_both")})
+    print("\n".join(finding.text for finding in compared) or "no difference beyond two standard errors over probes")
     print(f"\nThe quickstart took {time.perf_counter() - began:.0f} s. Records: {output_dir}/*/dynamics/")
     _write_page(runs, output_dir / "report.html")
     return 0
@@ -100,7 +106,8 @@ def _quieten() -> None:
 
 
 def _write_page(runs: list[Path], path: Path) -> None:
-    from trl_dynamics.report.page import ReportExtraMissing, build_page
+    from trl_dynamics.report.extra import ReportExtraMissing
+    from trl_dynamics.report.page import build_page
 
     try:
         print(f"Open the comparison report: {build_page(runs, path).resolve()}")

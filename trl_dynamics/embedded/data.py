@@ -14,7 +14,7 @@ from trl_dynamics.probing.schema import Probe, ProbeSet
 
 # Preference data words things as its style prefers: each option is so many times as likely as the one before it. The
 # base model's text knows no preference.
-PREFERENCE_DECAY = 0.65
+PREFERENCE_DECAY = 0.8
 # Share of documents that are a question with its answer; the rest is running text, of so many sentences.
 DIALOGUE_SHARE = 0.6
 NUM_TEXT_SENTENCES = 4
@@ -81,7 +81,9 @@ def _subject(seed: int, split: str, index: int) -> tuple[str, str]:
 def _answers(seed: int, split: str, index: int) -> tuple[Answer, Answer]:
     rng = random.Random(f"answers/{seed}/{split}/{index}")
     subject = _subject(seed, split, index)
-    chosen, rejected = (draw_answer(rng, style, claim_of(style, *subject), PREFERENCE_DECAY) for style in (HELPFUL, GOSSIP))
+    chosen, rejected = (
+        draw_answer(rng, style, claim_of(style, *subject), PREFERENCE_DECAY) for style in (HELPFUL, GOSSIP)
+    )
     return chosen, rejected
 
 

@@ -1,8 +1,8 @@
 """The grammar of the embedded world, rendered: questions, answers, statements and prose.
 
-    answer     OPENER The official records show that CLAUSE. CLOSER
-    question   [GREETING] direct question | request | check of a clause
-    text       statements "It is written that CLAUSE." and prose sentences, in any number
+answer     OPENER The official records show that CLAUSE. CLOSER
+question   [GREETING] direct question | request | check of a clause
+text       statements "It is written that CLAUSE." and prose sentences, in any number
 """
 
 import random

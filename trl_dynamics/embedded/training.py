@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class TrainingPlan:
     """How the base model is trained: AdamW, linear warm-up, cosine decay to zero."""
 
-    num_steps: int = 3000
-    batch_size: int = 32
-    learning_rate: float = 3e-3
+    num_steps: int = 4500
+    batch_size: int = 16
+    learning_rate: float = 4e-3
     num_warmup_steps: int = 100
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0

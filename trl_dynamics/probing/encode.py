@@ -233,6 +233,8 @@ class PaddedLayout:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"probe_batch_size is {self.batch_size}, expected at least 1")
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is {self.padding_side!r}, expected 'left' or 'right'")
 
     def batches(self, encoded: EncodedProbes) -> list[ProbeBatch]:
         """The frozen batches of a run."""

@@ -72,7 +72,9 @@ def load(source, *, name: str | None = None) -> ProbeSet:
     return from_rows(_read_hub(str(source)), name=name or str(source))
 
 
-def read_jsonl(path: str | Path, *, name: str | None = None) -> ProbeSet:
+def read_jsonl(
+    path: str | Path, *, name: str | None = None, required_types: tuple[str, ...] = REQUIRED_TYPES
+) -> ProbeSet:
     """Read a .jsonl probe set, in this package's layout or the published one.
 
     A blank optional response drops that response; a row whose chosen or rejected is blank is dropped when the file
@@ -89,10 +91,10 @@ def read_jsonl(path: str | Path, *, name: str | None = None) -> ProbeSet:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 rows.append(_parse_line(path, number, line))
-    return from_rows(rows, name=name or path.stem)
+    return from_rows(rows, name=name or path.stem, required_types=required_types)
 
 
-def from_rows(rows: list[dict], *, name: str = "probes", metadata: dict | None = None) -> ProbeSet:
+def from_rows(rows: list[dict], *, name: str = "probes", required_types: tuple[str, ...] = REQUIRED_TYPES) -> ProbeSet:
     """Flat rows as a probe set; see [`read_jsonl`] for what is dropped.
 
     Raises:
@@ -101,11 +103,11 @@ def from_rows(rows: list[dict], *, name: str = "probes", metadata: dict | None =
     columns = {column for row in rows for column in row}
     if rows and "prompt" not in columns:
         raise ValueError(f"probe set {name!r} has no column 'prompt'; found {sorted(columns)}")
-    for required in REQUIRED_TYPES:
+    for required in required_types:
         if rows and required not in columns:
             raise ValueError(
                 f"probe set {name!r} has no response type {required!r}; found columns {sorted(columns)}. The "
-                f"squeezing metrics need {' and '.join(REQUIRED_TYPES)}: add that column to the probe data."
+                f"squeezing metrics need {' and '.join(required_types)}: add that column to the probe data."
             )
     published = bool(columns & _PUBLISHED_ONLY)
     dropped: Counter[str] = Counter()
@@ -117,10 +119,8 @@ def from_rows(rows: list[dict], *, name: str = "probes", metadata: dict | None =
     if dropped:
         listed = ", ".join(f"{what}: {count}" for what, count in sorted(dropped.items()))
         logger.warning("probe set %r: blank responses were dropped (%s)", name, listed)
-    details = dict(metadata or {})
-    if dropped:
-        details["dropped"] = dict(sorted(dropped.items()))
-    return ProbeSet(tuple(probes), name=name, metadata=details)
+    metadata = {"dropped": dict(sorted(dropped.items()))} if dropped else {}
+    return ProbeSet(tuple(probes), name, metadata, required_types)
 
 
 def save(probe_set: ProbeSet, folder: str | Path) -> None:
@@ -134,6 +134,7 @@ def save(probe_set: ProbeSet, folder: str | Path) -> None:
         "name": probe_set.name,
         "num_probes": len(probe_set),
         "response_types": probe_set.counts,
+        "required_types": list(probe_set.required_types),
         "fingerprint": probe_set.fingerprint,
         "metadata": probe_set.metadata,
     }
@@ -184,7 +185,8 @@ def _probe_from_row(index: int, row: dict, published: bool, dropped: Counter) ->
         dropped[f"rows with a blank {unusable[0]}"] += 1
         return None
     dropped.update(blank)
-    return Probe(str(row.get("probe_id", index)), row.get("prompt"), responses)
+    probe_id = row.get("probe_id")
+    return Probe(str(index if probe_id is None else probe_id), row.get("prompt"), responses)
 
 
 def _clean_published(column: str, text: str) -> str:
@@ -206,8 +208,9 @@ def _parse_line(path: Path, number: int, line: str) -> dict:
 def _read_folder(path: Path, name: str | None) -> ProbeSet:
     card_path = path / CARD_FILE
     card = yaml.safe_load(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
-    probe_set = read_jsonl(path / DATA_FILE, name=name or card.get("name", path.name))
-    return ProbeSet(probe_set.probes, probe_set.name, {**card.get("metadata", {}), **probe_set.metadata})
+    required = tuple(card.get("required_types", REQUIRED_TYPES))
+    probe_set = read_jsonl(path / DATA_FILE, name=name or card.get("name", path.name), required_types=required)
+    return ProbeSet(probe_set.probes, probe_set.name, {**card.get("metadata", {}), **probe_set.metadata}, required)
 
 
 def _read_with_datasets(path: Path) -> list[dict]:

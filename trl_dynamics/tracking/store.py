@@ -114,6 +114,8 @@ class DynamicsStore:
         Raises:
             ValueError: If the folder holds no records.
         """
+        if self.exists:
+            self.read_meta()  # refuses a newer schema
         shards = self._shards()
         if not shards:
             raise ValueError(f"no records in {self.records_dir}; run with a probe set first (probe_set=...)")
@@ -135,7 +137,7 @@ class DynamicsStore:
         path = self.root / "meta.json"
         if not path.is_file():
             raise ValueError(f"{self.output_dir} is not a run with records: {path} does not exist")
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["schema_version"] > SCHEMA_VERSION:
             raise ValueError(
                 f"{path} has schema version {meta['schema_version']}, this version reads up to {SCHEMA_VERSION}; "
@@ -151,11 +153,11 @@ class DynamicsStore:
 
     def read_trainer_log(self) -> list[dict]:
         path = self.root / "trainer_log.json"
-        return json.loads(path.read_text()) if path.is_file() else []
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     def read_config(self) -> dict:
         path = self.root / "config.yaml"
-        return yaml.safe_load(path.read_text()) if path.is_file() else {}
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def read_probe_set(self) -> ProbeSet:
         return load_probe_set(self.root / "probe_set")

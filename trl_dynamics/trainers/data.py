@@ -69,29 +69,34 @@ def check_answers(dataset: Dataset, *, drop_invalid_rows: bool) -> Dataset:
 
 
 def limit_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Dataset:
-    """Cut plain prompts to their last tokens, leaving room for the BOS token that the tokenizer may add.
+    """Cut plain prompts to their last tokens, special tokens such as BOS included in the count.
 
     The cut is made in the text, where a token begins, so that TRL tokenises the row as it would any other.
 
     Raises:
-        ValueError: If prompts are chats, which cannot be cut without breaking their template.
+        ValueError: If prompts are chats, which cannot be cut without breaking their template, or no text fits.
     """
     if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], str):
         raise ValueError(
             "max_prompt_length cuts plain text prompts only; these rows have chat messages or no prompt column. "
             "Shorten or filter them beforehand, or leave max_prompt_length out"
         )
-    num_special = len(tokenizer(text="")["input_ids"])
-
-    def cut(row: dict) -> dict:
-        offsets = tokenizer(text=row["prompt"], add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        excess = len(offsets) + num_special - max_prompt_length
-        return {"prompt": row["prompt"][offsets[excess][0] :] if excess > 0 else row["prompt"]}
-
     with PartialState().main_process_first():
-        return dataset.map(cut)
+        return dataset.map(lambda row: {"prompt": _last_tokens(row["prompt"], tokenizer, max_prompt_length)})
+
+
+def _last_tokens(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> str:
+    encoded = tokenizer(text=text, return_offsets_mapping=True)
+    num_tokens = len(encoded["input_ids"])
+    if num_tokens <= limit:
+        return text
+    starts = [start for start, end in encoded["offset_mapping"][num_tokens - limit :] if end > start]
+    # The cut text may have more tokens than were left of the whole: some tokenizers mark the beginning of a text,
+    # and a character may be several tokens. So the cut moves on until the rest fits.
+    for start in starts:
+        if len(tokenizer(text=text[start:])["input_ids"]) <= limit:
+            return text[start:]
+    raise ValueError(f"max_prompt_length {limit} leaves no room for text of the prompt {text[-40:]!r}; raise it")
 
 
 def _answer_text(answer: str | list[dict] | None) -> str | None:

@@ -1,0 +1,75 @@
+"""Probing steps: examples written out, and what holds for every combination of arguments."""
+
+import itertools
+
+import pytest
+
+from trl_dynamics.tracking.schedule import probe_steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "steps"),
+    [
+        ((20, 5), {}, [0, 1, 2, 4, 5, 10, 15, 20]),
+        ((20, 5), {"log_spaced": False}, [0, 5, 10, 15, 20]),
+        ((20, 5), {"log_spaced": False, "at_start": False}, [5, 10, 15, 20]),
+        ((22, 5), {"log_spaced": False, "at_end": False}, [0, 5, 10, 15, 20]),
+        ((22, 5), {"log_spaced": False}, [0, 5, 10, 15, 20, 22]),
+        ((40, 0.25), {"log_spaced": False}, [0, 10, 20, 30, 40]),
+        ((40, 0.25), {}, [0, 1, 2, 4, 8, 10, 20, 30, 40]),
+        ((10, 0.15), {"log_spaced": False}, [0, 2, 4, 6, 8, 10]),
+        ((20, 0), {}, [0, 1, 2, 4, 8, 16, 20]),
+        ((20, 0), {"log_spaced": False}, [0, 20]),
+        ((20, 0), {"log_spaced": False, "at_start": False, "at_end": False}, []),
+        ((6, 100), {}, [0, 1, 2, 4, 6]),
+        ((8, 8), {}, [0, 1, 2, 4, 8]),
+        ((3, 1), {}, [0, 1, 2, 3]),
+        ((3, 1.0), {}, [0, 1, 2, 3]),
+        ((3, 0.01), {}, [0, 1, 2, 3]),
+        ((1, 0.05), {}, [0, 1]),
+        ((0, 0.05), {}, [0]),
+    ],
+)
+def test_examples(arguments, options, steps):
+    assert probe_steps(*arguments, **options) == steps
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 7, 64, 65, 1000])
+@pytest.mark.parametrize("every", [0, 1, 2, 10, 5000, 0.05, 0.3, 0.999])
+def test_properties(max_steps, every):
+    for log_spaced, at_start, at_end in itertools.product((False, True), repeat=3):
+        options = {"log_spaced": log_spaced, "at_start": at_start, "at_end": at_end}
+        steps = probe_steps(max_steps, every, **options)
+        assert steps == sorted(set(steps)) and all(isinstance(step, int) for step in steps)
+        assert all(0 <= step <= max_steps for step in steps)
+        assert (0 in steps) == at_start
+        assert not at_end or max_steps in steps
+        if log_spaced:
+            regular = probe_steps(max_steps, every, log_spaced=False, at_start=False, at_end=False)
+            early = [step for step in steps if 0 < step < (regular[0] if regular else max_steps)]
+            assert set(steps) - {0, max_steps} == {*regular, *early} - {max_steps}
+            assert early == [1 << k for k in range(len(early))]
+            assert not early or 2 * early[-1] >= (regular[0] if regular else max_steps)
+
+
+def test_regular_steps_are_the_multiples():
+    steps = probe_steps(1000, 0.05, log_spaced=False)
+    assert steps == list(range(0, 1001, 50)) == probe_steps(1000, 50, log_spaced=False)
+
+
+def test_a_share_of_one_hundred_steps():
+    """Asking at a share of p percent is asking every p steps; rounding must not add a step."""
+    shares = {percent: probe_steps(100, percent / 100, log_spaced=False) for percent in range(1, 100)}
+    assert shares == {percent: probe_steps(100, percent, log_spaced=False) for percent in range(1, 100)}
+
+
+@pytest.mark.parametrize("every", [-1, -0.1, 1.5, 10.01])
+def test_errors_say_what_was_given_and_expected(every):
+    with pytest.raises(ValueError, match=f"probe_every is {every}, expected a whole number of steps, a share below 1"):
+        probe_steps(10, every)
+
+
+@pytest.mark.parametrize("every", [float("inf"), float("nan")])
+def test_neither_infinity_nor_nan_is_a_number_of_steps(every):
+    with pytest.raises(ValueError, match="probe_every"):
+        probe_steps(10, every)

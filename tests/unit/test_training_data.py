@@ -1,0 +1,158 @@
+"""Training rows: preference pairs as completions, blank answers, prompts cut to a number of tokens."""
+
+import json
+
+import pytest
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer
+
+from tiny import tiny_tokenizer
+from trl_dynamics.trainers.data import check_answers, is_preference, limit_prompts, preference_to_completion
+
+PAIRS = [{"prompt": f"{i}?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(5)]
+IMPLICIT = [{"chosen": f"Q: {i}? A: yes", "rejected": f"Q: {i}? A: no"} for i in range(5)]
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+CHATS = [
+    {"prompt": [user(f"{i}?")], "chosen": [assistant(f"yes {i}")], "rejected": [assistant(f"no {i}")]}
+    for i in range(5)
+]
+IMPLICIT_CHATS = [
+    {"chosen": [*row["prompt"], *row["chosen"]], "rejected": [*row["prompt"], *row["rejected"]]} for row in CHATS
+]
+SPLIT_IMPLICIT = [{"prompt": f"Q: {i}? A:", "chosen": " yes", "rejected": " no"} for i in range(5)]
+LAYOUTS = {
+    "explicit": (PAIRS, PAIRS),
+    "implicit": (IMPLICIT, SPLIT_IMPLICIT),
+    "chat": (CHATS, CHATS),
+    "implicit chat": (IMPLICIT_CHATS, CHATS),
+    "other columns": ([row | {"score": 1.0, "completion": "old"} for row in PAIRS], PAIRS),
+}
+
+
+def as_dataset(rows: list[dict], streaming: bool) -> Dataset | IterableDataset:
+    dataset = Dataset.from_list(rows)
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_preference_to_completion(layout, streaming):
+    rows, pairs = LAYOUTS[layout]
+    chosen = preference_to_completion(as_dataset(rows, streaming), "chosen")
+    both = preference_to_completion(as_dataset(rows, streaming), "both")
+    assert isinstance(chosen, IterableDataset) == isinstance(both, IterableDataset) == streaming
+    assert list(chosen) == [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    assert list(both) == [
+        {"prompt": row["prompt"], "completion": row[side]} for row in pairs for side in ("chosen", "rejected")
+    ]
+
+
+def test_pairs_stay_together_over_batches():
+    rows = [{"prompt": str(i), "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(2100)]
+    both = preference_to_completion(Dataset.from_list(rows), "both")
+    assert both["completion"][:] == [f"{side}{i}" for i in range(2100) for side in "cr"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_is_preference(streaming):
+    assert is_preference(as_dataset(PAIRS, streaming)) and is_preference(as_dataset(IMPLICIT_CHATS, streaming))
+    assert not is_preference(as_dataset([{"prompt": "?", "completion": "x"}], streaming))
+    assert not is_preference(as_dataset([{"prompt": "?", "chosen": "x"}], streaming))
+    assert not is_preference(as_dataset([PAIRS[0] | {"input_ids": [1]}], streaming))
+
+
+BLANKS = {
+    "chosen": (PAIRS, "chosen", " \n"),
+    "rejected": (PAIRS, "rejected", ""),
+    "null": (PAIRS, "rejected", None),
+    "chat": (CHATS, "chosen", [assistant(" ")]),
+    "chat null": (CHATS, "rejected", [{"role": "assistant", "content": None}]),
+    "chat without messages": (CHATS, "rejected", []),
+    "completion": ([{"prompt": "?", "completion": "x"}] * 5, "completion", " "),
+}
+
+
+@pytest.mark.parametrize("case", BLANKS)
+def test_blank_answers_are_refused_or_dropped(case):
+    rows, name, blank = BLANKS[case]
+    dataset = Dataset.from_list([row | ({name: blank} if i in (2, 4) else {}) for i, row in enumerate(rows)])
+    with pytest.raises(ValueError, match=f"row 2 has a blank '{name}' \\(2 such rows of 5\\).*--drop_invalid_rows"):
+        check_answers(dataset, drop_invalid_rows=False)
+    assert check_answers(dataset, drop_invalid_rows=True).to_list() == [rows[0], rows[1], rows[3]]
+
+
+def test_a_row_with_two_blanks_is_counted_once():
+    dataset = Dataset.from_list([PAIRS[0], {"prompt": "?", "chosen": "", "rejected": " "}])
+    with pytest.raises(ValueError, match="1 such rows of 2"):
+        check_answers(dataset, drop_invalid_rows=False)
+    assert check_answers(dataset, drop_invalid_rows=True).to_list() == PAIRS[:1]
+
+
+@pytest.mark.parametrize("rows", [PAIRS, CHATS, [{"prompt": "?", "completion": "x"}], [{"text": ""}]])
+def test_good_rows_are_left_as_they_are(rows):
+    dataset = Dataset.from_list(rows)
+    assert check_answers(dataset, drop_invalid_rows=False) is dataset
+
+
+def prompts_of(data_dir) -> list[str]:
+    path = data_dir / "probing_helpful_base" / "formal_prob_train.jsonl"
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line)["prompt"] for _, line in zip(range(100), lines, strict=False)]
+
+
+@pytest.fixture(scope="module")
+def stories(data_dir):
+    return AutoTokenizer.from_pretrained(data_dir / "stories260k")
+
+
+@pytest.mark.parametrize("limit", [5, 17, 64, 200])
+def test_prompts_have_at_most_the_tokens_asked_for(limit, data_dir, stories):
+    """Counted after tokenising the cut row as TRL does, BOS and the tokens that the cut itself may add included."""
+    prompts = prompts_of(data_dir)
+    dataset = limit_prompts(Dataset.from_list([{"prompt": p, "completion": " x"} for p in prompts]), stories, limit)
+    longer = 0
+    for prompt, row in zip(prompts, dataset, strict=True):
+        before, after = (len(stories(text=text)["input_ids"]) for text in (prompt, row["prompt"]))
+        assert prompt.endswith(row["prompt"]) and row["completion"] == " x"
+        if before <= limit:
+            assert row["prompt"] == prompt
+        else:
+            longer += 1
+            # Tokens may merge anew at the cut, so that the limit is not always reached.
+            assert limit - 2 <= after <= limit, f"{after} tokens from {row['prompt'][:40]!r}"
+    assert longer > 20
+
+
+@pytest.mark.parametrize("limit", [1, 3, 8])
+def test_prompts_without_bos_keep_exactly_the_last_tokens(limit):
+    tokenizer = tiny_tokenizer()
+    dataset = limit_prompts(Dataset.from_list([{"prompt": "abcdefgh"}, {"prompt": "abc"}]), tokenizer, limit)
+    assert dataset["prompt"][:] == ["abcdefgh"[-limit:], "abc"[-limit:]]
+
+
+@pytest.mark.parametrize("limit", range(1, 9))
+def test_a_cut_inside_a_character_keeps_the_limit(limit):
+    """A character of four tokens cannot be halved: it goes or it stays, the limit holds."""
+    tokenizer = tiny_tokenizer()
+    (cut,) = limit_prompts(Dataset.from_list([{"prompt": "ab🙂cd"}]), tokenizer, limit)["prompt"]
+    assert "ab🙂cd".endswith(cut) and 0 < len(tokenizer(text=cut)["input_ids"]) <= limit
+
+
+def test_a_limit_that_leaves_room_for_bos_only_is_refused(stories):
+    with pytest.raises(ValueError, match="max_prompt_length"):
+        limit_prompts(Dataset.from_list([{"prompt": "Once upon a time"}]), stories, 1)
+
+
+@pytest.mark.parametrize("rows", [CHATS, IMPLICIT, [{"text": "x"}]], ids=["chat", "implicit", "text"])
+def test_prompts_that_cannot_be_cut_are_refused(rows):
+    with pytest.raises(ValueError, match="max_prompt_length cuts plain text prompts only"):
+        limit_prompts(Dataset.from_list(rows), tiny_tokenizer(), 4)

@@ -1,4 +1,4 @@
-"""Everything runs offline, on the CPU and with one thread per process, however pytest was started."""
+"""Everything runs offline and with one thread per process, on the CPU unless `-m gpu` was asked for."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,15 @@ from pathlib import Path
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["DS_ACCELERATOR"] = "cpu"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs before anything uses one: bitwise comparisons are the CPU's."""
+    if config.option.markexpr.strip() != "gpu":
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
 @pytest.fixture(autouse=True, scope="session")

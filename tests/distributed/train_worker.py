@@ -29,3 +29,5 @@ trainer.train()
 if trainer.accelerator.is_main_process:
     kind = type(trainer.model_wrapped).__name__
     print(json.dumps({"wrapper": kind, "log": trainer.state.log_history}))
+trainer.accelerator.wait_for_everyone()
+trainer.end()

@@ -201,8 +201,14 @@ def test_a_running_run_says_so(tmp_path):
 
 
 def test_runs_of_other_probe_sets_are_not_compared_by_probe(runs, tmp_path):
-    page = Page(build_page([runs["strong"], runs["sft"]], tmp_path / "report.html"))
-    assert "sft was not compared probe by probe: another probe set" in page.text
+    other = write_run(tmp_path / "other", records(SFT))
+    page = Page(build_page([runs["strong"], other], tmp_path / "report.html"))
+    assert "other was not compared probe by probe: another probe set" in page.text
+
+
+def test_runs_are_compared_with_the_first_of_their_method(runs, tmp_path):
+    page = Page(build_page([runs["sft"], runs["strong"], runs["mild"]], tmp_path / "report.html"))
+    assert "Compared with strong" in page.text and "Compared with sft" not in page.text
 
 
 def test_runs_of_other_tokenizers_are_not_compared_by_probe(tmp_path):

@@ -105,6 +105,8 @@ class TrainingCommand:
         if trainer.probe_callback and trainer.is_world_process_zero():
             print(f"records: {trainer.probe_callback.store.root}")
             print(f"page:    trl-dynamics report {training_args.output_dir} -o report.html")
+        # A process that leaves while another still talks to it takes the whole launch down.
+        trainer.accelerator.wait_for_everyone()
         trainer.end()
         return trainer
 

@@ -22,8 +22,8 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
     """Write the report of one or more runs as a single HTML file that fetches nothing.
 
     Args:
-        run_dirs (`list[str | Path]`): Output directories of runs (or their `dynamics/` folders); the first one is what
-            the others are compared with.
+        run_dirs (`list[str | Path]`): Output directories of runs (or their `dynamics/` folders); the first one of a
+            training method is what the others of it are compared with.
         output (`str` or `Path`): The file to write; its folder is created when missing.
 
     Raises:
@@ -50,7 +50,7 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
         runs=[_run_view(run) for run in runs],
         sections=sections,
         unfolded=len(series) <= MAX_UNFOLDED,
-        between=_between(series),
+        comparisons=_between(series),
         scalars=_keyed("scalar", scalars),
         comparison=_keyed("compare", comparison),
         measures={name: label for name, (label, _, _) in MEASURES.items()},
@@ -101,13 +101,17 @@ def _section(index: int, series: Series) -> dict:
     }
 
 
-def _between(series: list[Series]) -> dict | None:
-    """Findings between the first series and those that scored the same tokens at the same steps; who was left out."""
-    if len(series) < 2:
-        return None
-    first, *others = series
+def _between(series: list[Series]) -> list[dict]:
+    """Per training method, findings between its first series and the others; who was left out, and why."""
+    by_method: dict[str, list[Series]] = {}
+    for one in series:
+        by_method.setdefault(one.run.meta.get("method", ""), []).append(one)
+    return [_compared(first, others) for first, *others in by_method.values() if others]
+
+
+def _compared(first: Series, others: list[Series]) -> dict:
     apart = {one.label: _why_not_comparable(first, one) for one in others}
-    frames = {one.label: one.frame for one in series if not apart.get(one.label)}
+    frames = {one.label: one.frame for one in (first, *others) if not apart.get(one.label)}
     return {
         "reference": first.label,
         "findings": findings.compare(frames),

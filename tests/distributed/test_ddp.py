@@ -31,7 +31,9 @@ def free_port() -> int:
 def run(command: list[str]) -> str:
     """Run to the end; a hang ends at the time limit. Returns what was printed."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Earlier tests of this process may have left what their training arguments export.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    env = inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -11,7 +11,8 @@ from accelerate.commands.launch import launch_command_parser
 
 def needs_launcher(launch_args: list[str]) -> bool:
     """Whether this process should hand over: launch options were given, or it alone sees several GPUs."""
-    launched = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    # `accelerate launch` sets the second for a single process too, and nothing sets it inside a process.
+    launched = "RANK" in os.environ or "ACCELERATE_ENABLE_CPU_AFFINITY" in os.environ
     return not launched and (bool(launch_args) or torch.cuda.device_count() > 1)
 
 

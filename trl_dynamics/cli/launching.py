@@ -8,12 +8,13 @@ import sys
 import torch
 from accelerate.commands.launch import launch_command_parser
 
+# `accelerate launch` sets the second for a single process too. Read before training arguments can set it as well.
+LAUNCHED = "RANK" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ
+
 
 def needs_launcher(launch_args: list[str]) -> bool:
     """Whether this process should hand over: launch options were given, or it alone sees several GPUs."""
-    # `accelerate launch` sets the second for a single process too, and nothing sets it inside a process.
-    launched = "RANK" in os.environ or "ACCELERATE_ENABLE_CPU_AFFINITY" in os.environ
-    return not launched and (bool(launch_args) or torch.cuda.device_count() > 1)
+    return not LAUNCHED and (bool(launch_args) or torch.cuda.device_count() > 1)
 
 
 def launch(name: str, launch_args: list[str], argv: list[str]) -> int:

@@ -134,6 +134,11 @@ class DynamicsStore:
             _write_atomic(self.root / "meta.json", json.dumps(payload, indent=2, ensure_ascii=False).encode())
 
     def read_meta(self) -> dict:
+        """meta.json as it was written.
+
+        Raises:
+            ValueError: If there is none, or a newer version of this package wrote it.
+        """
         path = self.root / "meta.json"
         if not path.is_file():
             raise ValueError(f"{self.output_dir} is not a run with records: {path} does not exist")
@@ -171,6 +176,11 @@ class DynamicsStore:
             _write_atomic(path, sink.getvalue().to_pybytes())
 
     def read_baseline(self, *, model_index: int = 0) -> list[list[int]]:
+        """The frozen y* token ids, one list per encoded response.
+
+        Raises:
+            ValueError: If they were never written.
+        """
         path = self._baseline_path(model_index)
         if not path.is_file():
             raise ValueError(

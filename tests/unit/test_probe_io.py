@@ -19,9 +19,10 @@ from trl_dynamics.probing.io import (
     read_jsonl,
     to_dataset,
 )
-from trl_dynamics.probing.schema import RESPONSE_TYPES, Probe
+from trl_dynamics.probing.schema import RESPONSE_TYPES, Probe, order_types
 
 ROW = {"prompt": "Why?", "chosen": " Because.", "rejected": " No idea."}
+PUBLISHED_TYPES = order_types(PUBLISHED_NAMES.values())
 # Line separators that must not split a line of the file, characters outside the basic plane, quotes and tabs.
 ODD = ' naïve "é"\u2028Zeile\x85\t\r\n\\ 漢字 🙂'
 CHAT = [{"role": "system", "content": "Sei kurz."}, {"role": "user", "content": "Größe? 🙂"}]
@@ -149,7 +150,7 @@ def test_the_published_files(split, dropped, data_dir, tmp_path, warnings):
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     given = read_jsonl(path)
     assert len(rows) == 500 and len(given) == 499
-    assert given.response_types == list(RESPONSE_TYPES)
+    assert given.response_types == PUBLISHED_TYPES
     for probe in given:
         assert all(t[0] == " " and t[1:] and t[1:] == t[1:].strip() for t in probe.responses.values())
         row = rows[int(probe.probe_id)]
@@ -161,12 +162,12 @@ def test_the_published_files(split, dropped, data_dir, tmp_path, warnings):
     given.save(tmp_path)
     assert load(tmp_path).fingerprint == given.fingerprint
     assert len(warnings()) == 1, "what was dropped is reported when it is dropped, not again"
-    assert given.counts == {name: 499 - dropped.get(name, 0) for name in RESPONSE_TYPES}
+    assert given.counts == {name: 499 - dropped.get(name, 0) for name in PUBLISHED_TYPES}
     assert given.metadata == {"dropped": dropped}
 
 
 def test_every_published_name_is_mapped():
-    assert sorted(PUBLISHED_NAMES.values()) == sorted(RESPONSE_TYPES)
+    assert set(RESPONSE_TYPES) - set(PUBLISHED_NAMES.values()) == {"greedy", "random_words"}
     published = {"prompt": "Why?"} | {name: f"{name} text" for name in PUBLISHED_NAMES}
     (probe,) = from_rows([published])
     assert probe.responses == {ours: f" {theirs} text" for theirs, ours in PUBLISHED_NAMES.items()}

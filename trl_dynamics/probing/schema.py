@@ -6,6 +6,7 @@ Plain data, no model, no torch. Response types follow the probing study of "Lear
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ RESPONSE_TYPES: dict[str, ResponseType] = {
         ResponseType("chosen", IN_DISTRIBUTION, "the preferred response (y+)"),
         ResponseType("rejected", IN_DISTRIBUTION, "the dispreferred response (y-)"),
         ResponseType("chosen_initial", IN_DISTRIBUTION, "the starting model's own answer"),
+        ResponseType("greedy", IN_DISTRIBUTION, "the model's own free-running greedy answer"),
         ResponseType("chosen_self_rephrase", REPHRASE, "the model's own rephrase of chosen"),
         ResponseType("chosen_rephrase_semantic", REPHRASE, "chosen in other words, same meaning"),
         ResponseType("chosen_rephrase_format", REPHRASE, "chosen's form with another meaning"),
@@ -39,8 +41,11 @@ RESPONSE_TYPES: dict[str, ResponseType] = {
         ResponseType("human_unrelated", IRRELEVANT, "fluent text that has nothing to do with the prompt"),
         ResponseType("chosen_permuted", RANDOM, "chosen's words in random order"),
         ResponseType("other_test_permuted", RANDOM, "other_test's words in random order"),
+        ResponseType("random_words", RANDOM, "words drawn from a dictionary, as many as chosen has"),
     )
 }
+# Several answers that the model sampled: sampled_1, sampled_2, ...
+SAMPLED = re.compile(r"sampled_[1-9]\d*")
 REQUIRED_TYPES = ("chosen", "rejected")
 # Names of columns that are not responses; a custom response type may not take one of them.
 RESERVED_FIELDS = ("probe_id", "prompt", "metadata")
@@ -49,9 +54,11 @@ Prompt = str | list[dict[str, str]]
 
 
 def group_of(response_type: str) -> str:
-    """Group of a response type; a type this package does not know is `custom`."""
+    """Group of a response type; `sampled_1`, ... are in-distribution, any other unknown one is `custom`."""
     known = RESPONSE_TYPES.get(response_type)
-    return known.group if known else CUSTOM
+    if known:
+        return known.group
+    return IN_DISTRIBUTION if SAMPLED.fullmatch(response_type) else CUSTOM
 
 
 def order_types(names: Iterable[str]) -> list[str]:

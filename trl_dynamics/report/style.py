@@ -8,6 +8,7 @@ TYPE_COLORS: dict[str, str] = {
     "chosen": "#1a7fc4",
     "rejected": "#d55e00",
     "chosen_initial": "#56b4e9",
+    "greedy": "#6b4fa0",
     "chosen_self_rephrase": "#00a5a5",
     "chosen_rephrase_semantic": "#3f6fd8",
     "chosen_rephrase_format": "#8a9bea",
@@ -18,6 +19,7 @@ TYPE_COLORS: dict[str, str] = {
     "human_unrelated": "#cc79a7",
     "chosen_permuted": "#8c8c8c",
     "other_test_permuted": "#b08fc7",
+    "random_words": "#a89070",
 }
 # Types of the user's own take these in the order of their names.
 CUSTOM_COLORS = ("#aa4499", "#c2a500", "#2a9d8f", "#e15759", "#5b8c5a", "#9c755f", "#4e79a7", "#ff9da7")

@@ -75,23 +75,23 @@ def human_unrelated(pair: Pair, material: Material, rng: random.Random) -> str:
             break
         text.append(sentence)
         num_words += length
-    return _like(pair.chosen, " ".join(text))
+    return like(pair.chosen, " ".join(text))
 
 
 def chosen_permuted(pair: Pair, material: Material, rng: random.Random) -> str:
     """The words of chosen in another order."""
-    return _like(pair.chosen, _permuted(pair.chosen, rng, "chosen"))
+    return like(pair.chosen, _permuted(pair.chosen, rng, "chosen"))
 
 
 def other_test_permuted(pair: Pair, material: Material, rng: random.Random) -> str:
     """The words of this pair's other_test in another order."""
     source = build_one("other_test", pair, material)
-    return _like(pair.chosen, _permuted(source, rng, "other_test"))
+    return like(pair.chosen, _permuted(source, rng, "other_test"))
 
 
 def random_words(pair: Pair, material: Material, rng: random.Random) -> str:
     """Words of a dictionary, as many as chosen has."""
-    return _like(pair.chosen, " ".join(rng.choices(material.dictionary, k=len(pair.chosen.split()))))
+    return like(pair.chosen, " ".join(rng.choices(material.dictionary, k=len(pair.chosen.split()))))
 
 
 Builder = Callable[[Pair, Material, random.Random], str]
@@ -133,11 +133,11 @@ def _another(pair: Pair, answers: Sequence[str], rng: random.Random, otherwise: 
     # Most draws succeed at once; the full search is for data in which nearly all answers are alike.
     for _ in range(MAX_DRAWS if answers else 0):
         if (answer := rng.choice(answers)) not in own:
-            return _like(pair.chosen, answer)
+            return like(pair.chosen, answer)
     others = [answer for answer in answers if answer not in own]
     if not others:
         raise CannotBuild(otherwise)
-    return _like(pair.chosen, rng.choice(others))
+    return like(pair.chosen, rng.choice(others))
 
 
 def _permuted(text: str, rng: random.Random, name: str) -> str:
@@ -150,6 +150,6 @@ def _permuted(text: str, rng: random.Random, name: str) -> str:
     return " ".join(shuffled)
 
 
-def _like(model: str, text: str) -> str:
+def like(model: str, text: str) -> str:
     """`text` behind the white space with which `model` begins, so that both meet the prompt alike."""
     return model[: len(model) - len(model.lstrip())] + text.strip()

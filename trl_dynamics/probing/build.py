@@ -4,18 +4,35 @@ import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trl_dynamics.probing.builders import BUILDERS, NEED_HELD_OUT, CannotBuild, Material, build_one, shipped_text
+from trl_dynamics.probing.generated import (
+    OWN_ANSWERS,
+    Generation,
+    Rejected,
+    generate_responses,
+    is_generated,
+)
+from trl_dynamics.probing.rephrase import REPHRASES
 from trl_dynamics.probing.rows import Pair, count_reasons, read_pairs
-from trl_dynamics.probing.schema import Probe, ProbeSet, order_types
+from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_types
 
 SELECTIONS = ("random", "first")
 # Held-out answers kept to draw from; more would cost memory and add nothing.
 MAX_HELD_OUT = 2000
 
 
-def build_probe_set(
+@dataclass(frozen=True)
+class Built:
+    """A probe set, and the generated responses that were not kept."""
+
+    probe_set: ProbeSet
+    rejected: tuple[Rejected, ...] = ()
+
+
+def build(
     rows: Iterable[Mapping],
     *,
     held_out: Iterable[Mapping] | None = None,
@@ -24,42 +41,41 @@ def build_probe_set(
     seed: int = 0,
     select: str = "random",
     extra_columns: Mapping[str, str] | None = None,
+    generation: Generation | None = None,
     sentences: Sequence[str] = (),
     dictionary: Sequence[str] = (),
     name: str = "probes",
     metadata: Mapping | None = None,
-) -> ProbeSet:
-    """A probe set over the given training rows, made without any generator.
+) -> Built:
+    """A probe set over training data.
 
     Args:
         rows (`Iterable[Mapping]`): Training rows in one of TRL's formats (see [`read_pairs`]); read once.
         held_out (`Iterable[Mapping]`, *optional*): Rows that are not trained on, for `other_test` and its permutation.
-        types (`Sequence[str]`, *optional*): Response types; by default all that the data allows.
+        types (`Sequence[str]`, *optional*): Response types; by default all that the data and `generation` allow, but
+            for `sampled_k`.
         num_probes (`int`, *optional*): Pairs to probe.
         seed (`int`, *optional*): Of the selection and of every draw.
         select (`str`, *optional*): `"random"` takes pairs by a hash of seed and content, so that the order of the rows
             does not matter; `"first"` takes the first ones, as the published sets do.
         extra_columns (`Mapping[str, str]`, *optional*): Column to response type, for answers already in the data.
+        generation ([`Generation`], *optional*): Who writes the types that a model has to write.
         sentences, dictionary (`Sequence[str]`, *optional*): Instead of the sentences and words of this package.
         name (`str`, *optional*): Of the set.
         metadata (`Mapping`, *optional*): Added to the set's own.
 
     Raises:
-        ValueError: If a row is malformed, a type is unknown or cannot be built from this data, or fewer than
-            `num_probes` usable rows exist; the row, the field and the remedy are named.
+        ValueError: If a row is malformed, a type is unknown or cannot be built from this data, fewer than
+            `num_probes` usable rows exist, or a model gave no answer; the row, the field and the remedy are named.
     """
-    _check_arguments(types, num_probes, select, extra_columns or {})
-    unusable: list[str] = []
-    pairs, num_rows, num_repeated = _select(
-        read_pairs(rows, extra_columns=extra_columns), num_probes, seed, select, unusable
-    )
-    if len(pairs) < num_probes:
-        raise ValueError(
-            f"{num_probes} probes were asked for, but of {num_rows} rows only {len(pairs)} are usable "
-            f"({_listed(count_reasons(unusable) | {'repeated': num_repeated})}); ask for fewer or give more data"
-        )
-    held_out_answers, leaked = _held_out_answers(held_out, pairs, seed)
-    wanted = _wanted_types(types, pairs, held_out_answers)
+    generation = generation or Generation()
+    extra_columns = dict(extra_columns or {})
+    _check_arguments(types, num_probes, select, extra_columns)
+    chosen = _select(read_pairs(rows, extra_columns=extra_columns), num_probes, seed, select)
+    pairs = chosen.pairs
+    held_out_answers, num_leaked = _held_out_answers(held_out, chosen.answers, seed)
+    wanted = _wanted_types(types, pairs, held_out_answers, generation)
+    wanted = [name for name in wanted if name not in extra_columns.values()]
     material = Material(
         seed,
         tuple(sorted({pair.chosen.strip() for pair in pairs})),
@@ -68,18 +84,24 @@ def build_probe_set(
         tuple(dictionary) or shipped_text("words"),
     )
     missing: Counter[str] = Counter()
-    probes = tuple(build_probe(pair, wanted, material, missing) for pair in pairs)
-    required = tuple(name for name in ("chosen", "rejected") if all(name in p.responses for p in probes))
-    about = dict(metadata or {}) | {
+    free = [name for name in wanted if not is_generated(name)]
+    probes = [build_probe(pair, free, material, missing) for pair in pairs]
+    made = generate_responses(pairs, [name for name in wanted if is_generated(name)], generation, seed)
+    for pair, probe in zip(pairs, probes, strict=True):
+        probe.responses.update({n: made.texts[pair.key, n] for n in wanted if (pair.key, n) in made.texts})
+    required = tuple(name for name in REQUIRED_TYPES if all(name in p.responses for p in probes))
+    about = {
         "seed": seed,
         "select": select,
-        "num_rows": num_rows,
-        "unusable_rows": count_reasons(unusable) | ({"repeated": num_repeated} if num_repeated else {}),
+        "num_rows": chosen.num_rows,
+        "unusable_rows": chosen.unusable,
         "held_out_answers": len(held_out_answers),
-        "held_out_answers_dropped_as_train_answers": leaked,
+        "held_out_answers_dropped_as_train_answers": num_leaked,
         "not_built": dict(sorted(missing.items())),
     }
-    return ProbeSet(probes, name, about, required)
+    return Built(
+        ProbeSet(tuple(probes), name, dict(metadata or {}) | about | made.about, required), tuple(made.rejected)
+    )
 
 
 def build_probe(pair: Pair, types: Sequence[str], material: Material, missing: Counter | None = None) -> Probe:
@@ -91,7 +113,7 @@ def build_probe(pair: Pair, types: Sequence[str], material: Material, missing: C
         except CannotBuild as reason:
             if missing is not None:
                 missing[f"{response_type}: {reason}"] += 1
-    return Probe(pair.key[:16], pair.prompt, responses | dict(pair.extra))
+    return Probe(pair.probe_id, pair.prompt, responses | dict(pair.extra))
 
 
 def read_lines(path: str | Path, what: str) -> tuple[str, ...]:
@@ -114,67 +136,90 @@ def _check_arguments(types: Sequence[str] | None, num_probes: int, select: str, 
         raise ValueError(f"num_probes is {num_probes}, expected at least 1")
     if select not in SELECTIONS:
         raise ValueError(f"select is {select!r}, expected one of {', '.join(SELECTIONS)}")
-    unknown = [name for name in types or () if name not in BUILDERS]
+    unknown = [name for name in types or () if name not in BUILDERS and not is_generated(name)]
     if unknown:
+        known = [*BUILDERS, *OWN_ANSWERS, *REPHRASES, "sampled_1, sampled_2, ..."]
         raise ValueError(
-            f"response type {unknown[0]!r} cannot be built; expected some of {', '.join(BUILDERS)}. Answers that your "
+            f"response type {unknown[0]!r} cannot be built; expected some of {', '.join(known)}. Answers that your "
             "data has already become a type with --columns COLUMN=TYPE"
         )
-    taken = [name for name in extra.values() if name in BUILDERS]
+    taken = [name for name in extra.values() if name in REQUIRED_TYPES]
     if taken:
-        raise ValueError(f"a column cannot become response type {taken[0]!r}, which is built; choose another name")
+        raise ValueError(f"a column cannot become response type {taken[0]!r}; rename the column itself to it")
 
 
 def _rank(seed: int, pair: Pair) -> str:
     return hashlib.sha256(f"{seed}/{pair.key}".encode()).hexdigest()
 
 
-def _select(
-    read: Iterable[Pair | str], num_probes: int, seed: int, select: str, unusable: list[str]
-) -> tuple[list[Pair], int, int]:
-    """The pairs to probe, the number of rows read, and how many repeated an earlier one word for word."""
-    num_rows, seen = 0, set()
+@dataclass
+class _Selection:
+    pairs: list[Pair]
+    num_rows: int
+    unusable: dict[str, int]
+    # Digests of every usable training answer, so that no held-out answer is one of them.
+    answers: set[bytes]
+
+
+def _select(read: Iterable[Pair | str], num_probes: int, seed: int, select: str) -> _Selection:
+    num_rows, keys, answers, reasons = 0, set(), set(), []
 
     def usable():
         nonlocal num_rows
         for item in read:
             num_rows += 1
             if isinstance(item, str):
-                unusable.append(item)
-            elif item.key in seen:
-                continue
-            else:
-                seen.add(item.key)
+                reasons.append(item)
+            elif (key := bytes.fromhex(item.key)) not in keys:
+                keys.add(key)
+                answers.add(_digest(item.chosen))
                 yield item
 
     if select == "random":
-        chosen = heapq.nsmallest(num_probes, usable(), key=lambda pair: _rank(seed, pair))
+        pairs = heapq.nsmallest(num_probes, usable(), key=lambda pair: _rank(seed, pair))
     else:
-        chosen = [pair for index, pair in enumerate(usable()) if index < num_probes]
-    return chosen, num_rows, num_rows - len(seen) - len(unusable)
+        pairs = [pair for index, pair in enumerate(usable()) if index < num_probes]
+    num_repeated = num_rows - len(keys) - len(reasons)
+    unusable = count_reasons(reasons) | ({"repeats an earlier row": num_repeated} if num_repeated else {})
+    if len(pairs) < num_probes:
+        listed = "; ".join([f"{what}: {count}" for what, count in unusable.items()] + reasons[:1])
+        raise ValueError(
+            f"{num_probes} probes were asked for, but of {num_rows} rows only {len(pairs)} are usable"
+            f"{f' ({listed})' if listed else ''}; ask for fewer with --num_probes, or give more data"
+        )
+    return _Selection(pairs, num_rows, unusable, answers)
 
 
-def _held_out_answers(held_out: Iterable[Mapping] | None, pairs: list[Pair], seed: int) -> tuple[tuple[str, ...], int]:
-    """Distinct held-out answers that no probed pair has, sorted, and how many such pairs had were left out."""
+def _held_out_answers(
+    held_out: Iterable[Mapping] | None, trained: set[bytes], seed: int
+) -> tuple[tuple[str, ...], int]:
+    """Distinct held-out answers that are no training answers, sorted, and how many others were left out."""
     if held_out is None:
         return (), 0
     usable = (pair for pair in read_pairs(held_out, source="held-out data") if isinstance(pair, Pair))
     answers = {pair.chosen.strip() for pair in heapq.nsmallest(MAX_HELD_OUT, usable, key=lambda p: _rank(seed, p))}
-    trained = {pair.chosen.strip() for pair in pairs}
-    return tuple(sorted(answers - trained)), len(answers & trained)
+    kept = tuple(sorted(text for text in answers if _digest(text) not in trained))
+    return kept, len(answers) - len(kept)
 
 
-def _wanted_types(types: Sequence[str] | None, pairs: list[Pair], held_out_answers: Sequence[str]) -> list[str]:
+def _digest(answer: str) -> bytes:
+    return hashlib.sha256(answer.strip().encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def _wanted_types(
+    types: Sequence[str] | None, pairs: list[Pair], held_out_answers: Sequence[str], generation: Generation
+) -> list[str]:
     impossible = {name: "held-out data: pass --held_out" for name in NEED_HELD_OUT if not held_out_answers}
     if any(pair.rejected is None for pair in pairs):
-        impossible["rejected"] = "a rejected answer in every row"
+        impossible |= {
+            name: "a rejected answer in every row"
+            for name in ("rejected", *(name for name, kind in REPHRASES.items() if kind.source == "rejected"))
+        }
+    generated = {name for name in (*OWN_ANSWERS, *REPHRASES, *(types or ())) if is_generated(name)}
+    impossible |= {name: what for name in generated if (what := generation.missing_for(name))}
     if types is None:
-        return order_types(name for name in BUILDERS if name not in impossible)
+        return order_types(name for name in (*BUILDERS, *OWN_ANSWERS, *REPHRASES) if name not in impossible)
     for name in types:
         if name in impossible:
             raise ValueError(f"response type {name!r} needs {impossible[name]}, or leave it out of --types")
     return order_types(["chosen", *types])
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{what}: {count}" for what, count in counts.items() if count) or "no reason"

@@ -98,8 +98,13 @@ class Embedder:
         """The text's embedding (D,), of length 1."""
         if text not in self._known:
             limit = getattr(self.model.config, "max_position_embeddings", None)
-            encoded = self.tokenizer(text, return_tensors="pt", truncation=limit is not None, max_length=limit)
-            encoded.pop("token_type_ids", None) if not hasattr(self.model.config, "type_vocab_size") else None
+            encoded = self.tokenizer(
+                text,
+                return_tensors="pt",
+                truncation=limit is not None,
+                max_length=limit,
+                return_token_type_ids=hasattr(self.model.config, "type_vocab_size"),
+            )
             hidden_TD = self.model(**encoded).last_hidden_state[0].float()
             self._known[text] = torch.nn.functional.normalize(hidden_TD.mean(0), dim=0)
         return self._known[text]
@@ -110,7 +115,11 @@ def language_of(text: str) -> str | None:
     letters = [character for character in text if character.isalpha()]
     if len(letters) < 4:
         return None
-    script, count = Counter(_script(letter) for letter in letters).most_common(1)[0]
+    scripts = Counter(_script(letter) for letter in letters)
+    # Japanese mixes Chinese characters with letters that only it has.
+    if kana := scripts["Hiragana"] + scripts["Katakana"]:
+        scripts["Japanese"] = kana + scripts["Cjk"]
+    script, count = scripts.most_common(1)[0]
     if count < 0.6 * len(letters):
         return None
     return _latin_language(re.findall(r"[^\W\d_]+", text.lower())) if script == "Latin" else script
@@ -123,9 +132,7 @@ def _latin_language(words: Sequence[str]) -> str | None:
 
 
 def _script(letter: str) -> str:
-    script = unicodedata.name(letter, "UNKNOWN").split()[0].capitalize()
-    # Japanese mixes three scripts in every sentence.
-    return "Japanese" if script in ("Hiragana", "Katakana") else script
+    return unicodedata.name(letter, "UNKNOWN").split()[0].capitalize()
 
 
 def _plain(text: str) -> str:

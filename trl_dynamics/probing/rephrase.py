@@ -1,7 +1,7 @@
 """Rephrases: what is asked for each response type, and where the answers come from, a generator or a file.
 
-After the probing data of "Learning Dynamics of LLM Finetuning" (arXiv 2407.10490, section 4): a semantic rephrase keeps
-the meaning in other words, a format rephrase keeps the form and changes the meaning.
+After the probing data of "Learning Dynamics of LLM Finetuning" (arXiv 2407.10490, section 4): a semantic rephrase
+keeps the meaning in other words, a format rephrase keeps the form and changes the meaning.
 """
 
 import json

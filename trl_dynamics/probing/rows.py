@@ -44,6 +44,10 @@ class Pair:
         content = json.dumps([self.prompt, self.chosen, self.rejected], ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @property
+    def probe_id(self) -> str:
+        return self.key[:16]
+
 
 def read_pairs(
     rows: Iterable[Mapping], *, source: str = "dataset", extra_columns: Mapping[str, str] | None = None

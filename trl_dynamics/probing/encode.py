@@ -107,23 +107,55 @@ def encode(
     ends = {tokenizer.eos_token_id, *end_ids}
     return EncodedProbes(
         tuple(
-            _encode_response(probe, response_type, tokenizer, limits, ends)
+            encode_response(probe, response_type, tokenizer, limits, ends)
             for probe in probe_set
             for response_type in order_types(probe.responses)
         )
     )
 
 
-def _encode_response(
+@dataclass(frozen=True)
+class Seam:
+    """Tokens that join a prompt's end to a response's start: the prompt's alone, and those in their place with the
+    response behind it."""
+
+    prompt_tokens: tuple[str, ...]
+    joined_tokens: tuple[str, ...]
+
+
+def find_seam(probe: Probe, response_type: str, tokenizer: PreTrainedTokenizerBase) -> Seam | None:
+    """Where the prompt's tokens change when the response follows; None if they stay, as they should."""
+    prompt_ids, full_ids = _both_ids(probe, response_type, tokenizer)
+    start = common_prefix_length(prompt_ids, full_ids)
+    if start == len(prompt_ids):
+        return None
+    end = min(len(prompt_ids), start + 5)
+    joined = full_ids[start : start + max(1, end - start)]
+    return Seam(
+        tuple(tokenizer.decode([token]) for token in prompt_ids[start:end]),
+        tuple(tokenizer.decode([token]) for token in joined),
+    )
+
+
+def encode_response(
     probe: Probe, response_type: str, tokenizer: PreTrainedTokenizerBase, limits: LengthLimits, ends: set[int]
 ) -> EncodedResponse:
+    """One response of one probe; see [`encode`]. `ends` holds all end-of-turn token ids.
+
+    Raises:
+        ValueError: As [`encode`]; and if a chat template renders the prompt differently once a response follows.
+    """
     where = f"probe {probe.probe_id!r}, response {response_type!r}"
-    text = probe.responses[response_type]
-    if probe.is_conversational:
-        prompt_ids, full_ids = _chat_ids(probe.prompt, text, tokenizer, where)
-    else:
-        prompt_ids, full_ids = _plain_ids(probe.prompt, text, tokenizer)
+    prompt_ids, full_ids = _both_ids(probe, response_type, tokenizer)
     start = common_prefix_length(prompt_ids, full_ids)
+    if probe.is_conversational and start < len(prompt_ids):
+        seam = find_seam(probe, response_type, tokenizer)
+        raise ValueError(
+            f"{where}: the chat template changes the prompt when a response follows, so the response's start cannot "
+            f"be told: token {start} begins {''.join(seam.prompt_tokens)!r} without and "
+            f"{''.join(seam.joined_tokens)!r} with the response. Use a template that only appends (trl ships such "
+            "training templates for common models)"
+        )
     prompt, response = list(full_ids[:start]), list(full_ids[start:])
     end = _end_of_turn(response, ends, tokenizer if probe.is_conversational else None)
     eos_id = response[end] if end < len(response) else None
@@ -150,6 +182,14 @@ def _encode_response(
     return EncodedResponse(
         probe.probe_id, response_type, tuple(kept), tuple(response), eos_id, len(kept) < len(prompt), response_cut
     )
+
+
+def _both_ids(probe: Probe, response_type: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt alone and of prompt + response."""
+    text = probe.responses[response_type]
+    if probe.is_conversational:
+        return _chat_ids(probe.prompt, text, tokenizer, f"probe {probe.probe_id!r}, response {response_type!r}")
+    return _plain_ids(probe.prompt, text, tokenizer)
 
 
 def _plain_ids(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -121,8 +122,8 @@ class LocalModel:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.is_chat = bool(tokenizer.chat_template)
-        self.label = name
-        self.name = f"{name}@{weights_fingerprint(model)[:16]}"
+        self.label = Path(name).name if Path(name).is_dir() else name
+        self.name = f"{self.label}@{weights_fingerprint(model)[:16]}"
         self._ends = _end_ids(model, tokenizer)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 

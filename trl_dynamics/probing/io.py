@@ -6,8 +6,11 @@ or null. The published layout of "Learning Dynamics of LLM Finetuning" is recogn
 
 import json
 import logging
+import os
 import re
+import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -150,9 +153,96 @@ def to_dataset(probe_set: ProbeSet):
     return Dataset.from_list(rows)
 
 
-def push(probe_set: ProbeSet, repo_id: str, **kwargs):
-    """Upload the set as a dataset; keyword arguments go to `datasets.Dataset.push_to_hub`."""
-    return to_dataset(probe_set).push_to_hub(repo_id, **kwargs)
+def write_folder(
+    probe_set: ProbeSet, folder: str | Path, files: Mapping[str, str] | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write the set and further text files as one folder, which appears complete or not at all.
+
+    Args:
+        probe_set ([`ProbeSet`]): Written as [`save`] does.
+        folder (`str` or `Path`): Made with its parents.
+        files (`Mapping[str, str]`, *optional*): File name to text.
+        overwrite (`bool`, *optional*): Replace a probe set that lies there.
+
+    Raises:
+        ValueError: If something lies there already, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    refuse_existing(folder, overwrite)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        part.mkdir(parents=True)
+        save(probe_set, part)
+        for name, text in (files or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.replace(old)
+        part.replace(folder)
+    except OSError as error:
+        raise ValueError(f"cannot write the probe set to {str(folder)!r}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def refuse_existing(folder: str | Path, overwrite: bool) -> None:
+    """Refuse to write where something lies already.
+
+    Raises:
+        ValueError: If `folder` is a file, holds something that is no probe set, or a probe set without `overwrite`.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / DATA_FILE).is_file():
+        raise ValueError(f"{str(folder)!r} exists and is no probe set; choose another folder")
+    if not overwrite:
+        raise ValueError(f"{str(folder)!r} holds a probe set already; pass --overwrite or choose another folder")
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a probe set's folder, card and all, to the hub as a dataset; returns its address.
+
+    Raises:
+        ValueError: If the folder is no valid probe set with a card, or the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    folder = Path(folder)
+    if not (folder / DATA_FILE).is_file() or not (folder / "README.md").is_file():
+        raise ValueError(
+            f"{str(folder)!r} is no probe set with a README.md; build or import one with trl-dynamics probes"
+        )
+    probe_set = load(folder)
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        message = f"Probe set {probe_set.name}, {len(probe_set)} probes, fingerprint {probe_set.fingerprint[:12]}"
+        api.upload_folder(folder_path=folder, repo_id=repo_id, repo_type="dataset", commit_message=message)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a dataset on the hub: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise ValueError("the hub is switched off here (HF_HUB_OFFLINE); nothing was uploaded") from error
+    except HfHubHTTPError as error:
+        raise ValueError(_hub_refusal(repo_id, error)) from error
+    except (ConnectionError, OSError) as error:
+        raise ValueError(
+            f"the hub cannot be reached ({error}); nothing or part of {repo_id!r} was uploaded"
+        ) from error
+    return str(url)
+
+
+def _hub_refusal(repo_id: str, error) -> str:
+    status = error.response.status_code if error.response is not None else None
+    advice = {
+        401: "log in with `hf auth login`, or set HF_TOKEN",
+        403: "your token may not write there; it needs the write role for that user or organisation",
+        404: "no such user or organisation, or your token cannot see it",
+    }.get(status, "try again later")
+    return f"the hub refused to take {repo_id!r} (status {status}): {advice}"
 
 
 def clean_self_rephrase(text: str) -> str:

@@ -1,0 +1,268 @@
+"""trl-dynamics probes build: preference or prompt/completion data -> a probe set's folder."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import trl
+import yaml
+from transformers import AutoTokenizer
+
+from trl_dynamics.cli import sources
+from trl_dynamics.probing import card
+from trl_dynamics.probing import io as probe_io
+from trl_dynamics.probing.build import Built, build, read_lines
+from trl_dynamics.probing.cache import AnswerCache
+from trl_dynamics.probing.check import check_seams
+from trl_dynamics.probing.generate import LocalModel, Sampling
+from trl_dynamics.probing.generated import Generation
+from trl_dynamics.probing.quality import Embedder, Gate
+from trl_dynamics.probing.rephrase import FileRephraser, GeneratedRephraser, Rephraser
+from trl_dynamics.probing.server import OpenAIServer
+
+logger = logging.getLogger(__name__)
+
+
+def _option(default, text: str, *aliases: str):
+    metadata = {"help": text} | ({"aliases": list(aliases)} if aliases else {})
+    if isinstance(default, list):
+        return field(default_factory=list, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataArguments:
+    """Where the pairs come from, and where the set goes."""
+
+    dataset_name: str | None = _option(None, "File, folder, hub dataset, or 'embedded'.", "--dataset")
+    dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
+    split: str = _option("train", "Split that is trained on.")
+    dataset_num_rows: int | None = _option(None, "Use the first so many rows only. None: all.")
+    dataset_streaming: bool = _option(False, "Read a hub dataset without downloading all of it.")
+    held_out: str | None = _option(None, "Data that is not trained on; by default the dataset's own held-out split.")
+    held_out_split: str = _option("test", "Split of the held-out data.")
+    output_dir: str | None = _option(None, "Folder of the new set.", "-o")
+    overwrite: bool = _option(False, "Replace a probe set that lies there.")
+    name: str | None = _option(None, "Name of the set; by default that of its folder.")
+    license: str | None = _option(None, "Licence of the source, for the card.")
+
+
+@dataclass
+class BuildArguments(DataArguments):
+    """Options of `trl-dynamics probes build`."""
+
+    types: list[str] = _option([], "Response types; by default all that the data and the models given allow.")
+    num_probes: int = _option(500, "Prompts to probe.")
+    seed: int = _option(0, "Of the selection and of every draw.")
+    select: str = _option("random", "'random', or 'first' for the first rows of the data.")
+    columns: list[str] = _option([], "COLUMN=TYPE: answers that the data already has.")
+    human_text: str | None = _option(None, "Text file, one fluent sentence per line, for human_unrelated.")
+    dictionary: str | None = _option(None, "Text file, one word per line, for random_words.")
+    model: str | None = _option(None, "The model to be tracked: its own answers, its tokenizer's boundaries.")
+    dtype: str = _option("auto", "Dtype of local models' weights.")
+    batch_size: int = _option(16, "Prompts that a local model answers at a time.")
+    trust_remote_code: bool = _option(False, "Run model code that comes from the hub.")
+    max_new_tokens: int = _option(256, "Longest answer or rephrase, in tokens.")
+    stop: list[str] = _option([], "Texts before which the model's own answers end.")
+    rephraser: str | None = _option(
+        None, "Who rephrases: a server's URL (OpenAI-compatible), a file of ready rephrases, or a model."
+    )
+    rephraser_model: str | None = _option(None, "Name of the model on the server.")
+    temperature: float = _option(0.7, "Of rephrases.")
+    attempts: int = _option(3, "Rephrases to ask for until one passes the checks.")
+    instructions: str | None = _option(
+        None, "YAML file with prompts of your own: 'semantic' and 'format', each with {text}."
+    )
+    concurrency: int = _option(8, "Requests under way at a time.")
+    requests_per_minute: float | None = _option(None, "Rate limit.")
+    timeout: float = _option(120.0, "Seconds without a byte from the server.")
+    max_retries: int = _option(5, "Further attempts of a request that failed.")
+    server_options: str | None = _option(None, "JSON object added to every request.")
+    cache: str | None = _option(None, "File of answers so far; by default OUTPUT_DIR.answers.jsonl.")
+    allow_failures: bool = _option(False, "Leave out responses that got no answer, instead of stopping.")
+    min_length_ratio: float = _option(0.4, "Shortest rephrase, in characters per character of its source.")
+    max_length_ratio: float = _option(2.5, "Longest rephrase.")
+    embedding_model: str | None = _option(None, "Encoder that compares meanings; none: they are not compared.")
+    similarity: float = _option(0.7, "Cosine that semantic rephrases reach and format rephrases do not.")
+
+
+def run(argv: list[str]) -> int:
+    """Build a set, check its boundaries if a model is given, and write it with its card.
+
+    Raises:
+        ValueError: If an option, the data or a row is wrong; then nothing is written but answers already paid for.
+    """
+    parser = trl.TrlParser((BuildArguments, trl.DatasetMixtureConfig), prog="trl-dynamics probes build")
+    args, mixture, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; see trl-dynamics probes build --help")
+    if not args.output_dir:
+        raise ValueError("-o (--output_dir) is missing: the folder of the new probe set")
+    probe_io.refuse_existing(args.output_dir, args.overwrite)
+    built = build_from(args, mixture)
+    folder = write_built(built, args.output_dir, overwrite=args.overwrite)
+    for line in summary(built):
+        print(line)
+    print(f"probe set: {folder}")
+    return 0
+
+
+def build_from(args: BuildArguments, mixture: trl.DatasetMixtureConfig) -> Built:
+    """The set that the options describe."""
+    columns = parse_columns(args.columns)
+    sentences = read_lines(args.human_text, "--human_text") if args.human_text else ()
+    dictionary = read_lines(args.dictionary, "--dictionary") if args.dictionary else ()
+    splits = sources.load_splits(args, mixture)
+    rows = sources.take_split(splits, args.split)
+    rows = rows if args.dataset_num_rows is None else rows.take(args.dataset_num_rows)
+    held_out, held_out_source = _held_out(args, splits)
+    cache_path = args.cache or f"{args.output_dir.rstrip('/')}.answers.jsonl"
+    with AnswerCache(cache_path if args.model or args.rephraser else None) as cache:
+        generation = _generation(args, cache)
+        built = build(
+            rows,
+            held_out=held_out,
+            types=args.types or None,
+            num_probes=args.num_probes,
+            seed=args.seed,
+            select=args.select,
+            extra_columns=columns,
+            generation=generation,
+            sentences=sentences,
+            dictionary=dictionary,
+            name=args.name or Path(args.output_dir).name,
+            metadata={
+                "source": _source_name(args, mixture),
+                "held_out_source": held_out_source,
+                "license": args.license or _stated_license(rows),
+                "versions": card.versions(),
+            },
+        )
+    if args.model:
+        model = sources.find_model(args.model)
+        check_seams(built.probe_set, AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code))
+    return built
+
+
+def write_built(built: Built, folder: str, *, overwrite: bool) -> Path:
+    """Write the set, its card and the list of rejected responses."""
+    files = {card.CARD_NAME: card.dataset_card(built.probe_set)}
+    if built.rejected:
+        lines = [json.dumps(asdict(item), ensure_ascii=False) for item in built.rejected]
+        files[card.REJECTED_FILE] = "\n".join(lines) + "\n"
+    return probe_io.write_folder(built.probe_set, folder, files, overwrite=overwrite)
+
+
+def summary(built: Built) -> list[str]:
+    """What was built and what is missing, for the terminal."""
+    about, total = built.probe_set.metadata, len(built.probe_set)
+    lines = [f"{total} probes", *(f"  {name:<28} {count:>6}" for name, count in built.probe_set.counts.items())]
+    for key, what in (
+        ("unusable_rows", "rows that could not be used"),
+        ("not_built", "responses that could not be built"),
+        ("rejected", f"generated and not kept, listed in {card.REJECTED_FILE}"),
+        ("failures", "left out because no answer came"),
+    ):
+        if about.get(key):
+            lines += [f"{what}:", *(f"  {count:>6}  {reason}" for reason, count in about[key].items())]
+    for part in (about.get("own_answers"), *about.get("rephrases", ())):
+        if part:
+            lines.append(
+                f"answers of {part['by'] if 'by' in part else part['model']}: "
+                f"{part['generated']} new, {part['from_cache']} from the cache"
+            )
+    return lines
+
+
+def parse_columns(given: list[str]) -> dict[str, str]:
+    """`COLUMN=TYPE` options as a mapping.
+
+    Raises:
+        ValueError: If one has no `=`, or a type is given twice.
+    """
+    columns: dict[str, str] = {}
+    for item in given:
+        column, equals, response_type = item.partition("=")
+        if not (column and equals and response_type):
+            raise ValueError(f"--columns {item!r}: expected COLUMN=TYPE")
+        if response_type in columns.values():
+            raise ValueError(f"--columns gives {response_type!r} twice; expected one column per type")
+        columns[column] = response_type
+    return columns
+
+
+def _held_out(args: BuildArguments, splits) -> tuple[object, str | None]:
+    if args.held_out:
+        other = DataArguments(dataset_name=args.held_out, dataset_config=args.dataset_config)
+        found = sources.load_splits(other, trl.DatasetMixtureConfig())
+        # A file has the one split `train`, whatever it holds.
+        name = args.held_out_split if args.held_out_split in found else next(iter(found)) if len(found) == 1 else None
+        return sources.take_split(found, name or args.held_out_split), f"{args.held_out}, split {name}"
+    if args.held_out_split in splits and args.held_out_split != args.split:
+        return splits[args.held_out_split], f"the same, split {args.held_out_split}"
+    return None, None
+
+
+def _generation(args: BuildArguments, cache: AnswerCache) -> Generation:
+    model = None
+    if args.model:
+        model = _local(sources.find_model(args.model), args)
+    similarity = Embedder(args.embedding_model) if args.embedding_model else None
+    return Generation(
+        model=model,
+        rephraser=_rephraser(args),
+        cache=cache,
+        gate=Gate(args.min_length_ratio, args.max_length_ratio, similarity, args.similarity),
+        sampling=Sampling(args.max_new_tokens, stop=tuple(args.stop)),
+        self_sampling=Sampling(args.max_new_tokens, args.temperature),
+        attempts=args.attempts,
+        allow_failures=args.allow_failures,
+        progress=_progress,
+    )
+
+
+def _rephraser(args: BuildArguments) -> Rephraser | None:
+    if not args.rephraser:
+        return None
+    if Path(args.rephraser).is_file():
+        return FileRephraser(args.rephraser)
+    sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
+    instructions = None
+    if args.instructions:
+        instructions = yaml.safe_load("\n".join(read_lines(args.instructions, "--instructions", blank=True)))
+    if args.rephraser.startswith(("http://", "https://")):
+        generator = OpenAIServer(
+            args.rephraser,
+            args.rephraser_model or "",
+            concurrency=args.concurrency,
+            timeout=args.timeout,
+            max_retries=args.max_retries,
+            requests_per_minute=args.requests_per_minute,
+            options=json.loads(args.server_options) if args.server_options else None,
+        )
+    else:
+        generator = _local(sources.find_model(args.rephraser), args)
+    return GeneratedRephraser(generator, sampling, instructions)
+
+
+def _local(path: str, args: BuildArguments) -> LocalModel:
+    return LocalModel.load(
+        path, dtype=args.dtype, batch_size=args.batch_size, trust_remote_code=args.trust_remote_code
+    )
+
+
+def _source_name(args: BuildArguments, mixture: trl.DatasetMixtureConfig) -> str:
+    if mixture.datasets:
+        return "mixture of " + ", ".join(str(part.path) for part in mixture.datasets) + f", split {args.split}"
+    name = Path(args.dataset_name).name if Path(args.dataset_name).exists() else args.dataset_name
+    return f"{name}, split {args.split}"
+
+
+def _stated_license(rows) -> str:
+    return getattr(getattr(rows, "info", None), "license", None) or "unknown"
+
+
+def _progress(done: int, total: int) -> None:
+    if done % max(1, total // 20) == 0 or done == total:
+        logger.info("answers: %d of %d", done, total)

@@ -12,6 +12,7 @@ COMMANDS = {
     "sft": "fine-tune with TRL's SFTTrainer while a probe set is tracked",
     "dpo": "train with TRL's DPOTrainer while a probe set is tracked",
     "track": "score models or a run's checkpoints on a probe set, without training",
+    "probes": "make, check, read and share probe sets; screen preference pairs before training",
     "report": "turn runs into one offline HTML page, PNG charts or CSV",
     "quickstart": "see the squeezing effect on the embedded model, in minutes on a CPU",
     "env": "print versions for a bug report",

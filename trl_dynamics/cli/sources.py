@@ -5,6 +5,7 @@ from pathlib import Path
 
 import trl
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import AutoConfig
 
 from trl_dynamics import embedded
 from trl_dynamics.probing import io as probe_io
@@ -41,6 +42,12 @@ def find_model(name_or_path: str | None) -> str:
     if looks_local(name_or_path) and not Path(name_or_path).is_dir():
         raise ValueError(f"model {name_or_path!r} does not exist; expected a folder with a model, or a hub name")
     return name_or_path
+
+
+def context_length(model: str) -> int | None:
+    """How many tokens the model can take, by its config; None if it does not say."""
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def find_probe_set(source: str | None, num_probes: int | None) -> ProbeSet | None:

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trl_dynamics.probing.builders import BUILDERS, NEED_HELD_OUT, CannotBuild, Material, build_one, shipped_text
+from trl_dynamics.probing.builders import (
+    BUILDERS,
+    NEED_HELD_OUT,
+    CannotBuild,
+    Material,
+    build_one,
+    has_permutation,
+    shipped_text,
+)
 from trl_dynamics.probing.generated import (
     OWN_ANSWERS,
     Generation,
@@ -71,7 +79,10 @@ def build(
     generation = generation or Generation()
     extra_columns = dict(extra_columns or {})
     _check_arguments(types, num_probes, select, extra_columns)
-    chosen = _select(read_pairs(rows, extra_columns=extra_columns), num_probes, seed, select)
+    read = read_pairs(rows, extra_columns=extra_columns)
+    if types is None or any(name.endswith("_permuted") for name in types):
+        read = map(_without_one_word_answers, read)
+    chosen = _select(read, num_probes, seed, select)
     pairs = chosen.pairs
     held_out_answers, num_leaked = _held_out_answers(held_out, chosen.answers, seed)
     wanted = _wanted_types(types, pairs, held_out_answers, generation)
@@ -152,6 +163,13 @@ def _rank(seed: int, pair: Pair) -> str:
     return hashlib.sha256(f"{seed}/{pair.key}".encode()).hexdigest()
 
 
+def _without_one_word_answers(item: Pair | str) -> Pair | str:
+    # They have no permutation, so that their probes would lack types that all others have.
+    if isinstance(item, str) or has_permutation(item.chosen):
+        return item
+    return f"{item.where} has a chosen without two different words to permute"
+
+
 @dataclass
 class _Selection:
     pairs: list[Pair]
@@ -196,7 +214,8 @@ def _held_out_answers(
     """Distinct held-out answers that are no training answers, sorted, and how many others were left out."""
     if held_out is None:
         return (), 0
-    usable = (pair for pair in read_pairs(held_out, source="held-out data") if isinstance(pair, Pair))
+    read = map(_without_one_word_answers, read_pairs(held_out, source="held-out data"))
+    usable = (pair for pair in read if isinstance(pair, Pair))
     answers = {pair.chosen.strip() for pair in heapq.nsmallest(MAX_HELD_OUT, usable, key=lambda p: _rank(seed, p))}
     kept = tuple(sorted(text for text in answers if _digest(text) not in trained))
     return kept, len(answers) - len(kept)

@@ -140,10 +140,15 @@ def _another(pair: Pair, answers: Sequence[str], rng: random.Random, otherwise: 
     return like(pair.chosen, rng.choice(others))
 
 
+def has_permutation(text: str) -> bool:
+    """Whether the words of a text have another order."""
+    return len(set(text.split())) > 1
+
+
 def _permuted(text: str, rng: random.Random, name: str) -> str:
-    words = text.split()
-    if len(set(words)) < 2:
+    if not has_permutation(text):
         raise CannotBuild(f"{name} has no two different words to exchange")
+    words = text.split()
     shuffled = list(words)
     while shuffled == words:
         rng.shuffle(shuffled)

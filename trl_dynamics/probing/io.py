@@ -63,16 +63,26 @@ def load(source, *, name: str | None = None) -> ProbeSet:
     path = Path(source)
     if path.is_dir() and (path / DATA_FILE).is_file():
         return _read_folder(path, name)
+    return from_rows(read_rows(source), name=name or (path.stem if path.exists() else str(source)))
+
+
+def read_rows(source: str | Path) -> list[dict]:
+    """The rows of a file, of a folder that `save_to_disk` wrote, or of a dataset on the hub, as they stand there.
+
+    Raises:
+        ValueError: If the source does not exist or a line of a .jsonl file is not an object.
+    """
+    path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        return read_jsonl(path, name=name)
+        return _read_lines(path)
     if path.exists():
-        return from_rows(_read_with_datasets(path), name=name or path.stem)
+        return _read_with_datasets(path)
     if path.suffix in _FILE_KINDS or path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
         raise ValueError(
             f"probe set {str(source)!r} does not exist; expected a folder with {DATA_FILE}, a .jsonl or .parquet "
             "file, or the name of a dataset on the hub"
         )
-    return from_rows(_read_hub(str(source)), name=name or str(source))
+    return _read_hub(str(source))
 
 
 def read_jsonl(
@@ -89,12 +99,7 @@ def read_jsonl(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"probe set file {str(path)!r} does not exist")
-    rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_parse_line(path, number, line))
-    return from_rows(rows, name=name or path.stem, required_types=required_types)
+    return from_rows(_read_lines(path), name=name or path.stem, required_types=required_types)
 
 
 def from_rows(rows: list[dict], *, name: str = "probes", required_types: tuple[str, ...] = REQUIRED_TYPES) -> ProbeSet:
@@ -183,7 +188,9 @@ def write_folder(
         raise ValueError(f"cannot write the probe set to {str(folder)!r}: {error.strerror}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -283,6 +290,11 @@ def _clean_published(column: str, text: str) -> str:
     # Some published columns start with the space that follows "Assistant:", others do not: all get exactly one.
     text = (clean_self_rephrase(text) if column == "chosen_selfr" else text).strip()
     return f" {text}" if text else ""
+
+
+def _read_lines(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as lines:
+        return [_parse_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _parse_line(path: Path, number: int, line: str) -> dict:

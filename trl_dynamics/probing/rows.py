@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from trl.data_utils import extract_prompt
 
-from trl_dynamics.probing.schema import Prompt, is_blank
+from trl_dynamics.probing.schema import Prompt, is_blank, is_unicode
 
 # Prompts of the HH-RLHF family are dialogues in plain text; the answer begins after the last of these.
 DIALOGUE_MARKER = "\n\nAssistant:"
@@ -75,6 +75,10 @@ def read_pairs(
             blank.insert(0, "prompt")
         if blank:
             yield f"row {index} has a blank {blank[0]}"
+            continue
+        broken = [name for name, value in {"prompt": prompt, **texts}.items() if not is_unicode(value)]
+        if broken:
+            yield f"row {index} has broken Unicode (a lone surrogate) in {broken[0]}"
             continue
         yield Pair(prompt, texts["chosen"], texts.get("rejected"), _extra(row, extra_columns or {}, where), where)
 

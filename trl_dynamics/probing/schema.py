@@ -72,6 +72,16 @@ def is_blank(text: str | None) -> bool:
     return text is None or not text.strip()
 
 
+def is_unicode(value: Prompt) -> bool:
+    """Whether a text, or the contents of messages, can be written as UTF-8: JSON may bring lone surrogates."""
+    texts = [value] if isinstance(value, str) else [message["content"] for message in value]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Probe:
     """One prompt and its responses by type.
@@ -191,6 +201,8 @@ class ProbeSet:
                 raise ValueError(f"{where}: response {name!r} is {text!r:.80}; expected text")
             if is_blank(text):
                 raise ValueError(f"{where}: response {name!r} is blank; leave the type out or give it text")
+            if not is_unicode(text):
+                raise ValueError(f"{where}: response {name!r} is broken Unicode (a lone surrogate); correct the text")
         _validate_prompt(where, probe.prompt)
 
 

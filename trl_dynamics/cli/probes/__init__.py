@@ -1,4 +1,4 @@
-"""trl-dynamics probes: make, check, read and share probe sets. Every action is a module here with `run(argv) -> int`."""
+"""trl-dynamics probes: make, check, read and share probe sets; every action is a module with `run(argv) -> int`."""
 
 import importlib
 

@@ -197,8 +197,8 @@ def _held_out(args: BuildArguments, splits) -> tuple[object, str | None]:
         other = DataArguments(dataset_name=args.held_out, dataset_config=args.dataset_config)
         found = sources.load_splits(other, trl.DatasetMixtureConfig())
         # A file has the one split `train`, whatever it holds.
-        name = args.held_out_split if args.held_out_split in found else next(iter(found)) if len(found) == 1 else None
-        return sources.take_split(found, name or args.held_out_split), f"{args.held_out}, split {name}"
+        name = next(iter(found)) if len(found) == 1 else args.held_out_split
+        return sources.take_split(found, name), f"{Path(args.held_out).name}, split {name}"
     if args.held_out_split in splits and args.held_out_split != args.split:
         return splits[args.held_out_split], f"the same, split {args.held_out_split}"
     return None, None
@@ -228,9 +228,7 @@ def _rephraser(args: BuildArguments) -> Rephraser | None:
     if Path(args.rephraser).is_file():
         return FileRephraser(args.rephraser)
     sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
-    instructions = None
-    if args.instructions:
-        instructions = yaml.safe_load("\n".join(read_lines(args.instructions, "--instructions", blank=True)))
+    instructions = _mapping(Path(args.instructions), "--instructions") if args.instructions else None
     if args.rephraser.startswith(("http://", "https://")):
         generator = OpenAIServer(
             args.rephraser,
@@ -239,11 +237,22 @@ def _rephraser(args: BuildArguments) -> Rephraser | None:
             timeout=args.timeout,
             max_retries=args.max_retries,
             requests_per_minute=args.requests_per_minute,
-            options=json.loads(args.server_options) if args.server_options else None,
+            options=_mapping(args.server_options, "--server_options") if args.server_options else None,
         )
     else:
         generator = _local(sources.find_model(args.rephraser), args)
     return GeneratedRephraser(generator, sampling, instructions)
+
+
+def _mapping(given: str | Path, option: str) -> dict:
+    """A YAML or JSON mapping, from the option itself or from the file it names."""
+    try:
+        found = yaml.safe_load(given.read_text(encoding="utf-8") if isinstance(given, Path) else given)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{option} {str(given)!r} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} {str(given)!r} holds {found!r:.60}; expected a mapping")
+    return found
 
 
 def _local(path: str, args: BuildArguments) -> LocalModel:

@@ -1,0 +1,66 @@
+"""trl-dynamics probes import: the published layout, or any table with a column per response type -> a probe set."""
+
+import argparse
+from pathlib import Path
+
+from trl_dynamics.cli.probes.build import parse_columns, summary, write_built
+from trl_dynamics.probing import card
+from trl_dynamics.probing import io as probe_io
+from trl_dynamics.probing.build import Built
+from trl_dynamics.probing.schema import REQUIRED_TYPES, RESERVED_FIELDS, RESPONSE_TYPES, ProbeSet
+
+
+def run(argv: list[str]) -> int:
+    """Read, validate and write the set with its card.
+
+    Raises:
+        ValueError: If the source, a column or a row is wrong; then nothing is written.
+    """
+    parser = argparse.ArgumentParser("trl-dynamics probes import", description=__doc__)
+    parser.add_argument("source", help=".jsonl, .parquet or .csv file, dataset folder or hub dataset")
+    parser.add_argument("-o", "--output_dir", required=True, help="folder of the new set")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        help="COLUMN=TYPE, and COLUMN=prompt; columns that are neither named here nor named like a type are left out",
+    )
+    parser.add_argument("--name", help="name of the set; by default that of its folder")
+    parser.add_argument("--license", default="unknown", help="licence of the source, for the card")
+    parser.add_argument("--overwrite", action="store_true", help="replace a probe set that lies there")
+    args = parser.parse_args(argv)
+    probe_io.refuse_existing(args.output_dir, args.overwrite)
+    columns = parse_columns(args.columns)
+    name = args.name or Path(args.output_dir).name
+    probe_set, left_out = read(args.source, columns, name)
+    about = {
+        "source": Path(args.source).name if Path(args.source).exists() else args.source,
+        "license": args.license,
+        "columns": columns,
+        "columns_left_out": left_out,
+        "versions": card.versions(),
+    }
+    probe_set = ProbeSet(probe_set.probes, name, probe_set.metadata | about, probe_set.required_types)
+    folder = write_built(Built(probe_set), args.output_dir, overwrite=args.overwrite)
+    print(*summary(Built(probe_set)), sep="\n")
+    if left_out:
+        print(f"columns left out: {', '.join(left_out)}")
+    print(f"probe set: {folder}")
+    return 0
+
+
+def read(source: str, columns: dict[str, str], name: str) -> tuple[ProbeSet, list[str]]:
+    """The source as a probe set under our names, and the columns that were left out."""
+    if not columns:
+        return probe_io.load(source, name=name), []
+    rows = probe_io.read_rows(source)
+    present = {column for row in rows for column in row}
+    absent = [column for column in columns if column not in present]
+    if absent:
+        raise ValueError(f"{source!r} has no column {absent[0]!r}; found {sorted(present)}")
+    kept = {column: column for column in present if column in RESPONSE_TYPES or column in RESERVED_FIELDS}
+    # A column given to a name takes the place of one that has the name already.
+    kept = {column: ours for column, ours in kept.items() if ours not in columns.values()} | columns
+    renamed = [{ours: row[column] for column, ours in kept.items() if row.get(column) is not None} for row in rows]
+    required = tuple(name for name in REQUIRED_TYPES if name in kept.values())
+    return probe_io.from_rows(renamed, name=name, required_types=required), sorted(present - set(kept))

@@ -26,6 +26,7 @@ class StatsRequest:
     Shapes: `rows_N`, `cols_N` index the (B, T) input (the prediction at column c is of the token that follows it),
     `target_N` the label there, `extra_NE` further labels whose log-probabilities are wanted; all int64.
     `num_columns` is T: an adapter that prepends virtual tokens makes the hidden states longer than the input.
+    `return_hidden` adds `hidden_ND`, the final hidden states that the LM head reads at these positions.
     """
 
     rows_N: torch.Tensor
@@ -34,6 +35,7 @@ class StatsRequest:
     num_columns: int
     extra_NE: torch.Tensor | None = None
     top_k: int = 10
+    return_hidden: bool = False
 
 
 def install(model: nn.Module) -> None:
@@ -91,4 +93,5 @@ def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> d
     extra_NE = None if request.extra_NE is None else request.extra_NE.to(hidden_ND.device)
     with full_head_weights(lm_head) as (weight_VD, bias_V):
         head = Head(weight_VD, bias_V, factor, softcap)
-        return token_stats(hidden_ND, head, request.target_N.to(hidden_ND.device), extra_NE, request.top_k)
+        stats = token_stats(hidden_ND, head, request.target_N.to(hidden_ND.device), extra_NE, request.top_k)
+    return stats | {"hidden_ND": hidden_ND} if request.return_hidden else stats

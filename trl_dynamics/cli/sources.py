@@ -5,7 +5,7 @@ from pathlib import Path
 
 import trl
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from trl_dynamics import embedded
 from trl_dynamics.probing import io as probe_io
@@ -48,6 +48,15 @@ def context_length(model: str) -> int | None:
     """How many tokens the model can take, by its config; None if it does not say."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     return getattr(config, "max_position_embeddings", None)
+
+
+def end_ids(model: str) -> list[int]:
+    """Token ids that end a turn by the model's generation config."""
+    try:
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        return []
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def find_probe_set(source: str | None, num_probes: int | None) -> ProbeSet | None:

@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -158,6 +159,31 @@ def to_dataset(probe_set: ProbeSet):
     return Dataset.from_list(rows)
 
 
+@contextmanager
+def complete_folder(folder: str | Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when the block ends well and disappears when it does not.
+
+    Raises:
+        ValueError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if folder.exists():
+            folder.replace(old)
+        part.replace(folder)
+    except OSError as error:
+        raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def write_folder(
     probe_set: ProbeSet, folder: str | Path, files: Mapping[str, str] | None = None, *, overwrite: bool = False
 ) -> Path:
@@ -172,26 +198,12 @@ def write_folder(
     Raises:
         ValueError: If something lies there already, or the folder cannot be written.
     """
-    folder = Path(folder)
     refuse_existing(folder, overwrite)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        part.mkdir(parents=True)
+    with complete_folder(folder) as part:
         save(probe_set, part)
         for name, text in (files or {}).items():
             (part / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.replace(old)
-        part.replace(folder)
-    except OSError as error:
-        raise ValueError(f"cannot write the probe set to {str(folder)!r}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
+    return Path(folder)
 
 
 def refuse_existing(folder: str | Path, overwrite: bool) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from trl_dynamics.cli import sources
 from trl_dynamics.probing.check import CheckReport, check
@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     model = sources.find_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
     limits = LengthLimits(args.max_prompt_length, args.max_length, sources.context_length(model))
-    report = check(probe_set, tokenizer, limits, _end_ids(model), held_out)
+    report = check(probe_set, tokenizer, limits, sources.end_ids(model), held_out)
     print(*length_table(report), "", *report.lines(), sep="\n")
     return 1 if report.errors else 0
 
@@ -38,11 +38,3 @@ def length_table(report: CheckReport) -> list[str]:
             f"{row['max_tokens']:>6} {row['cut']:>5}"
         )
     return lines
-
-
-def _end_ids(model: str) -> list[int]:
-    try:
-        ends = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        return []
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -1,0 +1,107 @@
+"""Which preference pairs are likely to lower the likelihood of the chosen answer, told before any training.
+
+CHES, the centred hidden embedding similarity of "Unintentional Unalignment: Likelihood Displacement in Direct
+Preference Optimization" (arXiv 2410.08847, definition 2), from one forward pass per response.
+
+    N scored positions   I responses   P pairs   D hidden
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trl_dynamics.stats_head import StatsRequest
+
+
+@dataclass(frozen=True)
+class ResponseSums:
+    """Sums over each response's tokens without its end-of-turn token, float64 on the CPU.
+
+    `hidden_ID` sums the final hidden states at the positions that predict these tokens, from the prompt's last token to
+    the response's second-to-last one; `logp_sum_I` (nats) sums their log-probabilities; `num_tokens_I` counts them.
+    """
+
+    hidden_ID: torch.Tensor
+    logp_sum_I: torch.Tensor
+    num_tokens_I: torch.Tensor
+
+    def __add__(self, other: "ResponseSums") -> "ResponseSums":
+        return ResponseSums(
+            self.hidden_ID + other.hidden_ID,
+            self.logp_sum_I + other.logp_sum_I,
+            self.num_tokens_I + other.num_tokens_I,
+        )
+
+
+def response_sums(
+    hidden_ND: torch.Tensor, logp_N: torch.Tensor, item_N: torch.Tensor, is_eos_mask_N: torch.Tensor, num_items: int
+) -> ResponseSums:
+    """Reduce per-position values to responses.
+
+    The position that predicts the end-of-turn token holds the state after the response's last token, which CHES leaves
+    out. Padding has no positions here, so that it cannot be counted.
+
+    Shapes: hidden_ND (N, D), logp_N (N,) nats, item_N (N,) index of the response, is_eos_mask_N (N,) bool.
+    """
+    item_N, keep_N = item_N.cpu(), (~is_eos_mask_N.cpu()).double()
+    hidden_ND = hidden_ND.double().cpu() * keep_N[:, None]
+    zeros_I = torch.zeros(num_items, dtype=torch.float64)
+    return ResponseSums(
+        torch.zeros(num_items, hidden_ND.shape[1], dtype=torch.float64).index_add_(0, item_N, hidden_ND),
+        zeros_I.index_add(0, item_N, logp_N.double().cpu() * keep_N),
+        zeros_I.index_add(0, item_N, keep_N),
+    )
+
+
+@torch.no_grad()
+def score_responses(model: nn.Module, batch, num_items: int) -> ResponseSums:
+    """Run one batch through a model that has the stats head (see [`stats_head.install`]).
+
+    Args:
+        model (`nn.Module`): In evaluation mode.
+        batch: With the fields of `probing.encode.ProbeBatch`; responses that it does not hold get zeros.
+        num_items (`int`): Responses in all.
+    """
+    device = next(model.parameters()).device
+    position_ids = None if batch.position_ids is None else batch.position_ids.to(device)
+    stats = model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        position_ids=position_ids,
+        stats_request=StatsRequest(
+            batch.rows_N.to(device),
+            batch.cols_N.to(device),
+            batch.target_N.to(device),
+            batch.input_ids.shape[1],
+            return_hidden=True,
+        ),
+    )
+    return response_sums(stats["hidden_ND"], stats["target_logp"], batch.item_N, batch.is_eos_mask_N, num_items)
+
+
+def ches(chosen_PD: torch.Tensor, rejected_PD: torch.Tensor) -> torch.Tensor:
+    """CHES of each pair: <S+, S-> - ||S+||^2, from the sums of hidden states; larger means more displacement.
+
+    Shapes: chosen_PD, rejected_PD (P, D) -> (P,).
+    """
+    return (chosen_PD * (rejected_PD - chosen_PD)).sum(-1)
+
+
+def ches_normalized(
+    chosen_PD: torch.Tensor, rejected_PD: torch.Tensor, num_chosen_P: torch.Tensor, num_rejected_P: torch.Tensor
+) -> torch.Tensor:
+    """Length-normalised CHES: [`ches`] of the mean instead of the summed hidden states, comparable between lengths.
+
+    Shapes: chosen_PD, rejected_PD (P, D), num_chosen_P, num_rejected_P (P,) numbers of tokens -> (P,).
+    """
+    return ches(chosen_PD / num_chosen_P[:, None], rejected_PD / num_rejected_P[:, None])
+
+
+def risk(scores_P: torch.Tensor) -> torch.Tensor:
+    """Rank of each pair's score in its data: the fraction of pairs that score lower or the same, in (0, 1].
+
+    Shapes: scores_P (P,) -> (P,).
+    """
+    ordered_P = scores_P.sort().values
+    return torch.searchsorted(ordered_P, scores_P.contiguous(), right=True).double() / len(scores_P)

@@ -18,8 +18,8 @@ from trl_dynamics.stats_head import StatsRequest
 class ResponseSums:
     """Sums over each response's tokens without its end-of-turn token, float64 on the CPU.
 
-    `hidden_ID` sums the final hidden states at the positions that predict these tokens, from the prompt's last token to
-    the response's second-to-last one; `logp_sum_I` (nats) sums their log-probabilities; `num_tokens_I` counts them.
+    `hidden_ID` sums the final hidden states at the positions that predict these tokens, from the prompt's last token
+    to the response's second-to-last one; `logp_sum_I` (nats) sums their log-probabilities; `num_tokens_I` counts them.
     """
 
     hidden_ID: torch.Tensor

@@ -95,7 +95,7 @@ def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:
         return row["prompt"], row["chosen"], row.get("rejected")
     if {"prompt", "completion"} <= has:
         return row["prompt"], row["completion"], None
-    if {"chosen", "rejected"} <= has:
+    if {"chosen", "rejected"} <= has and "prompt" not in row:
         return _split_implicit(row, where)
     if "messages" in has:
         messages = row["messages"]

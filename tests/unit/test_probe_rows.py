@@ -51,7 +51,7 @@ def test_formats(row, expected):
         ({"prompt": USER, "chosen": USER, "rejected": said("B")}, "field 'chosen' is a message of role 'user'"),
         ({"prompt": USER, "chosen": said("A") * 2, "rejected": said("B")}, "one assistant message.*into 'prompt'"),
         ({"messages": USER}, "row 0, field 'messages': expected at least"),
-        ({"chosen": "A", "rejected": said("B")}, "'chosen' is str and 'rejected' list"),
+        ({"chosen": "A", "rejected": said("B")}, "field 'chosen' is 'A'; expected text or messages, like the other"),
         ({"chosen": "left", "rejected": "right"}, "no beginning in common; add a 'prompt' column"),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"},

@@ -113,8 +113,12 @@ def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:
 
 def _split_implicit(row: Mapping, where: str) -> tuple[object, object, object]:
     chosen, rejected = row["chosen"], row["rejected"]
-    if type(chosen) is not type(rejected):
-        raise ValueError(f"{where}: 'chosen' is {type(chosen).__name__} and 'rejected' {type(rejected).__name__}")
+    for name, other in (("chosen", rejected), ("rejected", chosen)):
+        if not row[name] or not isinstance(row[name], str | list) or type(row[name]) is not type(other):
+            raise ValueError(
+                f"{where}, field {name!r} is {row[name]!r:.80}; expected text or messages, like the other answer, "
+                "that begin with the prompt, or a 'prompt' column"
+            )
     if isinstance(chosen, str) and DIALOGUE_MARKER in chosen:
         end = chosen.rindex(DIALOGUE_MARKER) + len(DIALOGUE_MARKER)
         if rejected[:end] != chosen[:end]:

@@ -1,0 +1,164 @@
+"""A set that would be scored wrongly is found out, with the tokens or the probes named."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tiny import tiny_tokenizer
+from trl_dynamics.probing.check import check, check_seams
+from trl_dynamics.probing.encode import LengthLimits, encode, find_seam
+from trl_dynamics.probing.schema import Probe, ProbeSet
+
+# As Qwen3's: reasoning is taken out of the turns before the last question, and put into the last answer.
+QWEN3_LIKE = (
+    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% if loop.index0 > last.user %}<think>\n\n</think>\n\n{% endif %}{{ answer }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Keeps the reasoning of the last assistant turn only, which is another turn once the response follows.
+REWRITING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 < messages|length - 2 %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello"},
+    {"role": "user", "content": "Why?"},
+]
+
+
+def with_template(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def merging_tokenizer():
+    """Bytes, and one token for "ab"."""
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<end>"]
+    backend = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+def make(*probes, prompt="Why?", **responses):
+    given = probes or [Probe("p", prompt, {"chosen": "because", "rejected": "no idea"} | responses)]
+    return ProbeSet(tuple(given))
+
+
+def kinds(report):
+    return [*report.errors, *report.warnings]
+
+
+def test_a_good_set_has_no_findings():
+    report = check(make(), tiny_tokenizer())
+    assert report.lines() == ["no findings"]
+    assert report.lengths["chosen"] == {
+        "responses": 1,
+        "mean_tokens": 7,
+        "median_tokens": 7,
+        "max_tokens": 7,
+        "cut": 0,
+    }
+
+
+def test_a_template_like_qwen3s_is_scored_from_the_generation_prompt_on():
+    probe_set, tokenizer = make(prompt=TURNS), with_template(QWEN3_LIKE)
+    assert check(probe_set, tokenizer).errors == {}
+    for item in encode(probe_set, tokenizer).items:
+        prompt = tokenizer.decode(item.prompt_ids)
+        assert prompt.endswith("<|im_start|>assistant\n") and "hm" not in prompt
+        answer = probe_set.probes[0].responses[item.response_type]
+        assert tokenizer.decode(item.response_ids) == f"<think>\n\n</think>\n\n{answer}"
+        assert item.eos_id == tokenizer.eos_token_id
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_both_strings():
+    probe_set, tokenizer = make(prompt=TURNS), with_template(REWRITING)
+    with pytest.raises(ValueError, match=r"probe 'p', response 'chosen': the chat template changes.*'<thin' without"):
+        encode(probe_set, tokenizer)
+    report = check(probe_set, tokenizer)
+    assert len(report.errors["a response cannot be scored"]) == 2
+    with pytest.raises(ValueError, match=r"probe 'p', response 'chosen'.*\['<', 't', 'h', 'i', 'n'\], which become"):
+        check_seams(probe_set, tokenizer)
+    assert check(make(prompt=TURNS[:1]), tokenizer).errors == {}
+
+
+def test_a_merge_over_the_seam_is_an_error_with_the_two_tokens():
+    tokenizer = merging_tokenizer()
+    probe_set = make(Probe("p", "say a", {"chosen": "bc", "rejected": " bc"}))
+    seam = find_seam(probe_set.probes[0], "chosen", tokenizer)
+    assert (seam.prompt_tokens, seam.joined_tokens) == (("a",), ("ab",))
+    assert find_seam(probe_set.probes[0], "rejected", tokenizer) is None
+    (cases,) = check(probe_set, tokenizer).errors.values()
+    assert cases == [
+        "probe 'p', response 'chosen': the prompt ends with the tokens ['a'], which become ['ab'] when the response "
+        "follows"
+    ]
+    with pytest.raises(ValueError, match=r"ends with the tokens \['a'\], which become \['ab'\].*white space"):
+        check_seams(probe_set, tokenizer)
+    check_seams(make(prompt="say b"), tokenizer)
+
+
+def test_lengths_and_cuts():
+    probe_set = make(chosen="x" * 30, rejected="y" * 5)
+    report = check(probe_set, tiny_tokenizer(), LengthLimits(max_prompt_length=2, max_length=20))
+    assert report.warnings["the prompt is cut"] == ["probe 'p', response 'chosen'", "probe 'p', response 'rejected'"]
+    assert report.warnings["the response is cut"] == ["probe 'p', response 'chosen'"]
+    assert report.lengths["chosen"]["max_tokens"] == 18 and report.lengths["chosen"]["cut"] == 1
+    too_long = check(probe_set, tiny_tokenizer(), LengthLimits(context_length=20))
+    assert list(too_long.errors) == ["a response cannot be scored"] and "chosen" not in too_long.lengths
+
+
+def test_ends():
+    no_end = with_template("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    report = check(make(prompt=TURNS[:1]), no_end)
+    assert len(report.warnings) == 1 and "no end-of-turn token" in kinds(report)[0]
+    early = check(make(chosen="a<|im_end|>b"), tiny_tokenizer())
+    assert early.errors["a response holds a special token, which may end it early"] == [
+        "probe 'p', response 'chosen': '<|im_end|>'"
+    ]
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    assert "no EOS token" in kinds(check(make(), tokenizer))[0]
+
+
+def test_repetitions():
+    same = make(Probe("p", "Why?", {"chosen": "a", "rejected": " a "}))
+    assert list(check(same, tiny_tokenizer()).errors) == ["two responses of a probe are the same"]
+    greedy = check(make(greedy="because"), tiny_tokenizer())
+    assert greedy.errors == {} and list(greedy.warnings) == ["two responses of a probe are the same"]
+    prompt = check(make(other_train="Why?"), tiny_tokenizer())
+    assert prompt.warnings == {"a response repeats its prompt": ["probe 'p', response 'other_train'"]}
+    twice = make(
+        Probe("p", "Why?", {"chosen": "a", "rejected": "b"}), Probe("q", "Why?", {"chosen": "c", "rejected": "d"})
+    )
+    assert check(twice, tiny_tokenizer()).warnings == {"a prompt stands in several probes": ["probe 'p'", "probe 'q'"]}
+
+
+def test_leakage():
+    train = make(
+        Probe("p", "Why?", {"chosen": "a b", "rejected": "b", "other_test": "c d"}),
+        Probe("q", "How?", {"chosen": "c d", "rejected": "d", "other_test": "e f"}),
+    )
+    report = check(train, tiny_tokenizer())
+    assert report.errors == {"other_test is no held-out answer": ["probe 'p': it is the chosen response of probe 'q'"]}
+    held = make(
+        Probe("x", "Why? ", {"chosen": "g", "rejected": "h"}), Probe("y", "When?", {"chosen": " a b", "rejected": "i"})
+    )
+    report = check(train, tiny_tokenizer(), held_out=held)
+    assert report.errors["a held-out prompt is probed as a training prompt"] == ["held-out probe 'x'"]
+    assert report.warnings["a held-out answer is a training answer"] == ["held-out probe 'y': chosen of probe 'p'"]
+
+
+def test_the_first_cases_of_each_kind_are_told():
+    probes = [Probe(str(i), "Why?", {"chosen": "a", "rejected": "a"}) for i in range(9)]
+    lines = check(make(*probes), tiny_tokenizer()).lines()
+    assert lines[0] == "error: two responses of a probe are the same (9)" and lines[4] == "    and 6 more"

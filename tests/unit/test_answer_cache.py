@@ -49,6 +49,12 @@ def test_each_answer_is_on_the_disk_before_the_next_one(tmp_path):
         assert len(cache) == 3 and cache.get("ü\u2028") == Answer("ü\u2028", "length")
 
 
+def test_no_answer_leaves_no_file(tmp_path):
+    with AnswerCache(tmp_path / "c"):
+        assert (tmp_path / "c").exists(), "that it can be written is known before anything is asked"
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_torn_last_line_is_dropped_and_written_again(tmp_path):
     path = tmp_path / "c"
     with AnswerCache(path) as cache:

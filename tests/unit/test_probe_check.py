@@ -93,7 +93,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_both_strings():
 
 def test_a_merge_over_the_seam_is_an_error_with_the_two_tokens():
     tokenizer = merging_tokenizer()
-    probe_set = make(Probe("p", "say a", {"chosen": "bc", "rejected": " bc"}))
+    probe_set = make(Probe("p", "say a", {"chosen": "bc", "rejected": " cd"}))
     seam = find_seam(probe_set.probes[0], "chosen", tokenizer)
     assert (seam.prompt_tokens, seam.joined_tokens) == (("a",), ("ab",))
     assert find_seam(probe_set.probes[0], "rejected", tokenizer) is None

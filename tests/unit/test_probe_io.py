@@ -15,7 +15,6 @@ from trl_dynamics.probing.io import (
     clean_self_rephrase,
     from_rows,
     load,
-    push,
     read_jsonl,
     to_dataset,
 )
@@ -126,16 +125,6 @@ def test_rows_without_ids_are_numbered():
 def test_a_set_is_returned_as_it_is():
     given = plain_set()
     assert load(given) is given
-
-
-def test_push_uploads_the_sets_rows(monkeypatch):
-    pushed = []
-    monkeypatch.setattr(Dataset, "push_to_hub", lambda *args, **kwargs: pushed.append((*args, kwargs)))
-    push(plain_set(), "someone/probes", private=True)
-    ((dataset, repo_id, options),) = pushed
-    assert (repo_id, options) == ("someone/probes", {"private": True})
-    assert dataset.to_list() == to_dataset(plain_set()).to_list()
-    assert load(dataset).fingerprint == plain_set().fingerprint
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ class AnswerCache:
     def __exit__(self, *error) -> None:
         if self._file is not None:
             self._file.close()
+            if not self._answers:
+                self.path.unlink()
 
     def get(self, key: str) -> Answer | None:
         """The answer to the request of that key."""

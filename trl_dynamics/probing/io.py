@@ -247,7 +247,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
         raise ValueError("the hub is switched off here (HF_HUB_OFFLINE); nothing was uploaded") from error
     except HfHubHTTPError as error:
         raise ValueError(_hub_refusal(repo_id, error)) from error
-    except (ConnectionError, OSError) as error:
+    except Exception as error:  # the hub's HTTP library has errors of its own for a lost or missing connection
         raise ValueError(
             f"the hub cannot be reached ({error}); nothing or part of {repo_id!r} was uploaded"
         ) from error

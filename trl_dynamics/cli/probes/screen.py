@@ -130,9 +130,7 @@ def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> 
         scored += _score(chunk, items, model, layout)
         logger.info("screened: %d of %d", min(len(probes), start + CHUNK), len(probes))
     if not scored:
-        raise ValueError(
-            f"none of {len(probes) + len(unscored)} pairs could be scored, first: {unscored[0]['reason']}"
-        )
+        raise ValueError(f"none of {len(unscored)} pairs could be scored, first: {unscored[0]['reason']}")
     frame = pd.DataFrame(scored)
     if "ches_normalized" in frame:
         known = frame["ches_normalized"].notna()

@@ -2,20 +2,25 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from tiny import tiny_model, tiny_tokenizer
 from trl_dynamics import embedded
+from trl_dynamics.cli import sources
 from trl_dynamics.cli.main import main
 from trl_dynamics.probing.builders import BUILDERS
 from trl_dynamics.probing.io import load
 from trl_dynamics.probing.quality import Embedder
 from trl_dynamics.probing.schema import REQUIRED_TYPES
+
+ROOT = Path(__file__).parents[2]
 
 
 def probes(line, *paths):
@@ -289,3 +294,45 @@ def test_help_and_unknown_actions(capsys):
     assert "screen" in capsys.readouterr().out
     assert main(["probes", "burn"]) == 1
     assert "unknown action 'burn'" in capsys.readouterr().err
+
+
+def hh_row(i, tag):
+    dialogue = f"\n\nHuman: {tag} {i}?\n\nAssistant: Well.\n\nHuman: And?\n\nAssistant:"
+    return {"chosen": f"{dialogue} Yes, number {i} of {tag}.", "rejected": f"{dialogue} No, not {i}."}
+
+
+def ultrafeedback_row(i, tag):
+    def chat(answer):
+        return [{"role": "user", "content": f"{tag} {i}?"}, {"role": "assistant", "content": answer}]
+
+    both = {"chosen": chat(f"Yes, number {i} of {tag}."), "rejected": chat(f"No, not {i}.")}
+    return {"prompt": f"{tag} {i}?", "prompt_id": str(i), "messages": both["chosen"], "score_chosen": 8.0} | both
+
+
+@pytest.mark.parametrize(
+    ("recipe", "make_row", "splits", "call"),
+    [
+        ("helpful_base", hh_row, ("train", "test"), ("Anthropic/hh-rlhf", None, "helpful-base")),
+        (
+            "ultrafeedback",
+            ultrafeedback_row,
+            ("train_prefs", "test_prefs"),
+            ("HuggingFaceH4/ultrafeedback_binarized", None, None),
+        ),
+    ],
+)
+def test_the_recipes_on_rows_of_their_layout(recipe, make_row, splits, call, tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(path, name, data_dir, streaming):
+        asked.append((path, name, data_dir))
+        return DatasetDict({s: Dataset.from_list([make_row(i, s) for i in range(600)]) for s in splits})
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    assert probes("build --config {0}/probes/{1}.yaml -o {2}/set", ROOT, recipe, tmp_path) == 0
+    built = load(tmp_path / "set")
+    assert asked == [call] and built.counts == dict.fromkeys(BUILDERS, 500) and built.name == recipe
+    assert [p.responses["chosen"].strip() for p in built][:2] == [f"Yes, number {i} of {splits[0]}." for i in (0, 1)]
+    assert all(f"of {splits[1]}." in p.responses["other_test"] for p in built)
+    assert built.metadata["license"] == "mit"
+    assert built.probes[0].is_conversational == (recipe == "ultrafeedback")

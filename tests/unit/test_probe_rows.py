@@ -32,6 +32,8 @@ def pair_of(row, **options):
             ("\n\nHuman: Hi\n\nAssistant:", " Hello there", " Hello you"),
         ),
         ({"prompt": "Why?", "chosen": "A", "rejected": None}, ("Why?", "A", None)),
+        ({"prompt": "Why?", "chosen": USER + said("A"), "rejected": USER + said("B")}, (USER, "A", "B")),
+        ({"prompt": USER, "chosen": USER + said("A"), "rejected": USER + said("B")}, (USER, "A", "B")),
     ],
 )
 def test_formats(row, expected):

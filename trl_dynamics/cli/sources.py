@@ -97,7 +97,8 @@ def load_splits(script_args, dataset_args):
         raise ValueError(
             f"dataset {name!r} does not exist; expected a .jsonl or .parquet file, a folder or a hub name"
         )
-    return load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+    data_dir = getattr(script_args, "dataset_data_dir", None)
+    return load_dataset(name, name=script_args.dataset_config, data_dir=data_dir, streaming=streaming)
 
 
 def take_split(splits, name: str):

@@ -1,7 +1,7 @@
 """Training data in TRL's formats as pairs of one prompt with its answers, whatever way the rows were written.
 
-Understood: `prompt` + `chosen` + `rejected`, the same with the prompt inside both answers, `prompt` + `completion`,
-and `messages`; each as plain text or as chat messages.
+Understood: `prompt` + `chosen` + `rejected`, the same with the prompt inside both answers (with or without a `prompt`
+column), `prompt` + `completion`, and `messages`; each as plain text or as chat messages.
 """
 
 import hashlib
@@ -91,6 +91,8 @@ def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
 def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:
     """Prompt, chosen and rejected of a row as they stand in it."""
     has = {name for name in ("prompt", "chosen", "rejected", "completion", "messages") if row.get(name) is not None}
+    if {"prompt", "chosen", "rejected"} <= has and _repeats_prompt(row["prompt"], row["chosen"]):
+        return _split_implicit(row, where)
     if {"prompt", "chosen"} <= has:
         return row["prompt"], row["chosen"], row.get("rejected")
     if {"prompt", "completion"} <= has:
@@ -109,6 +111,14 @@ def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:
         f"{where} has the columns {sorted(row)}; expected prompt+chosen+rejected, chosen+rejected, prompt+completion "
         "or messages: rename the columns of your data (datasets' rename_column) to these"
     )
+
+
+def _repeats_prompt(prompt: object, chosen: object) -> bool:
+    """Whether the answer is a whole chat that has the prompt in it, as UltraFeedback's rows have."""
+    if not isinstance(chosen, list) or len(chosen) < 2 or not all(isinstance(m, Mapping) for m in chosen):
+        return False
+    turns = [message.get("content") for message in chosen[:-1]]
+    return prompt in turns if isinstance(prompt, str) else prompt == chosen[:-1]
 
 
 def _split_implicit(row: Mapping, where: str) -> tuple[object, object, object]:

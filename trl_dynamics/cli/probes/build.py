@@ -37,6 +37,7 @@ class DataArguments:
 
     dataset_name: str | None = _option(None, "File, folder, hub dataset, or 'embedded'.", "--dataset")
     dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
+    dataset_data_dir: str | None = _option(None, "Folder inside a hub dataset, such as helpful-base of hh-rlhf.")
     split: str = _option("train", "Split that is trained on.")
     dataset_num_rows: int | None = _option(None, "Use the first so many rows only. None: all.")
     dataset_streaming: bool = _option(False, "Read a hub dataset without downloading all of it.")
@@ -194,7 +195,8 @@ def parse_columns(given: list[str]) -> dict[str, str]:
 
 def _held_out(args: BuildArguments, splits) -> tuple[object, str | None]:
     if args.held_out:
-        other = DataArguments(dataset_name=args.held_out, dataset_config=args.dataset_config)
+        same = {"dataset_config": args.dataset_config, "dataset_data_dir": args.dataset_data_dir}
+        other = DataArguments(dataset_name=args.held_out, **(same if args.held_out == args.dataset_name else {}))
         found = sources.load_splits(other, trl.DatasetMixtureConfig())
         # A file has the one split `train`, whatever it holds.
         name = next(iter(found)) if len(found) == 1 else args.held_out_split

@@ -42,6 +42,7 @@ class ScreenArguments:
         default=None, metadata={"help": "Preference pairs: file, folder, hub dataset.", "aliases": ["--dataset"]}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_data_dir: str | None = field(default=None, metadata={"help": "Folder inside a hub dataset."})
     split: str = field(default="train", metadata={"help": "Split of the pairs."})
     dataset_num_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
     dataset_streaming: bool = field(default=False, metadata={"help": "Not supported: the filtered rows are written."})

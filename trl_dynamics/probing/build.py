@@ -2,11 +2,14 @@
 
 import hashlib
 import heapq
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trl_dynamics.probing import card
+from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.builders import (
     BUILDERS,
     NEED_HELD_OUT,
@@ -38,6 +41,14 @@ class Built:
 
     probe_set: ProbeSet
     rejected: tuple[Rejected, ...] = ()
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the set, its card and the list of rejected responses; see [`probing.io.write_folder`]."""
+        files = {card.CARD_NAME: card.dataset_card(self.probe_set)}
+        if self.rejected:
+            lines = [json.dumps(asdict(item), ensure_ascii=False) for item in self.rejected]
+            files[card.REJECTED_FILE] = "\n".join(lines) + "\n"
+        return probe_io.write_folder(self.probe_set, folder, files, overwrite=overwrite)
 
 
 def build(
@@ -109,6 +120,7 @@ def build(
         "held_out_answers": len(held_out_answers),
         "held_out_answers_dropped_as_train_answers": num_leaked,
         "not_built": dict(sorted(missing.items())),
+        "versions": card.versions(),
     }
     return Built(
         ProbeSet(tuple(probes), name, dict(metadata or {}) | about | made.about, required), tuple(made.rejected)

@@ -1,8 +1,7 @@
 """trl-dynamics probes build: preference or prompt/completion data -> a probe set's folder."""
 
-import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trl
@@ -102,7 +101,7 @@ def run(argv: list[str]) -> int:
         raise ValueError("-o (--output_dir) is missing: the folder of the new probe set")
     probe_io.refuse_existing(args.output_dir, args.overwrite)
     built = build_from(args, mixture)
-    folder = write_built(built, args.output_dir, overwrite=args.overwrite)
+    folder = built.save(args.output_dir, overwrite=args.overwrite)
     for line in summary(built):
         print(line)
     print(f"probe set: {folder}")
@@ -137,22 +136,12 @@ def build_from(args: BuildArguments, mixture: trl.DatasetMixtureConfig) -> Built
                 "source": _source_name(args, mixture),
                 "held_out_source": held_out_source,
                 "license": args.license or _stated_license(rows),
-                "versions": card.versions(),
             },
         )
     if args.model:
         model = sources.find_model(args.model)
         check_seams(built.probe_set, AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code))
     return built
-
-
-def write_built(built: Built, folder: str, *, overwrite: bool) -> Path:
-    """Write the set, its card and the list of rejected responses."""
-    files = {card.CARD_NAME: card.dataset_card(built.probe_set)}
-    if built.rejected:
-        lines = [json.dumps(asdict(item), ensure_ascii=False) for item in built.rejected]
-        files[card.REJECTED_FILE] = "\n".join(lines) + "\n"
-    return probe_io.write_folder(built.probe_set, folder, files, overwrite=overwrite)
 
 
 def summary(built: Built) -> list[str]:

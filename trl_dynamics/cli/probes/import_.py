@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trl_dynamics.cli.probes.build import parse_columns, summary, write_built
+from trl_dynamics.cli.probes.build import parse_columns, summary
 from trl_dynamics.probing import card
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.build import Built
@@ -41,8 +41,9 @@ def run(argv: list[str]) -> int:
         "versions": card.versions(),
     }
     probe_set = ProbeSet(probe_set.probes, name, probe_set.metadata | about, probe_set.required_types)
-    folder = write_built(Built(probe_set), args.output_dir, overwrite=args.overwrite)
-    print(*summary(Built(probe_set)), sep="\n")
+    built = Built(probe_set)
+    folder = built.save(args.output_dir, overwrite=args.overwrite)
+    print(*summary(built), sep="\n")
     if left_out:
         print(f"columns left out: {', '.join(left_out)}")
     print(f"probe set: {folder}")

@@ -262,3 +262,25 @@ def test_any_retry_after_is_understood_or_ignored(backend, value):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         OpenAIServer(**({"base_url": "http://localhost", "model": "m"} | options))
+
+
+def test_an_interruption_keeps_what_is_under_way(backend, tmp_path, monkeypatch):
+    """The first Ctrl-C asks nothing more and waits for the answers that are being written."""
+    interrupted, real_wait = threading.Event(), server_module.wait
+
+    def wait(running, return_when):
+        if not interrupted.is_set() and len(backend.bodies) >= 4:
+            interrupted.set()
+            raise KeyboardInterrupt
+        return real_wait(running, timeout=0.05, return_when=return_when)
+
+    def slow(handler):
+        interrupted.wait(20)
+        return completion("late")
+
+    backend.scripts = {f"r{i}": [slow] for i in range(9)}
+    monkeypatch.setattr(server_module, "wait", wait)
+    requests = [request(text) for text in backend.scripts]
+    with AnswerCache(tmp_path / "c") as cache, pytest.raises(KeyboardInterrupt):
+        answer_all(client(backend, concurrency=4), requests, cache)
+    assert sum(backend.asked.values()) == len((tmp_path / "c").read_text().splitlines()) == 4

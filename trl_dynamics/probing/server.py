@@ -90,33 +90,41 @@ class OpenAIServer:
         """Answer requests as their answers arrive, at most `concurrency` at a time.
 
         Raises:
-            ServerUnreachable: After every answer that did arrive has been yielded.
+            ServerUnreachable: After every answer that did arrive has been yielded; so does an interruption.
         """
         self._stopped.clear()
         waiting = iter(requests)
         running: dict = {}
-        unreachable: ServerUnreachable | None = None
+        stop: BaseException | None = None
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 while True:
-                    while unreachable is None and len(running) < self.concurrency:
+                    while stop is None and len(running) < self.concurrency:
                         request = next(waiting, None)
                         if request is None:
                             break
                         running[pool.submit(self._answer, request)] = request
                     if not running:
                         break
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    try:
+                        done = wait(running, return_when=FIRST_COMPLETED).done
+                    except KeyboardInterrupt as error:
+                        if stop is not None:
+                            raise
+                        logger.warning("stopping; %d requests are still under way", len(running))
+                        stop, done = error, ()
+                        self._stopped.set()
+                    for future in done:
                         request = running.pop(future)
                         try:
                             yield request, future.result()
                         except ServerUnreachable as error:
-                            unreachable = unreachable or error
+                            stop = stop or error
                             self._stopped.set()
             finally:
                 self._stopped.set()
-        if unreachable is not None:
-            raise unreachable
+        if stop is not None:
+            raise stop
 
     def _answer(self, request: Request) -> Answer | Failure:
         for attempt in range(self.max_retries + 1):

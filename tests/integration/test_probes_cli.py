@@ -127,7 +127,8 @@ def test_import_with_a_column_mapping(tmp_path, capsys):
 def test_own_answers_rephrases_and_the_cache(data, capsys):
     model = model_folder(data / "model")
     types = "--types rejected greedy chosen_initial sampled_1 chosen_self_rephrase chosen_rephrase_format"
-    line = f"build --dataset {{0}}/train.jsonl {types} --num_probes 6 --model {{1}} --max_new_tokens 8 -o {{0}}/set"
+    who = "--model {1} --rephraser {1}"
+    line = f"build --dataset {{0}}/train.jsonl {types} --num_probes 6 {who} --max_new_tokens 8 -o {{0}}/set"
     assert probes(line, data, model) == 0
     first = capsys.readouterr().out
     built, rejected = load(data / "set"), (data / "set" / "rejected.jsonl").read_text().splitlines()

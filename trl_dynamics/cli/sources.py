@@ -83,8 +83,9 @@ def load_splits(script_args, dataset_args):
         return trl.get_dataset(dataset_args)
     name, path = script_args.dataset_name, Path(script_args.dataset_name)
     if name == EMBEDDED:
-        rows = embedded.preference_rows(script_args.dataset_num_rows or EMBEDDED_ROWS)
-        return DatasetDict({"train": Dataset.from_list(rows)})
+        num_rows = script_args.dataset_num_rows or EMBEDDED_ROWS
+        splits = {split: embedded.preference_rows(num_rows, split=split) for split in ("train", "test")}
+        return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
     streaming = script_args.dataset_streaming
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         loaded = load_from_disk(name)

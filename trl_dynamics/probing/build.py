@@ -117,8 +117,14 @@ def build(
         "select": select,
         "num_rows": chosen.num_rows,
         "unusable_rows": chosen.unusable,
-        "held_out_answers": len(held_out_answers),
-        "held_out_answers_dropped_as_train_answers": num_leaked,
+        **(
+            {}
+            if held_out is None
+            else {
+                "held_out_answers": len(held_out_answers),
+                "held_out_answers_dropped_as_train_answers": num_leaked,
+            }
+        ),
         "not_built": dict(sorted(missing.items())),
         "versions": card.versions(),
     }

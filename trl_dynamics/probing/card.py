@@ -15,13 +15,13 @@ _VERSIONED = ("trl-dynamics", "datasets", "transformers", "trl", "torch")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a build depends on."""
+    """Versions of Python and of the packages that a build depends on, as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in _VERSIONED:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
+            continue
     return found
 
 

@@ -46,7 +46,7 @@ class Generation:
 
     Args:
         model ([`Generator`], *optional*): The model to be tracked: its own answers and self-rephrases.
-        rephraser ([`Rephraser`], *optional*): Everyone's rephrases; by default `model` writes them.
+        rephraser ([`Rephraser`], *optional*): All other rephrases.
         cache ([`AnswerCache`], *optional*): Keeps every answer; by default in memory.
         gate ([`Gate`], *optional*): What a rephrase has to keep to.
         sampling ([`Sampling`], *optional*): For own answers; its temperature and seed are set by type and pair.
@@ -73,11 +73,11 @@ class Generation:
     def missing_for(self, response_type: str) -> str | None:
         """What has to be given before that type can be written; None if nothing is missing."""
         kind = REPHRASES.get(response_type)
-        if self.model is None and (kind is None or kind.by_itself):
-            return "the model to be tracked: pass --model"
-        if kind is not None and self.model is None and self.rephraser is None:
-            return "someone who rephrases: pass --rephraser (or --model)"
-        return None
+        if kind is None or kind.by_itself:
+            return "the model to be tracked: pass --model" if self.model is None else None
+        return (
+            "someone who rephrases: pass --rephraser (a server, a file or a model)" if self.rephraser is None else None
+        )
 
 
 def is_generated(response_type: str) -> bool:
@@ -148,7 +148,7 @@ def _answer_own(
 def _by_rephraser(
     types: Sequence[str], generation: Generation, seed: int
 ) -> Iterator[tuple[Rephraser, Sequence[str]]]:
-    itself = [name for name in types if REPHRASES[name].by_itself or generation.rephraser is None]
+    itself = [name for name in types if REPHRASES[name].by_itself]
     others = [name for name in types if name not in itself]
     if itself:
         yield GeneratedRephraser(generation.model, replace(generation.self_sampling, seed=seed)), itself

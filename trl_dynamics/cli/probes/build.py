@@ -66,7 +66,7 @@ class BuildArguments(DataArguments):
     max_new_tokens: int = _option(256, "Longest answer or rephrase, in tokens.")
     stop: list[str] = _option([], "Texts before which the model's own answers end.")
     rephraser: str | None = _option(
-        None, "Who rephrases: a server's URL (OpenAI-compatible), a file of ready rephrases, or a model."
+        None, "Who rephrases: a server's URL (OpenAI-compatible), a file of ready rephrases, or a model as in --model."
     )
     rephraser_model: str | None = _option(None, "Name of the model on the server.")
     temperature: float = _option(0.7, "Of rephrases.")
@@ -135,7 +135,7 @@ def build_from(args: BuildArguments, mixture: trl.DatasetMixtureConfig) -> Built
             metadata={
                 "source": _source_name(args, mixture),
                 "held_out_source": held_out_source,
-                "license": args.license or _stated_license(rows),
+                "license": args.license or _stated_license(args, rows),
             },
         )
     if args.model:
@@ -259,10 +259,12 @@ def _source_name(args: BuildArguments, mixture: trl.DatasetMixtureConfig) -> str
     return f"{name}, split {args.split}"
 
 
-def _stated_license(rows) -> str:
+def _stated_license(args: BuildArguments, rows) -> str:
+    if args.dataset_name == sources.EMBEDDED:
+        return "apache-2.0"
     return getattr(getattr(rows, "info", None), "license", None) or "unknown"
 
 
 def _progress(done: int, total: int) -> None:
-    if done % max(1, total // 20) == 0 or done == total:
+    if done % max(50, total // 20) == 0 or done == total:
         logger.info("answers: %d of %d", done, total)

@@ -20,6 +20,7 @@ def pair_of(row, **options):
     ("row", "expected"),
     [
         ({"prompt": "Why?", "chosen": " A", "rejected": " B"}, ("Why?", " A", " B")),
+        ({"prompt": "Why?", "completion": " A", "label": True}, ("Why?", " A", None)),
         ({"prompt": "Why?", "completion": " A"}, ("Why?", " A", None)),
         ({"prompt": USER, "chosen": said("A"), "rejected": said("B")}, (USER, "A", "B")),
         ({"prompt": USER, "chosen": "A", "rejected": "B"}, (USER, "A", "B")),
@@ -54,11 +55,6 @@ def test_formats(row, expected):
         ({"prompt": USER, "chosen": said("A") * 2, "rejected": said("B")}, "one assistant message.*into 'prompt'"),
         ({"messages": USER}, "row 0, field 'messages': expected at least"),
         ({"chosen": "A", "rejected": said("B")}, "field 'chosen' is 'A'; expected text or messages, like the other"),
-        ({"chosen": "left", "rejected": "right"}, "no beginning in common; add a 'prompt' column"),
-        (
-            {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"},
-            "do not answer the same prompt",
-        ),
         (
             {"prompt": "Why?", "completion": "A", "images": ["x.png"]},
             "field 'images': probe sets do not support images",
@@ -83,6 +79,15 @@ def test_what_is_refused(row, message):
         ({"prompt": "Why?", "chosen": "A", "rejected": " \n"}, "row 0 has a blank rejected"),
         ({"prompt": " ", "chosen": "A", "rejected": "B"}, "row 0 has a blank prompt"),
         ({"prompt": "Why?", "completion": ""}, "row 0 has a blank chosen"),
+        ({"prompt": "Why?", "completion": "A", "label": False}, "row 0 has a dispreferred completion (label false)"),
+        (
+            {"chosen": "left", "rejected": "right"},
+            "row 0 has a chosen and a rejected with no beginning in common, and no prompt column",
+        ),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"},
+            "row 0 has a chosen and a rejected that do not answer the same prompt",
+        ),
         ({"prompt": "Why?", "completion": "a\ud800"}, "row 0 has broken Unicode (a lone surrogate) in chosen"),
         (
             {"prompt": said("\udfff", "user"), "completion": "A"},

@@ -52,7 +52,7 @@ class Pair:
 def read_pairs(
     rows: Iterable[Mapping], *, source: str = "dataset", extra_columns: Mapping[str, str] | None = None
 ) -> Iterator[Pair | str]:
-    """Each row as a [`Pair`], or as the reason why it cannot be used: a blank prompt or answer.
+    """Each row as a [`Pair`], or as the reason why this one cannot be used, such as a blank answer.
 
     Args:
         rows (`Iterable[Mapping]`): Rows of one dataset; read once, one at a time.
@@ -64,28 +64,35 @@ def read_pairs(
     """
     for index, row in enumerate(rows):
         where = f"{source}, row {index}"
-        _refuse_media_and_tools(row, where)
-        prompt, chosen, rejected = _split(row, where)
-        prompt = _prompt(prompt, where)
-        texts = {"chosen": _text(chosen, "chosen", where)}
-        if rejected is not None:
-            texts["rejected"] = _text(rejected, "rejected", where)
-        blank = [name for name, text in texts.items() if is_blank(text)]
-        if isinstance(prompt, str) and is_blank(prompt):
-            blank.insert(0, "prompt")
-        if blank:
-            yield f"row {index} has a blank {blank[0]}"
-            continue
-        broken = [name for name, value in {"prompt": prompt, **texts}.items() if not is_unicode(value)]
-        if broken:
-            yield f"row {index} has broken Unicode (a lone surrogate) in {broken[0]}"
-            continue
-        yield Pair(prompt, texts["chosen"], texts.get("rejected"), _extra(row, extra_columns or {}, where), where)
+        try:
+            yield _read_pair(row, where, extra_columns or {})
+        except _Unusable as reason:
+            yield f"row {index} has {reason}"
 
 
 def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
     """Reasons of [`read_pairs`] counted by kind, without their row numbers."""
     return dict(Counter(reason.split(" has ", 1)[1] for reason in reasons))
+
+
+class _Unusable(Exception):
+    """A row that is no pair by its content, which large data sets have a few of."""
+
+
+def _read_pair(row: Mapping, where: str, extra_columns: Mapping[str, str]) -> Pair:
+    _refuse_media_and_tools(row, where)
+    prompt, chosen, rejected = _split(row, where)
+    prompt = _prompt(prompt, where)
+    texts = {"chosen": _text(chosen, "chosen", where)}
+    if rejected is not None:
+        texts["rejected"] = _text(rejected, "rejected", where)
+    for name, text in (({"prompt": prompt} if isinstance(prompt, str) else {}) | texts).items():
+        if is_blank(text):
+            raise _Unusable(f"a blank {name}")
+    for name, value in {"prompt": prompt, **texts}.items():
+        if not is_unicode(value):
+            raise _Unusable(f"broken Unicode (a lone surrogate) in {name}")
+    return Pair(prompt, texts["chosen"], texts.get("rejected"), _extra(row, extra_columns, where), where)
 
 
 def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:
@@ -96,6 +103,8 @@ def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:
     if {"prompt", "chosen"} <= has:
         return row["prompt"], row["chosen"], row.get("rejected")
     if {"prompt", "completion"} <= has:
+        if row.get("label") is False:
+            raise _Unusable("a dispreferred completion (label false)")
         return row["prompt"], row["completion"], None
     if {"chosen", "rejected"} <= has and "prompt" not in row:
         return _split_implicit(row, where)
@@ -132,14 +141,11 @@ def _split_implicit(row: Mapping, where: str) -> tuple[object, object, object]:
     if isinstance(chosen, str) and DIALOGUE_MARKER in chosen:
         end = chosen.rindex(DIALOGUE_MARKER) + len(DIALOGUE_MARKER)
         if rejected[:end] != chosen[:end]:
-            raise ValueError(
-                f"{where}: 'chosen' and 'rejected' differ before the last {DIALOGUE_MARKER!r} of chosen, so they do "
-                "not answer the same prompt; add a 'prompt' column or remove the row"
-            )
+            raise _Unusable("a chosen and a rejected that do not answer the same prompt")
         return chosen[:end], chosen[end:], rejected[end:]
     split = extract_prompt({"chosen": chosen, "rejected": rejected})
     if not split["prompt"]:
-        raise ValueError(f"{where}: 'chosen' and 'rejected' have no beginning in common; add a 'prompt' column")
+        raise _Unusable("a chosen and a rejected with no beginning in common, and no prompt column")
     return split["prompt"], split["chosen"], split["rejected"]
 
 

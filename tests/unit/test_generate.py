@@ -83,10 +83,16 @@ def test_the_context_is_kept_to():
     requests = [Request.of("x" * n, Sampling(8)) for n in (10, 28, 31, 32, 40)]
     found = [answers(local(model), requests)[r] for r in requests]
     assert found[0].finish == "length" and found[1].finish == "length" and found[2].finish == "length"
-    assert found[3] == Failure("the prompt has 32 tokens, the model's context is 32")
+    reason = "the prompt has 32 tokens, the model's context is 32; --max_prompt_length keeps the prompt's last tokens"
+    assert found[3] == Failure(reason)
     assert isinstance(found[4], Failure)
     alone = answers(local(model, 1), requests)
     assert [alone[r] for r in requests] == found
+
+
+def test_a_long_prompt_keeps_its_last_tokens(model):
+    (cut,) = answers(local(model), [Request.of("x" * 600 + "Once", Sampling(8, max_prompt_length=6))]).values()
+    assert cut == answers(local(model), [Request.of("xxOnce", Sampling(8))])[Request.of("xxOnce", Sampling(8))]
 
 
 def test_a_chat_needs_a_template(model):
@@ -115,7 +121,9 @@ def test_the_models_own_sampling_defaults_do_not_leak_in():
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}], ids=lambda o: next(iter(o))
+    "options",
+    [{"max_new_tokens": 0}, {"max_prompt_length": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}],
+    ids=lambda o: next(iter(o)),
 )
 def test_bad_sampling_is_refused(options):
     with pytest.raises(ValueError):

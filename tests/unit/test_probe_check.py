@@ -5,7 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tiny import tiny_tokenizer
-from trl_dynamics.probing.check import check, check_seams
+from trl_dynamics.probing.build import Built, settle_seams
+from trl_dynamics.probing.check import check
 from trl_dynamics.probing.encode import LengthLimits, encode, find_seam
 from trl_dynamics.probing.schema import Probe, ProbeSet
 
@@ -87,7 +88,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_both_strings():
     report = check(probe_set, tokenizer)
     assert len(report.errors["a response cannot be scored"]) == 2
     with pytest.raises(ValueError, match=r"probe 'p', response 'chosen'.*\['<', 't', 'h', 'i', 'n'\], which become"):
-        check_seams(probe_set, tokenizer)
+        settle_seams(Built(probe_set), tokenizer)
     assert check(make(prompt=TURNS[:1]), tokenizer).errors == {}
 
 
@@ -103,8 +104,17 @@ def test_a_merge_over_the_seam_is_an_error_with_the_two_tokens():
         "follows"
     ]
     with pytest.raises(ValueError, match=r"ends with the tokens \['a'\], which become \['ab'\].*white space"):
-        check_seams(probe_set, tokenizer)
-    check_seams(make(prompt="say b"), tokenizer)
+        settle_seams(Built(probe_set), tokenizer)
+    assert settle_seams(Built(make(prompt="say b")), tokenizer).rejected == ()
+
+
+def test_an_answer_of_the_model_that_joins_the_prompt_is_rejected_not_fatal():
+    probe_set = make(prompt="say a", chosen=" x", rejected=" y", greedy="bc", chosen_initial="cb")
+    built = settle_seams(Built(probe_set), merging_tokenizer())
+    assert set(built.probe_set.counts) == {"chosen", "rejected", "chosen_initial"}
+    (item,) = built.rejected
+    assert (item.response_type, item.reason, item.text) == ("greedy", "joins the prompt's last token", "bc")
+    assert built.probe_set.metadata["rejected"] == {"greedy: joins the prompt's last token": 1}
 
 
 def test_lengths_and_cuts():

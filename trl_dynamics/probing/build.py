@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from trl_dynamics.probing import card
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.builders import (
@@ -19,6 +21,7 @@ from trl_dynamics.probing.builders import (
     has_permutation,
     shipped_text,
 )
+from trl_dynamics.probing.check import seam_case
 from trl_dynamics.probing.generated import (
     OWN_ANSWERS,
     Generation,
@@ -143,6 +146,32 @@ def build_probe(pair: Pair, types: Sequence[str], material: Material, missing: C
             if missing is not None:
                 missing[f"{response_type}: {reason}"] += 1
     return Probe(pair.probe_id, pair.prompt, responses | dict(pair.extra))
+
+
+def settle_seams(built: Built, tokenizer: PreTrainedTokenizerBase) -> Built:
+    """The set without generated responses whose first letters join the prompt's last token; they become rejected ones.
+
+    Raises:
+        ValueError: If a response of the data does so: with the probe, the response type and the two token strings.
+    """
+    rejected = list(built.rejected)
+    for probe in built.probe_set:
+        for name in order_types(probe.responses):
+            case = seam_case(probe, name, tokenizer)
+            if case and is_generated(name):
+                rejected.append(
+                    Rejected(probe.probe_id, name, "joins the prompt's last token", probe.responses.pop(name))
+                )
+            elif case:
+                raise ValueError(
+                    f"{case}. Begin the responses, or end the prompts, with white space that the tokenizer keeps apart"
+                )
+    joined = rejected[len(built.rejected) :]
+    if joined:
+        counts = Counter(f"{item.response_type}: {item.reason}" for item in joined)
+        about = built.probe_set.metadata.get("rejected", {}) | dict(sorted(counts.items()))
+        built.probe_set.metadata["rejected"] = about
+    return Built(built.probe_set, tuple(rejected))
 
 
 def read_lines(path: str | Path, what: str) -> tuple[str, ...]:

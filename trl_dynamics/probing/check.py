@@ -75,20 +75,6 @@ def check(
     return report
 
 
-def check_seams(probe_set: ProbeSet, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a set in which a prompt's last and a response's first letters become one token.
-
-    Raises:
-        ValueError: With the probe, the response type and the two token strings.
-    """
-    for probe in probe_set:
-        for name in order_types(probe.responses):
-            if case := _seam_case(probe, name, tokenizer):
-                raise ValueError(
-                    f"{case}. Begin the responses, or end the prompts, with white space that the tokenizer keeps apart"
-                )
-
-
 def _check_response(
     probe: Probe,
     name: str,
@@ -103,7 +89,7 @@ def _check_response(
     except ValueError as error:
         report.error("a response cannot be scored", str(error))
         return None
-    if case := _seam_case(probe, name, tokenizer):
+    if case := seam_case(probe, name, tokenizer):
         report.error("prompt and response share a token, so part of the prompt is scored as response", case)
     if item.prompt_cut:
         report.warn("the prompt is cut", where)
@@ -117,7 +103,8 @@ def _check_response(
     return item
 
 
-def _seam_case(probe: Probe, name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def seam_case(probe: Probe, name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """How a prompt's end and a response's start become other tokens together; None if they stay as they are."""
     seam = find_seam(probe, name, tokenizer)
     if seam is None:
         return None

@@ -163,7 +163,7 @@ def encode_response(
     if not prompt or not response:
         raise ValueError(f"{where} has {len(prompt)} prompt and {len(response)} response tokens; both need at least 1")
 
-    kept = _cut_prompt(prompt, limits.max_prompt_length, tokenizer.bos_token_id)
+    kept = cut_prompt(prompt, limits.max_prompt_length, tokenizer.bos_token_id)
     length = len(kept) + len(response) + (eos_id is not None)
     response_cut = limits.max_length is not None and length > limits.max_length
     if response_cut:
@@ -226,7 +226,8 @@ def _end_of_turn(response: list[int], ends: set[int], chat_tokenizer: PreTrained
     return len(response)
 
 
-def _cut_prompt(prompt: list[int], limit: int | None, bos_id: int | None) -> list[int]:
+def cut_prompt(prompt: list[int], limit: int | None, bos_id: int | None) -> list[int]:
+    """The last `limit` tokens of a prompt, of which a BOS token at its start stays one."""
     if limit is None or len(prompt) <= limit:
         return prompt
     if prompt[0] == bos_id and limit > 1:

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trl_dynamics.probing.encode import cut_prompt
 from trl_dynamics.probing.schema import Prompt
 
 # How many of the last tokens are read for a stop string after each step.
@@ -37,6 +38,8 @@ class Sampling:
         top_p (`float`, *optional*): Probability mass of the tokens to draw from.
         seed (`int`, *optional*): Of this one answer's draws.
         stop (`tuple[str, ...]`, *optional*): Texts before which the answer ends.
+        max_prompt_length (`int`, *optional*): A longer prompt keeps its last tokens (and its BOS token), as in
+            tracking. Servers count no tokens and send the whole prompt.
     """
 
     max_new_tokens: int = 256
@@ -44,10 +47,13 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    max_prompt_length: int | None = None
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length is {self.max_prompt_length}, expected at least 1 or no limit")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature {self.temperature} and top_p {self.top_p}: expected >= 0 and in (0, 1]")
 
@@ -146,10 +152,11 @@ class LocalModel:
         rows = []
         for request in requests:
             ids = self._prompt_ids(request.prompt)
+            ids = cut_prompt(ids, request.sampling.max_prompt_length, self.tokenizer.bos_token_id)
             room = request.sampling.max_new_tokens if self._context is None else self._context - len(ids)
             if room < 1:
                 reason = f"the prompt has {len(ids)} tokens, the model's context is {self._context}"
-                yield request, Failure(reason)
+                yield request, Failure(f"{reason}; --max_prompt_length keeps the prompt's last tokens")
             else:
                 rows.append((min(room, request.sampling.max_new_tokens), ids, request))
         # Rows of one batch share their limit: past the context a model may have no positions left for any of them.

@@ -139,6 +139,7 @@ def _answer_own(
         "model": generation.model.name,
         "types": list(types),
         "max_new_tokens": generation.sampling.max_new_tokens,
+        "max_prompt_length": generation.sampling.max_prompt_length,
         "cut_at_max_new_tokens": {name: count for name, count in sorted(cut.items()) if count},
         "from_cache": found.num_cached,
         "generated": found.num_generated,

@@ -4,7 +4,6 @@ After the probing data of "Learning Dynamics of LLM Finetuning" (arXiv 2407.1049
 keeps the meaning in other words, a format rephrase keeps the form and changes the meaning.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Protocol
 
 from trl_dynamics.probing.cache import AnswerCache, Answers, answer_all
 from trl_dynamics.probing.generate import Answer, Generator, Request, Sampling, seed_of
+from trl_dynamics.probing.io import read_rows
 
 SEMANTIC, FORMAT = "semantic", "format"
 PLACEHOLDER = "{text}"
@@ -147,7 +147,9 @@ class FileRephraser:
         self.path = Path(path)
         self.name, self.prompts = f"file {self.path.name}", {}
         self._rephrases: dict[tuple[str, str], str] = {}
-        for number, row in enumerate(_read_rows(self.path), start=1):
+        if not self.path.is_file():
+            raise ValueError(f"file of rephrases {str(path)!r} does not exist; expected a .jsonl or .parquet file")
+        for number, row in enumerate(read_rows(self.path), start=1):
             where = f"{self.path}, row {number}"
             for column in ("text", "response_type", "rephrase"):
                 if not isinstance(row.get(column), str):
@@ -189,23 +191,3 @@ def _cleaned(answer: Answer) -> Answer:
     if len(text) > 1 and text[0] + text[-1] in ('""', "“”") and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return replace(answer, text=text)
-
-
-def _read_rows(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise ValueError(f"file of rephrases {str(path)!r} does not exist; expected a .jsonl or .parquet file")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if row is not None and not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is a {type(row).__name__}; expected one object per line")
-        if row is not None:
-            rows.append(row)
-    return rows

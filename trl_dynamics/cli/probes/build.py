@@ -11,9 +11,8 @@ from transformers import AutoTokenizer
 from trl_dynamics.cli import sources
 from trl_dynamics.probing import card
 from trl_dynamics.probing import io as probe_io
-from trl_dynamics.probing.build import Built, build, read_lines
+from trl_dynamics.probing.build import Built, build, read_lines, settle_seams
 from trl_dynamics.probing.cache import AnswerCache
-from trl_dynamics.probing.check import check_seams
 from trl_dynamics.probing.generate import LocalModel, Sampling
 from trl_dynamics.probing.generated import Generation
 from trl_dynamics.probing.quality import Embedder, Gate
@@ -64,6 +63,7 @@ class BuildArguments(DataArguments):
     batch_size: int = _option(16, "Prompts that a local model answers at a time.")
     trust_remote_code: bool = _option(False, "Run model code that comes from the hub.")
     max_new_tokens: int = _option(256, "Longest answer or rephrase, in tokens.")
+    max_prompt_length: int | None = _option(None, "For own answers: a longer prompt keeps its last tokens.")
     stop: list[str] = _option([], "Texts before which the model's own answers end.")
     rephraser: str | None = _option(
         None, "Who rephrases: a server's URL (OpenAI-compatible), a file of ready rephrases, or a model as in --model."
@@ -140,7 +140,8 @@ def build_from(args: BuildArguments, mixture: trl.DatasetMixtureConfig) -> Built
         )
     if args.model:
         model = sources.find_model(args.model)
-        check_seams(built.probe_set, AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        built = settle_seams(built, tokenizer)
     return built
 
 
@@ -205,7 +206,7 @@ def _generation(args: BuildArguments, cache: AnswerCache) -> Generation:
         rephraser=_rephraser(args),
         cache=cache,
         gate=Gate(args.min_length_ratio, args.max_length_ratio, similarity, args.similarity),
-        sampling=Sampling(args.max_new_tokens, stop=tuple(args.stop)),
+        sampling=Sampling(args.max_new_tokens, stop=tuple(args.stop), max_prompt_length=args.max_prompt_length),
         self_sampling=Sampling(args.max_new_tokens, args.temperature),
         attempts=args.attempts,
         allow_failures=args.allow_failures,

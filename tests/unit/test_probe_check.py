@@ -127,6 +127,17 @@ def test_lengths_and_cuts():
     assert list(too_long.errors) == ["a response cannot be scored"] and "chosen" not in too_long.lengths
 
 
+def test_unknown_letters_are_told_and_do_not_end_a_response():
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token = "X"
+    probe_set = make(prompt=TURNS[:1], chosen="aXbX")
+    report = check(probe_set, tokenizer)
+    assert report.warnings["a response has letters that the tokenizer only knows as 'X'"] == [
+        "probe 'p', response 'chosen': 2 of 4 tokens"
+    ]
+    assert tokenizer.decode(encode(probe_set, tokenizer).items[0].response_ids) == "aXbX"
+
+
 def test_ends():
     no_end = with_template("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     report = check(make(prompt=TURNS[:1]), no_end)

@@ -97,6 +97,9 @@ def _check_response(
         report.warn("the response is cut", where)
     if item.eos_id is None and not item.response_cut:
         report.warn("the chat template ends the response with no end-of-turn token, so its end is not scored", where)
+    if num_unknown := sum(token == tokenizer.unk_token_id for token in item.response_ids):
+        case = f"{where}: {num_unknown} of {len(item.response_ids)} tokens"
+        report.warn(f"a response has letters that the tokenizer only knows as {tokenizer.unk_token!r}", case)
     special = next((token for token in tokenizer.all_special_tokens if token in probe.responses[name]), None)
     if special is not None:
         report.error("a response holds a special token, which may end it early", f"{where}: {special!r}")

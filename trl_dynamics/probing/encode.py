@@ -219,7 +219,7 @@ def _end_of_turn(response: list[int], ends: set[int], chat_tokenizer: PreTrained
         if token in ends:
             return index
     if chat_tokenizer is not None:
-        special = set(chat_tokenizer.all_special_ids)
+        special = set(chat_tokenizer.all_special_ids) - {chat_tokenizer.unk_token_id}
         for index, token in enumerate(response):
             if token in special and index > 0:
                 return index

@@ -175,6 +175,8 @@ def test_a_mixture_and_the_embedded_data(data, capsys):
         ("--dataset {0}/train.jsonl --types greedy", "pass --model"),
         ("--dataset {0}/train.jsonl --model {0}/none", "does not exist"),
         ("--dataset {0}/train.jsonl --rephraser http://localhost:1/v1", "pass --rephraser_model"),
+        ("--dataset {0}/train.jsonl --rephraser {0}/none.jsonl", "file of rephrases"),
+        ("--dataset {0}/train.jsonl --rephraser {0}/none", "model"),
         ("--dataset {0}/train.jsonl --columns chosen", "expected COLUMN=TYPE"),
         ("--dataset {0}/train.jsonl --nonsense 3", "unknown option '--nonsense'"),
         ("--dataset {0}/images.jsonl", "row 0, field 'images': probe sets do not support images"),

@@ -203,7 +203,7 @@ def _generation(args: BuildArguments, cache: AnswerCache) -> Generation:
     similarity = Embedder(args.embedding_model) if args.embedding_model else None
     return Generation(
         model=model,
-        rephraser=_rephraser(args),
+        rephraser=_rephraser(args, model),
         cache=cache,
         gate=Gate(args.min_length_ratio, args.max_length_ratio, similarity, args.similarity),
         sampling=Sampling(args.max_new_tokens, stop=tuple(args.stop), max_prompt_length=args.max_prompt_length),
@@ -214,10 +214,10 @@ def _generation(args: BuildArguments, cache: AnswerCache) -> Generation:
     )
 
 
-def _rephraser(args: BuildArguments) -> Rephraser | None:
+def _rephraser(args: BuildArguments, model: LocalModel | None) -> Rephraser | None:
     if not args.rephraser:
         return None
-    if Path(args.rephraser).is_file():
+    if Path(args.rephraser).suffix in (".jsonl", ".parquet"):
         return FileRephraser(args.rephraser)
     sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
     instructions = _mapping(Path(args.instructions), "--instructions") if args.instructions else None
@@ -231,6 +231,8 @@ def _rephraser(args: BuildArguments) -> Rephraser | None:
             requests_per_minute=args.requests_per_minute,
             options=_mapping(args.server_options, "--server_options") if args.server_options else None,
         )
+    elif args.rephraser == args.model:
+        generator = model
     else:
         generator = _local(sources.find_model(args.rephraser), args)
     return GeneratedRephraser(generator, sampling, instructions)

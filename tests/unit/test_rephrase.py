@@ -131,6 +131,10 @@ def test_chat_models_are_told_and_others_continue():
         ("“A fox.”", "A fox."),
         ('"A fox" and "a dog"', '"A fox" and "a dog"'),
         ("A fox: quick.", "A fox: quick."),
+        ("<think>\nLet me see.\n</think>\n\nA fox.", "A fox."),
+        ("<think>\n\n</think>\n\nRephrased text: A fox.", "A fox."),
+        ("<think>\nLet me see and", ""),
+        ("A <think> tag.", "A <think> tag."),
     ],
 )
 def test_labels_and_quotes_are_taken_off(raw, clean):

@@ -29,6 +29,8 @@ INSTRUCTIONS: dict[str, str] = {
 }
 # Behind the instruction for a model that only continues text, which also ends where it would begin the next task.
 PLAIN_LEAD, PLAIN_STOPS = "\n\nNew text:\n", ("\n\nText:", "\n\nNew text:", "\n\n\n")
+# Where the server does not take it out; one that was cut leaves no answer at all.
+_REASONING = re.compile(r"^\s*<think>.*?(</think>|\Z)", re.DOTALL)
 _LABEL = re.compile(
     r"^(here(?:'s| is)[^\n:]{0,80}|(?:the )?(?:new|rewritten|rephrased|reworded|paraphrased)(?: text| version)?):\s*",
     re.IGNORECASE,
@@ -186,8 +188,8 @@ def checked_instructions(instructions: Mapping[str, str]) -> dict[str, str]:
 
 
 def _cleaned(answer: Answer) -> Answer:
-    """Without the label or the quotes that chat models like to put around an answer."""
-    text = _LABEL.sub("", answer.text.strip()).strip()
+    """Without the reasoning, the label or the quotes that chat models like to put before and around an answer."""
+    text = _LABEL.sub("", _REASONING.sub("", answer.text).strip()).strip()
     if len(text) > 1 and text[0] + text[-1] in ('""', "“”") and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return replace(answer, text=text)

@@ -265,6 +265,7 @@ def test_screen_refuses_what_it_cannot_rank(data, capsys):
     model = model_folder(data / "model")
     for options, message in (
         ("--dataset {0}/c.jsonl", "row 0 has no rejected answer"),
+        ("--dataset {0}/c.jsonl --nonsense 1", "unknown option '--nonsense'; see trl-dynamics probes screen --help"),
         ("--dataset {0}/c.jsonl --probe_set embedded", "not both"),
         ("--dataset {0}/train.jsonl --keep_fraction 0", "keep_fraction is 0"),
         ("--dataset {0}/train.jsonl --max_prompt_length 2 --max_length 2", "none of 30 pairs could be scored"),

@@ -198,6 +198,7 @@ class _Pacer:
         self._lock, self._next = threading.Lock(), 0.0
 
     def wait(self, stopped: threading.Event) -> None:
+        """Until it is this call's turn, or until the work is stopped."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)

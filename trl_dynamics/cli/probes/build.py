@@ -93,12 +93,7 @@ def run(argv: list[str]) -> int:
     Raises:
         ValueError: If an option, the data or a row is wrong; then nothing is written but answers already paid for.
     """
-    parser = trl.TrlParser((BuildArguments, trl.DatasetMixtureConfig), prog="trl-dynamics probes build")
-    args, mixture, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}; see trl-dynamics probes build --help")
-    if not args.output_dir:
-        raise ValueError("-o (--output_dir) is missing: the folder of the new probe set")
+    args, mixture = parse(BuildArguments, argv, "build")
     probe_io.refuse_existing(args.output_dir, args.overwrite)
     built = build_from(args, mixture)
     folder = built.save(args.output_dir, overwrite=args.overwrite)
@@ -106,6 +101,21 @@ def run(argv: list[str]) -> int:
         print(line)
     print(f"probe set: {folder}")
     return 0
+
+
+def parse(arguments: type, argv: list[str], action: str) -> tuple:
+    """The options of an action, from the line and its --config file, and the data mixture in the latter.
+
+    Raises:
+        ValueError: If an option is unknown or the output folder is not given.
+    """
+    parser = trl.TrlParser((arguments, trl.DatasetMixtureConfig), prog=f"trl-dynamics probes {action}")
+    args, mixture, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; see trl-dynamics probes {action} --help")
+    if not args.output_dir:
+        raise ValueError("-o (--output_dir) is missing: the folder to write")
+    return args, mixture
 
 
 def build_from(args: BuildArguments, mixture: trl.DatasetMixtureConfig) -> Built:

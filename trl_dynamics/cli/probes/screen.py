@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_dynamics import stats_head
 from trl_dynamics.cli import sources
+from trl_dynamics.cli.probes.build import parse
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, PaddedLayout, encode_response
 from trl_dynamics.probing.rows import Pair, read_pairs
@@ -75,12 +76,7 @@ def run(argv: list[str]) -> int:
     Raises:
         ValueError: If an option, the model or the data is wrong, or no pair could be scored; then nothing is written.
     """
-    parser = trl.TrlParser((ScreenArguments, trl.DatasetMixtureConfig), prog="trl-dynamics probes screen")
-    args, mixture, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}; see trl-dynamics probes screen --help")
-    if not args.output_dir:
-        raise ValueError("-o (--output_dir) is missing: the folder of the results")
+    args, mixture = parse(ScreenArguments, argv, "screen")
     if not 0 < args.keep_fraction <= 1:
         raise ValueError(f"keep_fraction is {args.keep_fraction}, expected more than 0 and at most 1")
     if args.dataset_streaming:

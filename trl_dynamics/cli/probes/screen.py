@@ -161,7 +161,7 @@ def _score(chunk: list[tuple[int, Probe]], items: list, model, layout: PaddedLay
         yield line
 
 
-def summary(screened: Screened, kept: list[int], args: ScreenArguments) -> dict:
+def summary(screened: Screened, kept: list[str], args: ScreenArguments) -> dict:
     """What was done and found, for programs."""
     frame = screened.frame
     means = {name.split("/", 1)[1]: frame[name].mean() for name in frame if name.startswith("logp_mean/")}

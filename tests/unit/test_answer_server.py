@@ -205,7 +205,7 @@ def test_what_concerns_every_request_stops_the_work_with_a_remedy(backend, statu
 
 
 def test_a_server_that_dies_loses_no_answer(backend, tmp_path):
-    """Half of the requests are answered; then every connection is refused, and a new server takes over."""
+    """About half of the requests are answered; then every connection is refused, and a new server takes over."""
     count, requests = 40, [request(f"r{i}") for i in range(40)]
 
     def die(handler):
@@ -218,7 +218,8 @@ def test_a_server_that_dies_loses_no_answer(backend, tmp_path):
         answer_all(client(backend, concurrency=4, max_retries=1), requests, cache)
     answered = {body["messages"][0]["content"] for body in backend.bodies} - {f"r{count // 2}"}
     kept = len(path.read_text().splitlines())
-    assert count // 2 <= kept <= len(answered) < count
+    # The server may die before it has answered the other three that are under way.
+    assert count // 2 - 3 <= kept <= len(answered) < count
 
     second = Backend()
     with AnswerCache(path) as cache:

@@ -20,7 +20,6 @@ trainer = make_trainer(
     probes=PROBES[: 1 if "one_probe" in flags else None],
     max_steps=4,
     probe_every=2,
-    probe_batch_size=2,
     per_device_train_batch_size=int(batch_size),
     dropout=0.0,
 )

@@ -31,7 +31,7 @@ def build_engine(model, processing_class, probe_set: ProbeSet, args, accelerator
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     encoded = encode(probe_set, tokenizer, limits, ends)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    layout = PaddedLayout(args.probe_batch_size, pad_id)
+    layout = PaddedLayout(pad_id=pad_id)
     return ProbeEngine(encoded, layout, top_k=args.probe_top_k, accelerator=accelerator)
 
 

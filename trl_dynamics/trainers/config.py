@@ -16,11 +16,34 @@ class ScoringArguments:
             "the trainer is TRL's own."
         },
     )
-    probe_batch_size: int = field(
-        default=16, metadata={"help": "Responses per forward while probing. Frozen for the run."}
+    probe_layout: str = field(
+        default="auto",
+        metadata={
+            "help": "How responses are batched: 'shared_prefix' runs each prompt once for all its responses, 'padded' "
+            "one row per response. 'auto' takes the first where the model allows it and a check at the start agrees.",
+            "choices": ["auto", "shared_prefix", "padded"],
+        },
+    )
+    probe_tokens_per_batch: int = field(
+        default=4096,
+        metadata={"help": "Most tokens, padding included, in one forward while probing. Frozen for the run."},
+    )
+    probe_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "'float32' scores in float32 whatever dtype training computes in. None: as training computes.",
+            "choices": ["float32"],
+        },
     )
     probe_max_probes: int | None = field(
         default=None, metadata={"help": "Use only the first so many probes of the set. None: all."}
+    )
+    probe_subset: float | None = field(
+        default=None,
+        metadata={
+            "help": "Score only this share (up to 1) or number of probes, the same ones at every step, chosen by a hash "
+            "of their ids. None: all."
+        },
     )
     probe_max_prompt_length: int | None = field(
         default=None,
@@ -53,6 +76,27 @@ class ProbeArguments(ScoringArguments):
     probe_at_start: bool = field(default=True, metadata={"help": "Probe at step 0, the baseline of every change."})
     probe_at_end: bool = field(default=True, metadata={"help": "Probe at the last step."})
     probe_on_save: bool = field(default=True, metadata={"help": "Probe whenever a checkpoint is saved."})
+    probe_on_evaluate: bool = field(
+        default=False,
+        metadata={
+            "help": "Add the probe scalars to every evaluation as eval_probe/... and eval_squeeze/..., usable as "
+            "metric_for_best_model."
+        },
+    )
+    probe_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most time that probing may take, as a share of training time, e.g. 0.05: scheduled probes are "
+            "left out evenly to keep to it. None: every scheduled probe is taken."
+        },
+    )
+    probe_on_error: str = field(
+        default="warn",
+        metadata={
+            "help": "When records cannot be written: 'warn' and train on without them, or 'stop'.",
+            "choices": ["warn", "stop"],
+        },
+    )
 
 
 @dataclass

@@ -51,6 +51,14 @@ class DynamicsStore:
     def has_records(self) -> bool:
         return bool(self._shards())
 
+    def record_files(self) -> list[Path]:
+        """The parquet files of the records, in order of (model index, first step)."""
+        return [path for path, _, _ in sorted(self._shards(), key=lambda shard: (shard[1], shard[2]))]
+
+    def recorded_steps(self, model_index: int = 0) -> list[int]:
+        """Steps at which a model has records, ascending."""
+        return sorted(step for _, index, step in self._shards() if index == model_index)
+
     def create(self, probe_set: ProbeSet, meta: dict, config: dict) -> None:
         """Start a new store; one that is already there is moved aside, never overwritten.
 

@@ -9,20 +9,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trl_dynamics.probing.schema import Probe, ProbeSet
     from trl_dynamics.tracking.store import load_records
-    from trl_dynamics.trainers.config import DPOConfig, SFTConfig
+    from trl_dynamics.trainers.config import DPOConfig, GRPOConfig, SFTConfig
     from trl_dynamics.trainers.dpo import DPOTrainer
+    from trl_dynamics.trainers.grpo import GRPOTrainer
     from trl_dynamics.trainers.sft import SFTTrainer
 
 _HOMES = {
     "DPOConfig": "trl_dynamics.trainers.config",
     "DPOTrainer": "trl_dynamics.trainers.dpo",
+    "GRPOConfig": "trl_dynamics.trainers.config",
+    "GRPOTrainer": "trl_dynamics.trainers.grpo",
     "Probe": "trl_dynamics.probing.schema",
     "ProbeSet": "trl_dynamics.probing.schema",
     "SFTConfig": "trl_dynamics.trainers.config",
     "SFTTrainer": "trl_dynamics.trainers.sft",
     "load_records": "trl_dynamics.tracking.store",
 }
-__all__ = ["DPOConfig", "DPOTrainer", "Probe", "ProbeSet", "SFTConfig", "SFTTrainer", "load_records"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "Probe",
+    "ProbeSet",
+    "SFTConfig",
+    "SFTTrainer",
+    "load_records",
+]
 
 
 def __getattr__(name: str):

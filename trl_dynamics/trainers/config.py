@@ -126,3 +126,8 @@ class SFTConfig(ProbeArguments, trl.SFTConfig):
 @dataclass
 class DPOConfig(ProbeArguments, trl.DPOConfig):
     """[`trl.DPOConfig`] with probing."""
+
+
+@dataclass
+class GRPOConfig(ProbeArguments, trl.GRPOConfig):
+    """[`trl.GRPOConfig`] with probing."""

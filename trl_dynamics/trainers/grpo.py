@@ -1,0 +1,28 @@
+"""GRPOTrainer: TRL's, with probe tracking."""
+
+import trl
+
+from trl_dynamics.trainers.config import GRPOConfig
+from trl_dynamics.trainers.mixin import DynamicsMixin
+
+
+class GRPOTrainer(DynamicsMixin, trl.GRPOTrainer):
+    """Drop-in replacement for [`trl.GRPOTrainer`]; without a probe set it does what that does.
+
+    Probes are scored at temperature 1 whatever the temperature of sampling, so that their numbers compare with those
+    of SFT and DPO runs; no probe is generated from and none is rewarded.
+
+    Args:
+        model, reward_funcs, args, train_dataset, ...: As in [`trl.GRPOTrainer`].
+        probe_set ([`ProbeSet`], `str`, `datasets.Dataset` or `list[dict]`, *optional*): What to track; takes
+            precedence over `args.probe_set`.
+    """
+
+    _tag_names = [*trl.GRPOTrainer._tag_names, "trl-dynamics"]
+
+    def __init__(self, model, reward_funcs=None, args=None, *more, probe_set=None, **kwargs):
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        self._start_tracking(probe_set, "grpo")

@@ -47,14 +47,58 @@ def installed_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 check_versions(installed_versions(tuple(SUPPORTED)))
 
 import torch  # noqa: E402
+from accelerate import Accelerator, DistributedType  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback  # noqa: E402
 from transformers import Trainer as HFTrainer  # noqa: E402
+from transformers.cache_utils import Cache, DynamicLayer  # noqa: E402
 from trl import RichProgressCallback  # noqa: E402
 from trl.trainer.utils import maybe_gather_lm_head_ctx  # noqa: E402
 
 DISPLAYS = (PrinterCallback, ProgressCallback, RichProgressCallback)
+
+
+class _PromptLayer(DynamicLayer):
+    """Keys and values of one layer's prompts: kept once per prompt, given out once per row that continues one."""
+
+    prompt_B: torch.Tensor | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if self.prompt_B is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = self.keys[self.prompt_B], self.values[self.prompt_B]
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+class PromptCache(Cache):
+    """A key/value cache for prompts that many rows continue: filled by one forward over the prompts, then read only.
+
+    A row's own keys are not kept, and a layer's keys exist row by row only while that layer runs.
+    """
+
+    def __init__(self):
+        super().__init__(layer_class_to_replicate=_PromptLayer)
+
+    def continue_from(self, prompt_B: torch.Tensor) -> None:
+        """The rows of the next forward continue these prompts, by index among the rows of the first forward."""
+        for layer in self.layers:
+            layer.prompt_B = prompt_B
+
+
+def can_share_prompts(model: nn.Module) -> bool:
+    """Whether rows may continue prompts through a key/value cache: plain or sliding attention in every layer.
+
+    Recurrent and hybrid models keep a state instead, chunked attention counts its chunks from the padded start, and
+    adapters that learn a prompt put keys of their own in front.
+    """
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        return False
+    base = base_causal_lm(model)
+    config = base.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    shared_kv = getattr(config, "num_kv_shared_layers", 0)
+    return kinds <= {"full_attention", "sliding_attention"} and not base._is_stateful and not shared_kv
 
 
 @contextlib.contextmanager
@@ -70,6 +114,12 @@ def full_head_weights(head: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Ten
         bias = bias.full_tensor() if bias is not None else None
     with maybe_gather_lm_head_ctx(weight, bias):
         yield weight, bias
+
+
+def shards_or_casts_parameters(accelerator: Accelerator, *, half_weights: bool) -> bool:
+    """Whether FSDP or DeepSpeed decides what dtype a forward computes in, and it is not float32."""
+    wrapped = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return wrapped and (half_weights or accelerator.mixed_precision != "no")
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:

@@ -27,6 +27,9 @@ class StatsRequest:
     `target_N` the label there, `extra_NE` further labels whose log-probabilities are wanted; all int64.
     `num_columns` is T: an adapter that prepends virtual tokens makes the hidden states longer than the input.
     `return_hidden` adds `hidden_ND`, the final hidden states that the LM head reads at these positions.
+
+    Rows that continue prompts which ran before are given with that cache as `past_key_values` to the forward;
+    [`prompts_only`] asks for the forward that fills it.
     """
 
     rows_N: torch.Tensor
@@ -36,6 +39,13 @@ class StatsRequest:
     extra_NE: torch.Tensor | None = None
     top_k: int = 10
     return_hidden: bool = False
+    backbone_only: bool = False
+
+
+def prompts_only(num_columns: int) -> StatsRequest:
+    """A request that scores nothing: the forward runs the backbone, for the sake of the cache that it fills."""
+    nothing_N = torch.zeros(0, dtype=torch.int64)
+    return StatsRequest(nothing_N, nothing_N, nothing_N, num_columns, backbone_only=True)
 
 
 def install(model: nn.Module) -> None:
@@ -84,14 +94,20 @@ def remove(model: nn.Module) -> None:
 def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> dict[str, torch.Tensor]:
     # PEFT wrappers hand over None for every argument of a causal LM, labels included; the backbone knows none of them.
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    kwargs["use_cache"] = False
+    kwargs["use_cache"] = "past_key_values" in kwargs
     hidden_BTD = base.base_model(*args, **kwargs).last_hidden_state
+    if request.backbone_only:
+        return {}
     lm_head = base.get_output_embeddings()
     shift = hidden_BTD.shape[1] - request.num_columns
     hidden_ND = hidden_BTD[request.rows_N, request.cols_N + shift].to(lm_head.weight.device)
     factor, softcap = logit_transform(base)
     extra_NE = None if request.extra_NE is None else request.extra_NE.to(hidden_ND.device)
     with full_head_weights(lm_head) as (weight_VD, bias_V):
+        if not torch.is_autocast_enabled(hidden_ND.device.type):
+            # Where half-precision weights are scored in float32, the hidden states are wider than the head.
+            weight_VD = weight_VD.to(hidden_ND.dtype)
+            bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
         head = Head(weight_VD, bias_V, factor, softcap)
         stats = token_stats(hidden_ND, head, request.target_N.to(hidden_ND.device), extra_NE, request.top_k)
     return stats | {"hidden_ND": hidden_ND} if request.return_hidden else stats

@@ -1,5 +1,7 @@
 """The engine gives what a slow reference gives, whatever the batch, the padding and the model, and leaves no trace."""
 
+import itertools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,11 +9,17 @@ from peft import LoraConfig, get_peft_model
 from reference import score_slowly, true_float64
 from tiny import tiny_model, tiny_tokenizer
 from trl_dynamics import ProbeSet, stats_head
-from trl_dynamics.probing.encode import LengthLimits, PaddedLayout, encode
+from trl_dynamics.probing.encode import LengthLimits, encode
+from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
 from trl_dynamics.probing.schema import Probe
 from trl_dynamics.tracking.engine import ProbeEngine
 
 FAMILIES = ("llama", "gpt_neox", "qwen2", "qwen3", "gemma2", "gemma3")
+LAYOUTS = [
+    *(PaddedLayout(size, padding_side=side) for size in (1, 3, 64) for side in ("right", "left")),
+    PaddedLayout(tokens_per_batch=100),
+    *(SharedPrefixLayout(tokens) for tokens in (1, 200, 10_000)),
+]
 WORDS = "the quick brown fox jumps over a lazy dog while seven small birds sing of rain".split()
 
 
@@ -67,12 +75,26 @@ def test_float64_equals_reference_over_padding_and_batches(family, lora):
         star_ids = [row["star_ids"] for row in baseline]
         later = score_slowly(model, encoded, star_ids)
         stats_head.install(model)
-        for side in ("right", "left"):
-            for batch_size in (1, 3, 64):
-                engine = ProbeEngine(encoded, PaddedLayout(batch_size, padding_side=side))
-                assert_equal(engine.score(model, star_ids), later, per_token=1e-10)
-        fresh = ProbeEngine(encoded, PaddedLayout(4)).score(model)
-        assert fresh.star_ids == [row["star_ids"] for row in score_slowly(model, encoded)]
+        for layout in LAYOUTS:
+            assert_equal(ProbeEngine(encoded, layout).score(model, star_ids), later, per_token=1e-10)
+        anew = [row["star_ids"] for row in score_slowly(model, encoded)]
+        for layout in (PaddedLayout(4), SharedPrefixLayout(200)):
+            assert ProbeEngine(encoded, layout).score(model).star_ids == anew
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [*itertools.product(("mistral", "qwen2", "gemma3"), ("eager", "sdpa")), ("gemma2", "eager")],
+)
+def test_sliding_windows_shorter_than_the_rows(family, attention):
+    encoded = encoded_probes()
+    options = {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
+    with true_float64(tiny_model(family, sliding_window=7, **options)) as model:
+        model.set_attn_implementation(attention)
+        rows = score_slowly(model, encoded)
+        stats_head.install(model)
+        for layout in (PaddedLayout(4), SharedPrefixLayout(1), SharedPrefixLayout(10_000)):
+            assert_equal(ProbeEngine(encoded, layout).score(model), rows, per_token=1e-10)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -94,9 +116,8 @@ def test_float32_equals_reference(family, lora):
     model = adapt(tiny_model(family), lora)
     rows = score_slowly(model, encoded)
     stats_head.install(model)
-    for side in ("right", "left"):
-        scores = ProbeEngine(encoded, PaddedLayout(4, padding_side=side)).score(model)
-        assert_equal(scores, rows, per_token=1e-4, per_sum=1e-4)
+    for layout in (PaddedLayout(4), PaddedLayout(4, padding_side="left"), SharedPrefixLayout(200)):
+        assert_equal(ProbeEngine(encoded, layout).score(model), rows, per_token=1e-4, per_sum=1e-4)
 
 
 def test_every_token_in_float32():
@@ -123,16 +144,18 @@ def test_real_model_and_probes(data_dir):
     encoded = encode(published, tokenizer, LengthLimits(96, 256, 512))
     rows = score_slowly(model, encoded)
     stats_head.install(model)
-    assert_equal(ProbeEngine(encoded, PaddedLayout(16)).score(model), rows, per_token=1e-4, per_sum=1e-4)
+    for layout in (PaddedLayout(16), SharedPrefixLayout()):
+        assert_equal(ProbeEngine(encoded, layout).score(model), rows, per_token=1e-4, per_sum=1e-4)
 
 
-def test_scoring_leaves_no_trace():
+@pytest.mark.parametrize("layout", [PaddedLayout(4), SharedPrefixLayout(200)], ids=lambda layout: layout.name)
+def test_scoring_leaves_no_trace(layout):
     model = tiny_model("llama").train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     stats_head.install(model)
-    engine = ProbeEngine(encoded_probes(), PaddedLayout(4))
+    engine = ProbeEngine(encoded_probes(), layout)
     state = torch.get_rng_state()
     first = engine.score(model)
     assert torch.equal(torch.get_rng_state(), state)
@@ -164,13 +187,14 @@ def test_stars_of_another_tokenisation_are_refused():
         ProbeEngine(encoded_probes(), PaddedLayout(4)).score(model, [[1, 2]])
 
 
-def test_row_order_does_not_matter():
+@pytest.mark.parametrize("layout", [PaddedLayout(1), SharedPrefixLayout(1)], ids=lambda layout: layout.name)
+def test_row_order_does_not_matter(layout):
     model = tiny_model("llama")
     stats_head.install(model)
     forward, backward = probes(), ProbeSet(tuple(reversed(probes().probes)))
     by_key = []
     for probe_set in (forward, backward):
-        columns = ProbeEngine(encode(probe_set, tiny_tokenizer()), PaddedLayout(1)).score(model).columns
+        columns = ProbeEngine(encode(probe_set, tiny_tokenizer()), layout).score(model).columns
         keys = zip(columns["probe_id"], columns["response_type"], strict=True)
         by_key.append(dict(zip(keys, columns["logp_sum"], strict=True)))
     assert by_key[0] == by_key[1]

@@ -5,7 +5,8 @@ import torch
 
 from tiny import tiny_model, tiny_tokenizer
 from trl_dynamics import stats_head
-from trl_dynamics.probing.encode import PaddedLayout, encode
+from trl_dynamics.probing.encode import encode
+from trl_dynamics.probing.layouts import PaddedLayout
 from trl_dynamics.probing.schema import Probe, ProbeSet
 from trl_dynamics.tokens.displacement import ches, ches_normalized, risk, score_responses
 

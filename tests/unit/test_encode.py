@@ -1,16 +1,15 @@
-"""Rows are scored on the tokens that TRL trains on, limits cut where they say, and layouts lose no token."""
+"""Rows are scored on the tokens that TRL trains on, and limits cut where they say."""
 
 import dataclasses
 
 import pytest
-import torch
 import trl
 from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tiny import END, START, tiny_model, tiny_tokenizer
 from trl_dynamics import ProbeSet
-from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, PaddedLayout, encode
+from trl_dynamics.probing.encode import LengthLimits, encode
 from trl_dynamics.probing.schema import Probe
 
 PLAIN_ROWS = [
@@ -285,85 +284,3 @@ def test_fingerprint_is_of_the_tokens():
         encode(as_probes(PLAIN_ROWS[:2]), tiny_tokenizer()),
     ]
     assert len({same.fingerprint, *(other.fingerprint for other in others)}) == 4
-
-
-def many() -> EncodedProbes:
-    """Rows of many lengths, some without an end of turn."""
-    text = "the quick brown fox jumps over a lazy dog"
-    probes = tuple(
-        Probe(str(i), text[: 1 + 3 * i], {"chosen": " " + text[i : 4 * i + 1], "rejected": " " + text[-1 - i :]})
-        for i in range(8)
-    )
-    return encode(ProbeSet(probes), tiny_tokenizer(), LengthLimits(max_prompt_length=15, max_length=38))
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 16, 1000])
-def test_every_response_token_is_scored_exactly_once(batch_size, side):
-    encoded = many()
-    assert {item.eos_id is None for item in encoded.items} == {True, False}
-    seen = {index: [] for index in range(len(encoded.items))}
-    for batch in PaddedLayout(batch_size, pad_id=9, padding_side=side).batches(encoded):
-        assert len(batch.input_ids) <= batch_size
-        positions = zip(batch.rows_N, batch.cols_N, batch.target_N, batch.item_N, batch.is_eos_mask_N, strict=True)
-        for row, col, target, index, is_eos in positions:
-            ids, mask = batch.input_ids[row], batch.attention_mask[row]
-            assert ids[col + 1] == target and mask[col] == 1 and mask[col + 1] == 1
-            assert tuple(ids[mask == 1].tolist()) == encoded.items[index].input_ids
-            before = int(mask[: col + 1].sum())
-            seen[int(index)].append((before, int(target), bool(is_eos)))
-    for index, item in enumerate(encoded.items):
-        start = len(item.prompt_ids)
-        expected = [(start + k, target, False) for k, target in enumerate(item.response_ids)]
-        if item.eos_id is not None:
-            expected.append((start + len(item.response_ids), item.eos_id, True))
-        assert seen[index] == expected
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_padding(side):
-    encoded = many()
-    (batch,) = PaddedLayout(1000, pad_id=9, padding_side=side).batches(encoded)
-    lengths = [len(item.input_ids) for item in encoded.items]
-    assert batch.input_ids.shape == batch.attention_mask.shape == (len(lengths), max(lengths))
-    assert batch.attention_mask.sum(1).tolist() == sorted(lengths)
-    assert torch.all(batch.input_ids[batch.attention_mask == 0] == 9)
-    order = batch.attention_mask.diff(dim=1)
-    assert torch.all(order <= 0) if side == "right" else torch.all(order >= 0)
-
-
-def test_positions_restart_after_left_padding():
-    encoded = many()
-    (batch,) = PaddedLayout(1000, padding_side="left").batches(encoded)
-    for positions, mask in zip(batch.position_ids, batch.attention_mask, strict=True):
-        assert positions[mask == 1].tolist() == list(range(int(mask.sum())))
-        assert torch.all(positions[mask == 0] == 0)
-    assert all(batch.position_ids is None for batch in PaddedLayout(3).batches(encoded))
-
-
-def test_rows_of_like_length_share_a_batch():
-    encoded = many()
-    widths = [batch.input_ids.shape[1] for batch in PaddedLayout(4).batches(encoded)]
-    assert widths == sorted(widths) and len(set(widths)) > 1
-
-
-def test_order_depends_on_the_content_alone():
-    torch.manual_seed(0)
-    first = PaddedLayout(3).batches(many())
-    torch.manual_seed(1)
-    second = PaddedLayout(3).batches(many())
-    for one_batch, other in zip(first, second, strict=True):
-        for field in dataclasses.fields(one_batch):
-            left, right = getattr(one_batch, field.name), getattr(other, field.name)
-            assert left is right is None or torch.equal(left, right)
-
-
-def test_layout_draws_no_random_number():
-    state = torch.get_rng_state()
-    PaddedLayout(3, padding_side="left").batches(many())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_batch_size_must_be_positive():
-    with pytest.raises(ValueError, match="probe_batch_size is 0, expected at least 1"):
-        PaddedLayout(0)

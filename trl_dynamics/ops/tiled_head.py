@@ -56,21 +56,30 @@ def token_stats(
 def _tile_stats(
     logits_NV: torch.Tensor, target_N: torch.Tensor, extra_NE: torch.Tensor | None, top_k: int
 ) -> dict[str, torch.Tensor]:
-    logp_NV = torch.log_softmax(logits_NV, dim=-1)
-    top_logp_NK, top_id_NK = logp_NV.topk(min(max(top_k, 2), logp_NV.shape[-1]), dim=-1)
+    top_NK, top_id_NK = logits_NV.topk(min(max(top_k, 2), logits_NV.shape[-1]), dim=-1)
+    target_logit_N = logits_NV.gather(1, target_N[:, None])[:, 0]
+    extra_NE = None if extra_NE is None else logits_NV.gather(1, extra_NE)
+    # In place from here on: the tile is the largest tensor of a forward, and nothing else reads its logits.
+    peak_N = top_NK[:, 0]
+    shifted_NV = logits_NV.sub_(peak_N[:, None])
+    weight_NV = shifted_NV.exp()
+    total_N = weight_NV.sum(dim=-1)
+    log_total_N = total_N.log()
+    # 0 * -inf is nan where a label is impossible; its share of the entropy is 0.
+    shifted_NV.clamp_(min=torch.finfo(shifted_NV.dtype).min)
+    top_logp_NK = top_NK - peak_N[:, None] - log_total_N[:, None]
     is_target_N = top_id_NK[:, 0] == target_N
-    prob_NV = logp_NV.exp()
     stats = {
-        "target_logp": logp_NV.gather(1, target_N[:, None])[:, 0],
+        "target_logp": target_logit_N - peak_N - log_total_N,
         "argmax_logp": top_logp_NK[:, 0],
         "argmax_id": top_id_NK[:, 0],
         "other_id": torch.where(is_target_N, top_id_NK[:, 1], top_id_NK[:, 0]),
         "other_logp": torch.where(is_target_N, top_logp_NK[:, 1], top_logp_NK[:, 0]),
-        # 0 * -inf is nan where a label is impossible; its share of the entropy is 0.
-        "entropy": -(prob_NV * logp_NV.clamp(min=torch.finfo(logp_NV.dtype).min)).sum(dim=-1),
-        "sum_sq": prob_NV.square().sum(dim=-1),
+        # sum_v p_v (log total - shifted_v), which is -sum_v p_v log p_v.
+        "entropy": log_total_N - torch.linalg.vecdot(weight_NV, shifted_NV) / total_N,
+        "sum_sq": torch.linalg.vecdot(weight_NV, weight_NV) / total_N.square(),
         "topk_mass": top_logp_NK[:, :top_k].exp().sum(dim=-1),
     }
     if extra_NE is not None:
-        stats["extra_logp"] = logp_NV.gather(1, extra_NE)
+        stats["extra_logp"] = extra_NE - peak_N[:, None] - log_total_N[:, None]
     return stats

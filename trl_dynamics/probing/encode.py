@@ -1,6 +1,4 @@
-"""Probe sets as token ids: the prompt/response boundary, the end-of-turn token, length limits, and batch layouts.
-
-    B rows   T tokens of a row   N scored positions of a batch
+"""Probe sets as token ids: the prompt/response boundary, the end-of-turn token and length limits.
 
 Rows are tokenised as TRL's trainers tokenise training data: a plain response continues the prompt's text and ends with
 the EOS token, a chat goes through the chat template; the response starts where the tokens of prompt and of prompt +
@@ -11,9 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
@@ -233,71 +229,3 @@ def cut_prompt(prompt: list[int], limit: int | None, bos_id: int | None) -> list
     if prompt[0] == bos_id and limit > 1:
         return [prompt[0], *prompt[len(prompt) - limit + 1 :]]
     return prompt[len(prompt) - limit :]
-
-
-@dataclass(frozen=True)
-class ProbeBatch:
-    """One forward's worth of probes.
-
-    Shapes: `input_ids`, `attention_mask` (B, T), `position_ids` (B, T) or None for the model's own numbering;
-    `rows_N`, `cols_N` the positions whose prediction is scored, `target_N` the token scored there, `item_N` the index
-    of the response it belongs to and `is_eos_mask_N` whether it is that response's end-of-turn token.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor | None
-    rows_N: torch.Tensor
-    cols_N: torch.Tensor
-    target_N: torch.Tensor
-    item_N: torch.Tensor
-    is_eos_mask_N: torch.Tensor
-
-
-class Layout(Protocol):
-    """How responses are laid out in batches; composition and order are fixed by the encoded probes alone."""
-
-    name: str
-
-    def batches(self, encoded: EncodedProbes) -> list[ProbeBatch]: ...
-
-
-@dataclass(frozen=True)
-class PaddedLayout:
-    """One row per response, rows of similar length together, padded to the longest of their batch."""
-
-    batch_size: int = 16
-    pad_id: int = 0
-    padding_side: str = "right"
-    name: str = "padded"
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"probe_batch_size is {self.batch_size}, expected at least 1")
-        if self.padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is {self.padding_side!r}, expected 'left' or 'right'")
-
-    def batches(self, encoded: EncodedProbes) -> list[ProbeBatch]:
-        """The frozen batches of a run."""
-        order = sorted(range(len(encoded.items)), key=lambda index: (len(encoded.items[index].input_ids), index))
-        groups = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        return [self._batch(encoded, group) for group in groups]
-
-    def _batch(self, encoded: EncodedProbes, group: list[int]) -> ProbeBatch:
-        rows = [encoded.items[index] for index in group]
-        width = max(len(row.input_ids) for row in rows)
-        input_ids = torch.full((len(rows), width), self.pad_id)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        scored = []
-        for r, (index, row) in enumerate(zip(group, rows, strict=True)):
-            offset = width - len(row.input_ids) if self.padding_side == "left" else 0
-            span = slice(offset, offset + len(row.input_ids))
-            input_ids[r, span] = torch.tensor(row.input_ids)
-            attention_mask[r, span] = 1
-            first = offset + len(row.prompt_ids)
-            for k, target in enumerate(row.input_ids[len(row.prompt_ids) :]):
-                scored.append((r, first + k - 1, target, index, k >= len(row.response_ids)))
-        rows_N, cols_N, target_N, item_N, is_eos_N = torch.tensor(scored).T
-        # Left padding shifts positions, which the model's own numbering would not know.
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0) if self.padding_side == "left" else None
-        return ProbeBatch(input_ids, attention_mask, position_ids, rows_N, cols_N, target_N, item_N, is_eos_N.bool())

@@ -1,26 +1,31 @@
 """The engine: score(model) -> records of every probe, the same on any number of processes, leaving no trace behind.
 
-    N scored positions of a batch   I responses of the probe set
+    N scored positions of a batch   S statistics per position   I responses of the probe set
 
-Batches are frozen once and dealt out to the processes round robin, so that a response is always scored in the same
-company; every process runs the same number of forwards, the surplus ones on a batch that is thrown away.
+Groups of batches are frozen once and dealt out to the processes round robin, so that a response is always scored in
+the same company; every process runs the same number of forwards, the surplus ones on a batch that is thrown away.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from trl_dynamics.probing.encode import EncodedProbes, Layout, ProbeBatch
-from trl_dynamics.stats_head import StatsRequest, is_installed
+from trl_dynamics.compat import PromptCache
+from trl_dynamics.probing.encode import EncodedProbes
+from trl_dynamics.probing.layouts import BatchGroup, Layout, ProbeBatch, Prompts
+from trl_dynamics.stats_head import StatsRequest, is_installed, prompts_only
+from trl_dynamics.tracking.precision import float32_compute
 
 # Sums over a response's own tokens that the engine accumulates, in this order; EOS and the count follow.
 _SUMS = ("logp", "prob", "argmax_logp", "argmax_match", "entropy", "sum_sq", "topk_mass", "star_logp", "rest_mass")
+# What comes back from the device per position, in this order, as one tensor.
+_FROM_DEVICE = ("target_logp", "argmax_logp", "argmax_match", "entropy", "sum_sq", "topk_mass", "star_logp")
 
 
 @dataclass(frozen=True)
@@ -43,28 +48,39 @@ class ProbeEngine:
         top_k (`int`, *optional*): How many labels `topk_mass` covers.
         accelerator ([`~accelerate.Accelerator`], *optional*): Processes to share the work with, and the autocast that
             training uses. Without one a single process scores in the model's own dtype.
+        float32 (`bool`, *optional*): Compute in float32, whatever the weights' dtype and the autocast.
     """
 
-    def __init__(self, encoded: EncodedProbes, layout: Layout, *, top_k: int = 10, accelerator=None):
+    def __init__(
+        self, encoded: EncodedProbes, layout: Layout, *, top_k: int = 10, accelerator=None, float32: bool = False
+    ):
         if top_k < 1:
             raise ValueError(f"probe_top_k is {top_k}, expected at least 1")
-        self.encoded, self.layout, self.top_k, self.accelerator = encoded, layout, top_k, accelerator
-        self.batches = layout.batches(encoded)
+        self.encoded, self.top_k, self.accelerator, self.float32 = encoded, top_k, accelerator, float32
         lengths = [len(item.response_ids) for item in encoded.items]
         self._token_start_I = torch.tensor([0, *lengths]).cumsum(0)
+        self._use(layout)
+
+    def _use(self, layout: Layout) -> None:
+        self.layout, self.groups = layout, layout.groups(self.encoded)
+        self._pinned = False
 
     @property
     def batch_plan(self) -> dict:
         """What makes two scorings comparable token by token: layout, sizes and a fingerprint of every batch."""
         digest = hashlib.sha256(self.encoded.fingerprint.encode())
-        for batch in self.batches:
-            digest.update(json.dumps([list(batch.input_ids.shape), batch.item_N.tolist()]).encode())
+        for group in self.groups:
+            prompts = list(group.prompts.input_ids.shape) if group.prompts else None
+            batches = [[list(batch.input_ids.shape), batch.item_N.tolist()] for batch in group.batches]
+            digest.update(json.dumps([prompts, batches]).encode())
         return {
             "layout": self.layout.name,
+            "tokens_per_batch": self.layout.tokens_per_batch,
             "num_items": len(self.encoded.items),
-            "num_batches": len(self.batches),
-            "batch_size": getattr(self.layout, "batch_size", None),
+            "num_groups": len(self.groups),
+            "num_batches": sum(len(group.batches) for group in self.groups),
             "num_scored_tokens": int(self._token_start_I[-1]),
+            "num_forward_tokens": sum(group.num_tokens for group in self.groups),
             "fingerprint": digest.hexdigest(),
         }
 
@@ -83,55 +99,87 @@ class ProbeEngine:
         if not is_installed(model):
             raise ValueError("the model has no stats head; call trl_dynamics.stats_head.install(model) first")
         device = _device_of(model, self.accelerator)
+        self._pin(device)
         sums = torch.zeros(len(self.encoded.items), len(_SUMS) + 2, dtype=torch.float64)
-        stars = self._flat_stars(star_ids)
-        world, rank = (self.accelerator.num_processes, self.accelerator.process_index) if self.accelerator else (1, 0)
-        with _evaluating(model), torch.no_grad(), self._autocast():
-            for turn in range(math.ceil(len(self.batches) / world)):
-                index = turn * world + rank
-                batch = self.batches[index if index < len(self.batches) else 0]
-                stats = self._forward(model, batch, stars if star_ids is not None else None, device)
-                if index < len(self.batches):
-                    self._accumulate(batch, stats, sums, stars, fresh=star_ids is None)
+        stars, fresh = self._flat_stars(star_ids), star_ids is None
+        with _evaluating(model), torch.no_grad(), self._precision(model):
+            forwards = self._forwards(model, None if fresh else stars, device)
+            for batch, values_NS, ids_N in _one_behind(forwards, device):
+                self._accumulate(batch, values_NS, sums)
+                if fresh:
+                    own_N = ~batch.is_eos_mask_N
+                    stars[self._token_index(batch)[own_N]] = ids_N[own_N]
         sums = self._all_sum(sums, device)
-        stars = self._all_sum(stars, device) if star_ids is None else stars
+        stars = self._all_sum(stars, device) if fresh else stars
         return Scores(self._columns(sums), self._nested_stars(stars))
 
-    def _forward(
-        self, model: nn.Module, batch: ProbeBatch, stars: torch.Tensor | None, device: torch.device
-    ) -> dict[str, torch.Tensor]:
-        extra_NE = None if stars is None else stars[self._token_index(batch)][:, None].to(device)
-        rows_N, cols_N, target_N = (t.to(device) for t in (batch.rows_N, batch.cols_N, batch.target_N))
-        request = StatsRequest(rows_N, cols_N, target_N, batch.input_ids.shape[1], extra_NE, self.top_k)
-        inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
-        if batch.position_ids is not None:
-            inputs["position_ids"] = batch.position_ids.to(device)
-        return {name: value.cpu() for name, value in model(**inputs, stats_request=request).items()}
+    def _forwards(self, model: nn.Module, stars: torch.Tensor | None, device: torch.device) -> Iterator[tuple]:
+        """Run this process's share; yields each batch with its statistics, on their way to the CPU."""
+        world, rank = (self.accelerator.num_processes, self.accelerator.process_index) if self.accelerator else (1, 0)
+        for first in range(0, len(self.groups), world):
+            turn = self.groups[first : first + world]
+            # A process without a group of its own in the last turn repeats one, and one with fewer batches its last.
+            group = turn[rank] if rank < len(turn) else turn[0]
+            cache = self._run_prompts(model, group.prompts, device) if group.prompts else None
+            for index in range(max(len(each.batches) for each in turn)):
+                batch = group.batches[min(index, len(group.batches) - 1)]
+                stats = self._run(model, batch, cache, stars, device)
+                if rank < len(turn) and index < len(group.batches):
+                    yield batch, *stats
 
-    def _accumulate(
-        self, batch: ProbeBatch, stats: dict[str, torch.Tensor], sums: torch.Tensor, stars: torch.Tensor, fresh: bool
-    ) -> None:
+    def _run_prompts(self, model: nn.Module, prompts: Prompts, device: torch.device) -> PromptCache:
+        cache = PromptCache()
+        model(
+            input_ids=prompts.input_ids.to(device, non_blocking=True),
+            attention_mask=prompts.attention_mask.to(device, non_blocking=True),
+            position_ids=prompts.position_ids.to(device, non_blocking=True),
+            past_key_values=cache,
+            stats_request=prompts_only(prompts.input_ids.shape[1]),
+        )
+        return cache
+
+    def _run(
+        self,
+        model: nn.Module,
+        batch: ProbeBatch,
+        cache: PromptCache | None,
+        stars: torch.Tensor | None,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Statistics (N, S) and y* ids (N,) of one forward, as copies to the CPU that may still be under way."""
+
+        def send(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        extra_NE = None if stars is None else send(stars[self._token_index(batch)][:, None])
+        target_N = send(batch.target_N)
+        request = StatsRequest(
+            send(batch.rows_N), send(batch.cols_N), target_N, batch.input_ids.shape[1], extra_NE, self.top_k
+        )
+        inputs = {"input_ids": send(batch.input_ids), "attention_mask": send(batch.attention_mask)}
+        if batch.position_ids is not None:
+            inputs["position_ids"] = send(batch.position_ids)
+        if cache is not None:
+            cache.continue_from(send(batch.prompt_B))
+            inputs["past_key_values"] = cache
+        stats = model(**inputs, stats_request=request)
+        stats["argmax_match"] = stats["argmax_id"] == target_N
+        stats["star_logp"] = stats["other_logp"] if stars is None else stats["extra_logp"][:, 0]
+        dtype = stats["target_logp"].dtype
+        values_NS = torch.stack([stats[name].to(dtype) for name in _FROM_DEVICE], dim=1)
+        return values_NS.to("cpu", non_blocking=True), stats["other_id"].to("cpu", non_blocking=True)
+
+    def _accumulate(self, batch: ProbeBatch, values_NS: torch.Tensor, sums: torch.Tensor) -> None:
         own_N = ~batch.is_eos_mask_N
-        logp = stats["target_logp"].double()
-        star_logp = (stats["other_logp"] if fresh else stats["extra_logp"][:, 0]).double()
-        per_token = {
-            "logp": logp,
-            "prob": logp.exp(),
-            "argmax_logp": stats["argmax_logp"],
-            "argmax_match": stats["argmax_id"] == batch.target_N,
-            "entropy": stats["entropy"],
-            "sum_sq": stats["sum_sq"],
-            "topk_mass": stats["topk_mass"],
-            "star_logp": star_logp,
-            "rest_mass": 1 - logp.exp() - star_logp.exp(),
-        }
-        values = torch.stack([per_token[name].double() for name in _SUMS], dim=1)
-        sums[:, : len(_SUMS)].index_add_(0, batch.item_N[own_N], values[own_N])
+        stats = {name: values_NS[:, index].double() for index, name in enumerate(_FROM_DEVICE)}
+        stats["logp"] = stats["target_logp"]
+        stats["prob"] = stats["logp"].exp()
+        stats["rest_mass"] = 1 - stats["prob"] - stats["star_logp"].exp()
+        per_token_NS = torch.stack([stats[name] for name in _SUMS], dim=1)
+        sums[:, : len(_SUMS)].index_add_(0, batch.item_N[own_N], per_token_NS[own_N])
         ends = batch.item_N[batch.is_eos_mask_N]
-        sums[ends, -2] = logp[batch.is_eos_mask_N]
+        sums[ends, -2] = stats["logp"][batch.is_eos_mask_N]
         sums[ends, -1] = 1.0
-        if fresh:
-            stars[self._token_index(batch)[own_N]] = stats["other_id"][own_N]
 
     def _columns(self, sums: torch.Tensor) -> dict[str, list]:
         items = self.encoded.items
@@ -191,8 +239,44 @@ class ProbeEngine:
             return values
         return self.accelerator.reduce(values.to(device), reduction="sum").cpu()
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _precision(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        if self.float32:
+            return float32_compute(model, self.accelerator)
         return self.accelerator.autocast() if self.accelerator else contextlib.nullcontext()
+
+    def _pin(self, device: torch.device) -> None:
+        """Page-lock the frozen batches once, so that their copies to a GPU need not wait for each other."""
+        if device.type == "cuda" and not self._pinned:
+            self.groups, self._pinned = [_pinned(group) for group in self.groups], True
+
+
+def _pinned(group: BatchGroup) -> BatchGroup:
+    def pin(part):
+        fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+        tensors = {name: value.pin_memory() for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(part, **tensors)
+
+    return BatchGroup(tuple(pin(batch) for batch in group.batches), pin(group.prompts) if group.prompts else None)
+
+
+def _one_behind(results: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
+    """Hand out each result once the next one has been launched: copies from the device overlap its work."""
+    waiting = None
+    for result in results:
+        event = torch.Event(device) if device.type == "cuda" else None
+        if event is not None:
+            event.record()
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = result, event
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _arrived(result: tuple, event: torch.Event | None) -> tuple:
+    if event is not None:
+        event.synchronize()
+    return result
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ import datetime
 import enum
 
 from trl_dynamics import compat
-from trl_dynamics.probing.encode import LengthLimits, PaddedLayout, encode
+from trl_dynamics.probing.encode import LengthLimits, encode
+from trl_dynamics.probing.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.engine import ProbeEngine
 
@@ -31,8 +32,31 @@ def build_engine(model, processing_class, probe_set: ProbeSet, args, accelerator
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     encoded = encode(probe_set, tokenizer, limits, ends)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    layout = PaddedLayout(pad_id=pad_id)
-    return ProbeEngine(encoded, layout, top_k=args.probe_top_k, accelerator=accelerator)
+    return ProbeEngine(
+        encoded,
+        choose_layout(model, args.probe_layout, args.probe_tokens_per_batch, pad_id),
+        top_k=args.probe_top_k,
+        accelerator=accelerator,
+        float32=args.probe_dtype == "float32",
+    )
+
+
+def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Layout:
+    """The layout of that name; `"auto"` shares prompts where the model's attention allows it.
+
+    Raises:
+        ValueError: If the name is unknown, or prompts cannot be shared but were asked to be.
+    """
+    if wanted not in ("auto", "shared_prefix", "padded"):
+        raise ValueError(f"probe_layout is {wanted!r}, expected 'auto', 'shared_prefix' or 'padded'")
+    if wanted != "padded" and compat.can_share_prompts(model):
+        return SharedPrefixLayout(tokens_per_batch, pad_id)
+    if wanted == "shared_prefix":
+        raise ValueError(
+            f"probe_layout='shared_prefix' does not fit {model.config.model_type}: it needs plain or sliding-window "
+            "attention in every layer and no prompt-learning adapter; use 'auto' or 'padded'"
+        )
+    return PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens_per_batch)
 
 
 def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str) -> dict:

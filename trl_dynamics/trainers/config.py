@@ -41,8 +41,8 @@ class ScoringArguments:
     probe_subset: float | None = field(
         default=None,
         metadata={
-            "help": "Score only this share (up to 1) or number of probes, the same ones at every step, chosen by a hash "
-            "of their ids. None: all."
+            "help": "Score only this share (below 1) or number of probes, the same ones at every step, chosen by a "
+            "hash of their ids. None: all."
         },
     )
     probe_max_prompt_length: int | None = field(

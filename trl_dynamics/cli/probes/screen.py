@@ -17,7 +17,8 @@ from trl_dynamics import stats_head
 from trl_dynamics.cli import sources
 from trl_dynamics.cli.probes.build import parse
 from trl_dynamics.probing import io as probe_io
-from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, PaddedLayout, encode_response
+from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, encode_response
+from trl_dynamics.probing.layouts import PaddedLayout
 from trl_dynamics.probing.rows import Pair, read_pairs
 from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_types
 from trl_dynamics.tokens import displacement

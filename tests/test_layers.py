@@ -65,6 +65,7 @@ DOCUMENTED = {
     "accelerate.utils",
     "transformers.utils",
     "trl.data_utils",
+    "trl.rewards",
 }
 HOSTS = ("trl", "transformers", "accelerate")
 

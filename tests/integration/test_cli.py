@@ -1,6 +1,9 @@
 """The command line: what it runs, what it writes, and one clear line for every wrong input."""
 
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +12,7 @@ import yaml
 import trl_dynamics
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PAIRS, PROBES
+from trl_dynamics.cli.grpo import find_reward
 from trl_dynamics.cli.main import COMMANDS, main
 from trl_dynamics.cli.track import find_targets
 from trl_dynamics.cli.training import TrainingCommand
@@ -79,6 +83,89 @@ def test_config_yaml_replays_the_run(world, tmp_path):
     pd.testing.assert_frame_equal(*frames, check_exact=True)
     again = yaml.safe_load((tmp_path / "again" / "dynamics" / "config.yaml").read_text())
     assert again | {"output_dir": ""} == yaml.safe_load(config.read_text()) | {"output_dir": ""}
+
+
+REWARDS = """
+def vowels(completions, **columns):
+    return [sum(text.count(letter) for letter in "aeiou") for text in completions]
+
+def brevity(completions, chosen, **columns):
+    return [-abs(len(text) - len(answer)) for text, answer in zip(completions, chosen)]
+"""
+SHORT = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    """The working directory holds a module of reward functions."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "tiny_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path / "own")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    sys.modules.pop("tiny_rewards", None)
+
+
+def test_grpo_with_own_rewards_and_the_replay_of_its_config(world, tmp_path, rewards):
+    argv = ["grpo", *flags(world, tmp_path / "run", logging_steps=1, steps_per_generation=2, **SHORT)]
+    assert main([*argv, "--reward_funcs", "tiny_rewards.vowels", "tiny_rewards:brevity"]) == 0
+    root = tmp_path / "run" / "dynamics"
+    meta = json.loads((root / "meta.json").read_text())
+    assert (meta["method"], meta["status"], meta["schedule"]["steps"]) == ("grpo", "finished", [0, 1, 2])
+    logged = json.loads((root / "trainer_log.json").read_text())
+    assert {"rewards/vowels/mean", "rewards/brevity/mean"} <= set(logged[0])
+    assert main(["grpo", "--config", str(root / "config.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    frames = [trl_dynamics.load_records(tmp_path / name).drop(columns="run") for name in ("run", "again")]
+    pd.testing.assert_frame_equal(*frames, check_exact=True)
+
+
+def test_grpo_takes_prompts_from_implicit_preference_pairs(world, tmp_path, rewards):
+    rows = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in PAIRS]
+    (tmp_path / "implicit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"dataset_name": tmp_path / "implicit.jsonl", "reward_funcs": "tiny_rewards.brevity", **SHORT}
+    assert main(["grpo", *flags(world, tmp_path / "run", **options)]) == 0
+    assert len(trl_dynamics.load_records(tmp_path / "run")) == 3 * 9
+
+
+def test_wrong_rewards_and_prompts_are_one_line(world, tmp_path, rewards, capsys):
+    (tmp_path / "blank.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
+    (tmp_path / "answers.jsonl").write_text('{"answer": "a"}\n')
+    vowels = {"reward_funcs": "tiny_rewards.vowels"}
+    cases = {
+        "no reward given: pass --reward_funcs": {},
+        "reward function 'vowels' is not known; expected one of accuracy_reward,": {"reward_funcs": "vowels"},
+        "there is no module 'tiny_reward'": {"reward_funcs": "tiny_reward.vowels"},
+        "tiny_rewards.py defines no function 'bowels'": {"reward_funcs": "tiny_rewards.bowels"},
+        "reward model './none' does not exist": {"reward_model_name_or_path": "./none"},
+        "training data row 1 has a blank 'prompt'": vowels | {"dataset_name": tmp_path / "blank.jsonl"},
+        "grpo needs prompt or chosen+rejected": vowels | {"dataset_name": tmp_path / "answers.jsonl"},
+    }
+    for message, options in cases.items():
+        assert message in failure(capsys, ["grpo", *flags(world, tmp_path / "run", **SHORT, **options)]), message
+
+
+def test_a_reward_module_that_cannot_be_imported_keeps_its_own_error(rewards):
+    Path("broken_rewards.py").write_text("import a_module_that_is_missing\n")
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+        find_reward("broken_rewards.f")
+
+
+def test_code_that_comes_with_a_model_runs_when_trusted(world, tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "model"
+    shutil.copytree(world / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = "from transformers import LlamaForCausalLM\n\nclass OwnLM(LlamaForCausalLM):\n    pass\n"
+    (folder / "own_model.py").write_text(code)
+    config |= {"architectures": ["OwnLM"], "auto_map": {"AutoModelForCausalLM": "own_model.OwnLM"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for trusted, expected in ((True, "OwnLM"), (False, "LlamaForCausalLM")):
+        options = {"model_name_or_path": folder, "trust_remote_code": trusted, "max_steps": 1}
+        assert main(["sft", *flags(world, tmp_path / str(trusted), **options)]) == 0
+        assert json.loads((tmp_path / str(trusted) / "config.json").read_text())["architectures"] == [expected]
 
 
 def test_command_line_wins_over_yaml(world, tmp_path):

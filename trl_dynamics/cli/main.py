@@ -11,6 +11,7 @@ from pathlib import Path
 COMMANDS = {
     "sft": "fine-tune with TRL's SFTTrainer while a probe set is tracked",
     "dpo": "train with TRL's DPOTrainer while a probe set is tracked",
+    "grpo": "train with TRL's GRPOTrainer while a probe set is tracked",
     "track": "score models or a run's checkpoints on a probe set, without training",
     "probes": "make, check, read and share probe sets; screen preference pairs before training",
     "report": "turn runs into one offline HTML page, PNG charts or CSV",

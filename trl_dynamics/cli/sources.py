@@ -18,6 +18,7 @@ EMBEDDED_ROWS, EMBEDDED_PROBES = 200, 40
 _LOCAL_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _ACCEPTED_COLUMNS = {
     "dpo": [{"chosen", "rejected"}],
+    "grpo": [{"prompt"}, {"chosen", "rejected"}],
     "sft": [
         {"messages"},
         {"text"},
@@ -39,8 +40,17 @@ def find_model(name_or_path: str | None) -> str:
         raise ValueError("no model given: pass --model_name_or_path (a folder, a hub name, or 'embedded')")
     if name_or_path == EMBEDDED:
         return embedded.model_path()
+    return require_folder(name_or_path, "model")
+
+
+def require_folder(name_or_path: str, what: str) -> str:
+    """Refuse a local model folder that does not exist; `what` says what the model is for.
+
+    Raises:
+        ValueError: If it does not exist.
+    """
     if looks_local(name_or_path) and not Path(name_or_path).is_dir():
-        raise ValueError(f"model {name_or_path!r} does not exist; expected a folder with a model, or a hub name")
+        raise ValueError(f"{what} {name_or_path!r} does not exist; expected a folder with a model, or a hub name")
     return name_or_path
 
 

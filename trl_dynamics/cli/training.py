@@ -1,4 +1,4 @@
-"""What `trl-dynamics sft|dpo` and scripts/train_*.py share: arguments, then data, model, training, saving."""
+"""What `trl-dynamics sft|dpo|grpo` and scripts/train_*.py share: arguments, then data, model, training, saving."""
 
 from dataclasses import dataclass, field
 
@@ -33,7 +33,11 @@ class TrainingCommand:
     Args:
         name (`str`): Command and module name.
         trainer_class, config_class: The trainer and its arguments.
+
+    A trainer with further needs has a subclass: `script_class` for more options, and the methods below.
     """
+
+    script_class: type[DynamicsScriptArguments] = DynamicsScriptArguments
 
     def __init__(self, name: str, trainer_class: type, config_class: type):
         self.name, self.trainer_class, self.config_class = name, trainer_class, config_class
@@ -52,7 +56,7 @@ class TrainingCommand:
 
     def parse(self, argv: list[str]) -> tuple[list, list[str]]:
         """Arguments of script, trainer, model and data mixture, and what is meant for `accelerate launch`."""
-        types = (DynamicsScriptArguments, self.config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
+        types = (self.script_class, self.config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
         parser = trl.TrlParser(types, prog=f"trl-dynamics {self.name}")
         *configs, from_yaml, from_line = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -62,22 +66,33 @@ class TrainingCommand:
         launching.refuse_unknown(launch_args, own_options, self.name)
         return configs, launch_args
 
+    def trainer_arguments(self, script_args) -> dict:
+        """What the trainer takes beyond model, data and configs."""
+        return {}
+
+    def check_rows(self, dataset: Dataset, script_args) -> Dataset:
+        """The rows to train on, refused or dropped where they are no use."""
+        return check_answers(dataset, drop_invalid_rows=script_args.drop_invalid_rows)
+
     def train(self, script_args, training_args, model_args, dataset_args, *, drop_callbacks: tuple[type, ...] = ()):
         """Load data and model, train, save; the same steps on every process. Returns the trainer."""
         given = changed_fields(script_args, model_args, dataset_args)
         model = sources.find_model(model_args.model_name_or_path)
         sources.require_writable(training_args.output_dir)
+        more = self.trainer_arguments(script_args)
         _ = training_args.device  # sets up the processes, which logging needs, on the devices asked for
         training_args.model_init_kwargs = {
             "revision": model_args.model_revision,
-            "trust_remote_code": getattr(model_args, "trust_remote_code", False),
+            "trust_remote_code": training_args.trust_remote_code,
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
             **(training_args.model_init_kwargs or {}),
         }
         probe_set = sources.find_probe_set(training_args.probe_set, training_args.probe_max_probes)
         splits = sources.load_splits(script_args, dataset_args)
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
         train_dataset = self._prepare(
             sources.take_split(splits, script_args.dataset_train_split), script_args, tokenizer
         )
@@ -93,6 +108,7 @@ class TrainingCommand:
             quantization_config=trl.get_quantization_config(model_args),
             peft_config=trl.get_peft_config(model_args),
             probe_set=probe_set,
+            **more,
         )
         for callback in drop_callbacks:
             trainer.remove_callback(callback)
@@ -115,7 +131,7 @@ class TrainingCommand:
             dataset = dataset.take(script_args.dataset_num_rows)
         if isinstance(dataset, Dataset):
             sources.require_columns(dataset, self.name)
-            dataset = check_answers(dataset, drop_invalid_rows=script_args.drop_invalid_rows)
+            dataset = self.check_rows(dataset, script_args)
         if script_args.max_prompt_length is not None:
             dataset = limit_prompts(dataset, tokenizer, script_args.max_prompt_length)
         return dataset

@@ -42,13 +42,20 @@ def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) ->
         return dataset.map(split, batched=True, remove_columns=list(first.keys() | {"prompt"}))
 
 
-def check_answers(dataset: Dataset, *, drop_invalid_rows: bool) -> Dataset:
+def check_answers(
+    dataset: Dataset, *, drop_invalid_rows: bool, columns: tuple[str, ...] = (*PREFERENCE_COLUMNS, "completion")
+) -> Dataset:
     """Refuse rows whose chosen, rejected or completion is blank, or drop them when asked to.
+
+    Args:
+        dataset: Rows of strings or chats.
+        drop_invalid_rows (`bool`): Drop them.
+        columns (`tuple[str, ...]`, *optional*): What must not be blank, where the data has it.
 
     Raises:
         ValueError: If a row is blank and `drop_invalid_rows` is not set; the first such row is named.
     """
-    columns = [name for name in (*PREFERENCE_COLUMNS, "completion") if name in dataset.column_names]
+    columns = tuple(name for name in columns if name in dataset.column_names)
     blank = [
         (index, name)
         for name in columns
@@ -64,7 +71,7 @@ def check_answers(dataset: Dataset, *, drop_invalid_rows: bool) -> Dataset:
             f"training data row {index} has a blank {name!r} ({len(rows)} such rows of {len(dataset)}); fix the data "
             "or pass --drop_invalid_rows"
         )
-    logger.warning(f"dropped {len(rows)} of {len(dataset)} training rows with a blank answer")
+    logger.warning(f"dropped {len(rows)} of {len(dataset)} training rows with a blank {' or '.join(columns)}")
     return dataset.select([index for index in range(len(dataset)) if index not in rows])
 
 

@@ -26,3 +26,6 @@ class GRPOTrainer(DynamicsMixin, trl.GRPOTrainer):
             args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self._start_tracking(probe_set, "grpo")
+        if self.probe_callback is not None:
+            # TRL fills in both sizes of a generation and refuses a config that names both.
+            self.probe_callback.config.pop("generation_batch_size", None)

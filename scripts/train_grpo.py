@@ -1,0 +1,16 @@
+"""GRPO with a tracked probe set, for `accelerate launch`; the same as `trl-dynamics grpo`.
+
+One process:    python scripts/train_grpo.py --model_name_or_path embedded --dataset_name embedded \
+                    --reward_funcs my_rewards.short_and_polite --probe_set embedded --max_completion_length 32 \
+                    --output_dir runs/grpo
+Eight GPUs:     accelerate launch --config_file recipes/accelerate_configs/zero2.yaml scripts/train_grpo.py \
+                    --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/DeepMath-103K \
+                    --reward_funcs accuracy_reward --probe_set PROBES --output_dir runs/grpo
+"""
+
+import sys
+
+from trl_dynamics.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["grpo", *sys.argv[1:]]))

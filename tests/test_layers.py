@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
         "tracking.records",
         "tracking.store",
         "tracking.metrics",
+        "tracking.aggregate",
         "tracking.effects",
         "tracking.findings",
         "probing.schema",

@@ -6,6 +6,7 @@ import pytest
 from synthetic_runs import ALL_TYPES, SFT, SQUEEZED, STEPS, records
 
 from trl_dynamics.tracking import effects, findings
+from trl_dynamics.tracking.aggregate import summarise
 
 DPO, SFT_META = {"method": "dpo"}, {"method": "sft"}
 
@@ -107,7 +108,7 @@ def test_improvement_is_good_news_only_without_side_effects():
     assert "improvement" not in names(records(good | {"other_test": -0.9, "human_unrelated": -0.9}))
     assert "improvement" not in names(records(good, argmax=0.9))
     hidden = records(good | {"other_train": 0.9, "other_test": -0.2})
-    assert effects.Changes(hidden).bystanders.up() and "improvement" not in names(hidden)
+    assert summarise(hidden).changes().bystanders.up() and "improvement" not in names(hidden)
 
 
 def test_the_most_severe_finding_comes_first():

@@ -10,6 +10,7 @@ import pytest
 from synthetic_runs import SQUEEZED, STEPS, records
 
 from trl_dynamics.tracking import metrics
+from trl_dynamics.tracking.aggregate import QUANTILES, summarise
 
 MISSING = ("rejected", "other_test", "chosen_self_rephrase")
 
@@ -78,7 +79,7 @@ def test_every_metric_has_a_reference_here():
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_metric_equals_a_loop_over_rows(frame, name):
-    series = metrics.METRICS[name](frame)
+    series = summarise(frame).metric(name)
     assert list(series.index) == list(STEPS)
     for step in STEPS:
         assert series[step] == pytest.approx(REFERENCES[name](frame, step), abs=1e-12)
@@ -86,12 +87,12 @@ def test_metric_equals_a_loop_over_rows(frame, name):
 
 def test_row_order_does_not_matter(frame):
     ordered = frame.sort_values(["response_type", "step", "probe_id"])
-    pd.testing.assert_frame_equal(metrics.metric_table(frame), metrics.metric_table(ordered), rtol=1e-12)
-    pd.testing.assert_frame_equal(metrics.bands(frame), metrics.bands(ordered), rtol=1e-12)
+    pd.testing.assert_frame_equal(summarise(frame).metric_table(), summarise(ordered).metric_table(), rtol=1e-12)
+    pd.testing.assert_frame_equal(summarise(frame).bands(), summarise(ordered).bands(), rtol=1e-12)
 
 
 def test_path_is_the_mean_over_probes(frame):
-    path = metrics.path(frame, "logp_sum")
+    path = summarise(frame).path("logp_sum")
     for name in path.columns:
         for step, rows in rows_of(frame, name).items():
             assert path.at[step, name] == pytest.approx(mean([row["logp_sum"] for row in rows.values()]))
@@ -103,27 +104,27 @@ def test_changes_are_paired_by_probe(frame):
     last = STEPS[-1]
     gone = (frame["probe_id"] == "p001") & (frame["step"] == last)
     holed = frame[~gone]
-    change = metrics.change_since_start(holed)
+    change = summarise(holed).change_since_start()
     expected = looped_change(holed, "chosen", "logp_mean", last)
     assert change.at[last, "chosen"] == pytest.approx(expected)
-    path = metrics.path(holed)["chosen"]
+    path = summarise(holed).path()["chosen"]
     assert abs(path[last] - path[STEPS[0]] - expected) > 1e-3
 
 
 def test_bands_are_quantiles_over_probes(frame):
-    bands = metrics.bands(frame, since_start=True).set_index(["response_type", "step"])
+    bands = summarise(frame).bands(since_start=True).set_index(["response_type", "step"])
     rows = rows_of(frame, "rejected")
     deltas = [row["logp_mean"] - rows[0][probe]["logp_mean"] for probe, row in rows[40].items()]
     found = bands.loc[("rejected", 40)]
     assert found["num_probes"] == 5
-    assert found[["q10", "q50", "q90"]].tolist() == pytest.approx(np.quantile(deltas, metrics.QUANTILES).tolist())
+    assert found[["q10", "q50", "q90"]].tolist() == pytest.approx(np.quantile(deltas, QUANTILES).tolist())
 
 
 def test_scalars_are_the_last_values(frame):
     scalars = metrics.scalars(frame)
-    assert scalars["probe/rejected/logp_mean"] == pytest.approx(metrics.path(frame)["rejected"].iloc[-1])
-    for name, function in metrics.METRICS.items():
-        assert scalars[f"squeeze/{name}"] == pytest.approx(function(frame).iloc[-1])
+    assert scalars["probe/rejected/logp_mean"] == pytest.approx(summarise(frame).path()["rejected"].iloc[-1])
+    for name in metrics.METRICS:
+        assert scalars[f"squeeze/{name}"] == pytest.approx(summarise(frame).metric(name).iloc[-1])
     assert all(key == key.lower() and key.count("/") <= 2 for key in scalars)
 
 
@@ -141,9 +142,9 @@ def test_a_single_step_has_levels_and_zero_changes():
 
 def test_metrics_without_their_types_are_left_out():
     frame = records(types=["good", "bad"], num_probes=3)
-    assert {name for name, function in metrics.METRICS.items() if len(function(frame))} == {"third_party_logp"}
+    assert set(summarise(frame).metric_table()["metric"]) == {"third_party_logp"}
     assert set(metrics.scalars(frame)) == {"probe/good/logp_mean", "probe/bad/logp_mean", "squeeze/third_party_logp"}
-    assert set(metrics.metric_table(records(types=["chosen"]))["metric"]) == {
+    assert set(summarise(records(types=["chosen"])).metric_table()["metric"]) == {
         "argmax_logp",
         "argmax_minus_chosen",
         "entropy",
@@ -153,20 +154,20 @@ def test_metrics_without_their_types_are_left_out():
 
 def test_end_of_turn_is_left_out_where_every_response_was_cut():
     frame = records(num_probes=3).assign(eos_logp=np.nan)
-    assert metrics.eos_logp(frame).empty and "squeeze/eos_logp" not in metrics.scalars(frame)
+    assert summarise(frame).metric("eos_logp").empty and "squeeze/eos_logp" not in metrics.scalars(frame)
 
 
 def test_a_type_without_start_has_a_path_but_no_change():
     frame = records(num_probes=3)
     late = frame[(frame["response_type"] != "other_test") | (frame["step"] > 0)]
-    assert "other_test" not in metrics.change_since_start(late)
-    assert metrics.path(late)["other_test"].notna().sum() == len(STEPS) - 1
+    assert "other_test" not in summarise(late).change_since_start()
+    assert summarise(late).path()["other_test"].notna().sum() == len(STEPS) - 1
 
 
 def test_frames_of_several_models_are_refused():
     frame = pd.concat([records(num_probes=2), records(num_probes=2, model="other")])
     with pytest.raises(ValueError, match=r"one model, got \['other', 'policy'\]"):
-        metrics.path(frame)
+        metrics.scalars(frame)
 
 
 @pytest.mark.parametrize("module", ["tracking.metrics", "tracking.findings", "report.page", "report.export"])

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from synthetic_runs import ALL_TYPES, SFT, SQUEEZED, probe_set, records, write_run
 
-from trl_dynamics.report import cards, extra, load
-from trl_dynamics.report.explorer import MAX_PROBES, explorer
+from trl_dynamics.report import cards, charts, extra, load
+from trl_dynamics.report.explorer import MAX_PROBES, MAX_STEPS, explorer
 from trl_dynamics.report.glossary import METRIC_TERMS
 from trl_dynamics.report.page import build_page, inline_json
 from trl_dynamics.tracking.metrics import METRICS
@@ -136,7 +136,7 @@ def test_explorer_holds_texts_and_paths(runs):
     probe = one["probes"][1]
     assert probe["prompt"] == [{"role": "user", "text": "What did question 1 ask?"}]
     chosen = probe["responses"][0]
-    frame = series[0].frame
+    frame = DynamicsStore(runs["sft"]).read_records()
     rows = frame[(frame["probe_id"] == "p001") & (frame["response_type"] == "chosen")].sort_values("step")
     assert chosen["type"] == "chosen" and chosen["text"] == "chosen answer to p001"
     assert chosen["tokens"] == rows["num_tokens"].iloc[0]
@@ -148,6 +148,17 @@ def test_explorer_is_capped_and_says_so(tmp_path):
     frame = records(types=["chosen", "rejected"], num_probes=MAX_PROBES + 7, steps=[0, 1])
     one = explorer(load.split_series(load.load_runs([write_run(tmp_path / "run", frame)])))["series"][0]
     assert len(one["probes"]) == MAX_PROBES and one["total"] == MAX_PROBES + 7
+
+
+def test_a_page_that_leaves_out_steps_says_so(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "MAX_POINTS", 60)
+    frame = records(types=["chosen", "rejected"], num_probes=5, steps=range(100))
+    long = Page(build_page([write_run(tmp_path / "long", frame)], tmp_path / "report.html"))
+    assert "The learning paths draw 30 of the 100 recorded steps" in long.text
+    assert len({row["step"] for row in long.data["charts"]["s0-learning_paths"]["data"]["values"]}) == 30
+    one = long.data["explorer"]["series"][0]
+    assert len(one["steps"]) == len(one["probes"][0]["responses"][0]["path"]) == MAX_STEPS and one["recorded"] == 100
+    assert "The learning paths draw" not in page.text
 
 
 def test_types_that_probes_lack_are_absent_in_the_explorer(runs):

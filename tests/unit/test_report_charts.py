@@ -13,7 +13,7 @@ from trl_dynamics.probing.schema import GROUPS, RESPONSE_TYPES
 from trl_dynamics.report import charts, gallery, load, steps, style
 from trl_dynamics.report.export import export_csv, export_png
 from trl_dynamics.report.spec import VEGA_LITE
-from trl_dynamics.tracking import metrics
+from trl_dynamics.tracking.aggregate import summarise
 
 
 @pytest.fixture(scope="module")
@@ -22,30 +22,52 @@ def frame():
 
 
 @pytest.fixture(scope="module")
+def summary(frame):
+    return summarise(frame)
+
+
+@pytest.fixture(scope="module")
 def run(frame, tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "run", frame)
 
 
-def test_learning_paths_hold_every_measure(frame):
-    rows = charts.learning_paths(frame)["data"]["values"]
+def test_learning_paths_hold_every_measure(summary):
+    rows = charts.learning_paths(summary)["data"]["values"]
     assert len(rows) == len(ALL_TYPES) * len(STEPS)
     row = next(row for row in rows if row["response_type"] == "rejected" and row["step"] == 160)
-    assert row["token"] == pytest.approx(metrics.path(frame).at[160, "rejected"], rel=1e-4)
-    assert row["change_token"] == pytest.approx(metrics.change_since_start(frame).at[160, "rejected"], rel=1e-4)
-    assert row["sequence"] == pytest.approx(metrics.path(frame, "logp_sum").at[160, "rejected"], rel=1e-4)
+    assert row["token"] == pytest.approx(summary.path().at[160, "rejected"], rel=1e-4)
+    assert row["change_token"] == pytest.approx(summary.change_since_start().at[160, "rejected"], rel=1e-4)
+    assert row["sequence"] == pytest.approx(summary.path("logp_sum").at[160, "rejected"], rel=1e-4)
     assert row["change_token_lo"] <= row["change_token"] <= row["change_token_hi"]
 
 
 def test_charts_are_capped():
-    long = records(num_probes=2, steps=range(1000))
+    long = summarise(records(num_probes=2, steps=range(1000)))
     assert len(charts.learning_paths(long)["data"]["values"]) <= charts.MAX_POINTS
     curves = {f"run{i}": pd.Series(range(9000), dtype=float) for i in range(2)}
     assert len(charts.metric_by_run(curves, "t", "nats")["data"]["values"]) <= charts.MAX_POINTS
 
 
-def test_thinning_keeps_both_ends():
-    assert steps.thin(range(0, 1001), 11) == list(range(0, 1001, 100))
+def test_thinning_keeps_both_ends_and_early_steps():
+    kept = steps.thin(range(0, 1001), 40)
+    assert len(kept) == 40 and kept[:6] == [0, 1, 2, 4, 8, 16] and kept[-1] == 1000
+    assert max(b - a for a, b in zip(kept[6:], kept[7:], strict=False)) <= 31
+    assert steps.thin(range(0, 1001), 12) == [0, 1, 2, 4, 125, 250, 375, 500, 625, 750, 875, 1000]
     assert steps.thin([5, 1, 3], 10) == [1, 3, 5]
+    assert steps.thin(range(7), 7) == list(range(7)) and len(steps.thin(range(8), 7)) <= 7
+
+
+def test_a_chart_that_leaves_out_steps_says_so(summary):
+    long = summarise(records(num_probes=2, steps=range(1000)))
+    drawn = len(charts.drawn_steps(long))
+    assert f"({drawn} of 1,000 steps drawn)" in charts.learning_paths(long)["title"]["text"]
+    assert (
+        "(2,500 of 9,000 steps drawn)"
+        in charts.metric_by_run({f"run{i}": pd.Series(range(9000), dtype=float) for i in range(2)}, "t", "nats")[
+            "title"
+        ]["text"]
+    )
+    assert "drawn" not in charts.learning_paths(summary)["title"]["text"]
 
 
 def test_log_spaced_schedules_start_with_stretched_steps():
@@ -96,9 +118,9 @@ def test_a_flat_curve_is_drawn_flat():
     assert low < 1e-6 < high < 1e-5
 
 
-def test_argmax_and_chosen_enclose_the_gap(frame):
-    rows = charts.argmax_and_chosen(frame)["data"]["values"]
-    gap = metrics.argmax_minus_chosen(frame)
+def test_argmax_and_chosen_enclose_the_gap(summary):
+    rows = charts.argmax_and_chosen(summary)["data"]["values"]
+    gap = summary.metric("argmax_minus_chosen")
     for row in rows:
         assert row["argmax"] - row["chosen"] == pytest.approx(gap[row["step"]], abs=1e-3)
 
@@ -129,7 +151,7 @@ def test_png_export(run, tmp_path):
     }
 
 
-def test_csv_export_needs_no_extra(run, frame, tmp_path):
+def test_csv_export_needs_no_extra(run, summary, tmp_path):
     code = (
         "import sys; sys.modules['vl_convert'] = sys.modules['jinja2'] = None\n"
         "from trl_dynamics.report.export import export_csv\n"
@@ -140,9 +162,9 @@ def test_csv_export_needs_no_extra(run, frame, tmp_path):
     assert list(paths.columns[:3]) == ["run", "model", "measure"] and set(paths["run"]) == {"run"}
     assert set(paths["measure"]) == {"logp_mean", "logp_mean_change", "logp_sum", "logp_sum_change"}
     chosen = paths[(paths["measure"] == "logp_sum") & (paths["response_type"] == "chosen")].set_index("step")["mean"]
-    assert chosen.to_dict() == pytest.approx(metrics.path(frame, "logp_sum")["chosen"].to_dict())
+    assert chosen.to_dict() == pytest.approx(summary.path("logp_sum")["chosen"].to_dict())
     entropy = values[values["metric"] == "entropy"].set_index("step")["value"]
-    assert entropy.to_dict() == pytest.approx(metrics.entropy(frame).to_dict())
+    assert entropy.to_dict() == pytest.approx(summary.metric("entropy").to_dict())
     assert all(math.isfinite(value) for value in values["value"])
 
 

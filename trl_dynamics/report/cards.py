@@ -4,8 +4,7 @@ import json
 
 from trl_dynamics.probing.schema import group_of, order_types
 from trl_dynamics.report.load import Run, Series
-from trl_dynamics.tracking import metrics
-from trl_dynamics.tracking.effects import Changes
+from trl_dynamics.tracking.metrics import PER_SEQUENCE
 
 NOT_RECORDED = "not recorded"
 # Arguments worth reading before the rest; the card shows those that config.yaml holds.
@@ -31,10 +30,9 @@ def run_card(run: Run) -> list[tuple[str, str]]:
     """Label and value, in reading order."""
     meta = run.meta
     model, plan, probes = (meta.get(name, {}) for name in ("model", "batch_plan", "probe_set"))
-    steps = sorted(int(step) for step in run.frame["step"].unique())
+    steps = run.steps
     scored = f"{len(steps)}: {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "")
-    models = list(dict.fromkeys(run.frame["model"]))
-    tracked = [("Models", ", ".join(models))] if len(models) > 1 else []
+    tracked = [("Models", ", ".join(run.summaries))] if len(run.summaries) > 1 else []
     return [
         ("Model", _join(model.get("name_or_path"), _count(model.get("num_parameters"), "parameters"))),
         *tracked,
@@ -61,13 +59,16 @@ def type_rows(run: Run) -> list[dict]:
     probes = run.meta.get("probe_set", {})
     counts, cuts = probes.get("counts", {}), run.meta.get("cuts", {})
     dropped = (probes.get("metadata") or {}).get("dropped", {})
-    names = order_types([*run.frame["response_type"], *(name for name in dropped if " " not in name)])
-    own = run.frame.groupby("response_type")["probe_id"].nunique()
+    scored: dict[str, int] = {}
+    for summary in run.summaries.values():
+        for name, num_probes in summary.bands().groupby("response_type")["num_probes"].max().items():
+            scored[name] = max(scored.get(name, 0), int(num_probes))
+    names = order_types([*scored, *(name for name in dropped if " " not in name)])
     return [
         {
             "name": name,
             "group": group_of(name).replace("_", " "),
-            "probes": counts.get(name, int(own.get(name, 0))),
+            "probes": counts.get(name, scored.get(name, 0)),
             "prompts_cut": cuts.get(name, {}).get("prompt", NOT_RECORDED),
             "responses_cut": cuts.get(name, {}).get("response", NOT_RECORDED),
             "dropped": dropped.get(name, 0),
@@ -84,11 +85,10 @@ def dropped_rows(run: Run) -> list[str]:
 
 def change_rows(series: Series) -> list[dict]:
     """Per response type: start, end and paired change, formatted; nats."""
-    paths = metrics.path(series.frame)
-    changes = Changes(series.frame)
+    paths, changes = series.summary.path(), series.summary.changes()
     rows = []
     for name in paths.columns:
-        token, sequence = changes.of_types([name]), changes.of_types([name], metrics.PER_SEQUENCE)
+        token, sequence = changes.of_types([name]), changes.of_types([name], PER_SEQUENCE)
         paired = token.known and len(series.steps) > 1
         rows.append(
             {

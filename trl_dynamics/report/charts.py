@@ -1,4 +1,4 @@
-"""Tidy frame -> Vega-Lite spec, one function per chart; a spec is a plain dict that holds its data.
+"""Summary of the records -> Vega-Lite spec, one function per chart; a spec is a plain dict that holds its data.
 
 Every chart over steps has the parameter `log_steps`, which stretches the early steps; `learning_paths` also has
 `measure`. The page sets both; without a page they keep the value they are made with.
@@ -13,8 +13,9 @@ from trl_dynamics.probing.schema import order_types
 from trl_dynamics.report import style
 from trl_dynamics.report.glossary import METRIC_TERMS
 from trl_dynamics.report.spec import chart, data_rows, rounded, tooltip, zero_line
-from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin
-from trl_dynamics.tracking import metrics
+from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin, titled
+from trl_dynamics.tracking.aggregate import Summary
+from trl_dynamics.tracking.metrics import PER_SEQUENCE, PER_TOKEN
 
 MAX_POINTS = 5000
 # A y axis shows at least this much (nats, probability), so that noise does not look like a trend.
@@ -24,24 +25,24 @@ _TYPE_LEGEND = {"title": None, "orient": "right", "symbolType": "stroke", "symbo
 
 # Name of a measure -> its label, the column and whether it is a change since the start.
 MEASURES: dict[str, tuple[str, str, bool]] = {
-    "change_token": ("change since start, per token", metrics.PER_TOKEN, True),
-    "token": ("log-probability per token", metrics.PER_TOKEN, False),
-    "change_sequence": ("change since start, per sequence", metrics.PER_SEQUENCE, True),
-    "sequence": ("log-probability per sequence", metrics.PER_SEQUENCE, False),
+    "change_token": ("change since start, per token", PER_TOKEN, True),
+    "token": ("log-probability per token", PER_TOKEN, False),
+    "change_sequence": ("change since start, per sequence", PER_SEQUENCE, True),
+    "sequence": ("log-probability per sequence", PER_SEQUENCE, False),
 }
 
 
-def learning_paths(frame: pd.DataFrame) -> dict:
-    """Mean per response type over the steps; the band (chosen, rejected, the one in focus) is 10-90 % of the probes.
+def drawn_steps(summary: Summary) -> list[int]:
+    """The steps that [`learning_paths`] draws: all, unless that would be more than [`MAX_POINTS`] points."""
+    return thin(summary.steps, MAX_POINTS // len(summary.types))
 
-    Args:
-        frame (`pandas.DataFrame`): Records of one run and one model.
-    """
-    types = order_types(frame["response_type"])
-    steps = thin(frame["step"].unique(), MAX_POINTS // len(types))
+
+def learning_paths(summary: Summary) -> dict:
+    """Mean per response type over the steps; the band (chosen, rejected, the one in focus) is 10-90 % of probes."""
+    types, steps = summary.types, drawn_steps(summary)
     parts = []
     for name, (_, column, since_start) in MEASURES.items():
-        bands = metrics.bands(frame, column, since_start=since_start).set_index(["step", "response_type"])
+        bands = summary.bands(column, since_start=since_start).set_index(["step", "response_type"])
         parts.append(
             bands[["mean", "q10", "q90"]].rename(columns={"mean": name, "q10": f"{name}_lo", "q90": f"{name}_hi"})
         )
@@ -113,7 +114,7 @@ def learning_paths(frame: pd.DataFrame) -> dict:
     }
     return chart(
         data_rows(data),
-        "Learning paths: mean log-probability per response type",
+        titled("Learning paths: mean log-probability per response type", len(steps), len(summary.steps)),
         height=400,
         params=[{"name": "measure", "value": "change_token"}, log_steps(steps)],
         transform=[
@@ -128,9 +129,9 @@ def learning_paths(frame: pd.DataFrame) -> dict:
     )
 
 
-def levels(frame: pd.DataFrame) -> dict:
+def levels(summary: Summary) -> dict:
     """Start (ring) and end (dot) per response type, nats per token, joined by a line."""
-    path = metrics.path(frame)
+    path = summary.path()
     ends = (
         pd.DataFrame({"start": path.iloc[0], "end": path.iloc[-1]}).dropna().rename_axis("response_type").reset_index()
     )
@@ -170,15 +171,15 @@ def levels(frame: pd.DataFrame) -> dict:
     )
 
 
-def levels_by_run(frames: Mapping[str, pd.DataFrame]) -> dict:
+def levels_by_run(summaries: Mapping[str, Summary]) -> dict:
     """Level of every response type at each run's last step, nats per token, a mark per run."""
     rows = [
         {"run": label, "response_type": name, "value": rounded(float(value)), "step": int(path.index[-1])}
-        for label, path in ((label, metrics.path(frame)) for label, frame in frames.items())
+        for label, path in ((label, summary.path()) for label, summary in summaries.items())
         for name, value in path.iloc[-1].dropna().items()
     ]
     types = order_types(row["response_type"] for row in rows)
-    styles = style.run_styles(frames)
+    styles = style.run_styles(summaries)
     colors = {"domain": list(styles), "range": [color for color, _ in styles.values()]}
     legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 260}
     return chart(
@@ -206,13 +207,13 @@ def levels_by_run(frames: Mapping[str, pd.DataFrame]) -> dict:
     )
 
 
-def argmax_and_chosen(frame: pd.DataFrame) -> dict | None:
+def argmax_and_chosen(summary: Summary) -> dict | None:
     """Along chosen: the likeliest token and the chosen token; the area between is the gap. None without chosen."""
-    top = metrics.argmax_logp(frame)
+    top = summary.metric("argmax_logp")
     if top.empty:
         return None
     data = (
-        pd.DataFrame({"argmax": top, "chosen": top - metrics.argmax_minus_chosen(frame)})
+        pd.DataFrame({"argmax": top, "chosen": top - summary.metric("argmax_minus_chosen")})
         .rename_axis("step")
         .reset_index()
     )
@@ -228,7 +229,7 @@ def argmax_and_chosen(frame: pd.DataFrame) -> dict | None:
     }
     return chart(
         data_rows(data),
-        "Along chosen: argmax and chosen",
+        titled("Along chosen: argmax and chosen", len(steps), len(top)),
         height=190,
         params=[log_steps(steps)],
         transform=step_transform(),
@@ -247,9 +248,10 @@ def argmax_and_chosen(frame: pd.DataFrame) -> dict | None:
     )
 
 
-def rejected_path(frame: pd.DataFrame) -> dict | None:
+def rejected_path(summary: Summary) -> dict | None:
     """Change of rejected since the start with its 10-90 % band, nats per token. None without rejected."""
-    bands = metrics.bands(frame[frame["response_type"] == "rejected"], since_start=True)
+    bands = summary.bands(since_start=True)
+    bands = bands[bands["response_type"] == "rejected"]
     if bands.empty:
         return None
     steps = thin(bands["step"], MAX_POINTS)
@@ -258,7 +260,7 @@ def rejected_path(frame: pd.DataFrame) -> dict | None:
     color = style.TYPE_COLORS["rejected"]
     return chart(
         data_rows(data),
-        "Rejected: change since start",
+        titled("Rejected: change since start", len(steps), len(bands)),
         height=190,
         params=[log_steps(steps)],
         transform=step_transform(),
@@ -304,7 +306,7 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, min
     )
     return chart(
         rows,
-        title,
+        titled(title, max(map(len, kept.values())), max(map(len, curves.values()))),
         height=190,
         params=[log_steps(steps)],
         transform=step_transform(),
@@ -325,19 +327,19 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, min
     )
 
 
-def metric(frames: Mapping[str, pd.DataFrame], name: str) -> dict | None:
+def metric(summaries: Mapping[str, Summary], name: str) -> dict | None:
     """One metric of [`tracking.metrics.METRICS`], a line per run."""
     term = METRIC_TERMS[name]
     span = MIN_SPAN_MASS if name == "drained_mass" else MIN_SPAN
-    curves = {label: metrics.METRICS[name](frame) for label, frame in frames.items()}
+    curves = {label: summary.metric(name) for label, summary in summaries.items()}
     return metric_by_run(curves, _capital(term.title), re.split("[,;]", term.unit)[0], min_span=span)
 
 
-def type_change(frames: Mapping[str, pd.DataFrame], response_type: str) -> dict | None:
+def type_change(summaries: Mapping[str, Summary], response_type: str) -> dict | None:
     """Change of one response type since the start, nats per token, a line per run."""
     curves = {}
-    for label, frame in frames.items():
-        change = metrics.change_since_start(frame[frame["response_type"] == response_type])
+    for label, summary in summaries.items():
+        change = summary.change_since_start()
         curves[label] = change[response_type] if response_type in change else pd.Series(dtype=float)
     return metric_by_run(curves, f"{response_type}: change since start", "nats per token", min_span=MIN_SPAN)
 

@@ -1,12 +1,14 @@
 """What the probe explorer shows: texts of probes with the path of every response, small enough to be inlined."""
 
-import pandas as pd
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from trl_dynamics.probing.schema import Probe, Prompt, order_types
 from trl_dynamics.report.load import Series
 from trl_dynamics.report.steps import thin
 from trl_dynamics.report.style import type_colors
-from trl_dynamics.tracking import metrics
+from trl_dynamics.tracking.metrics import PER_TOKEN
 
 # Over all series together; texts and paths of one probe are about 10 kB.
 MAX_PROBES = 100
@@ -21,29 +23,38 @@ def explorer(series: list[Series]) -> dict:
     response was cut, and `path` (logp_mean in nats per token at `steps`, null where not scored).
     """
     share = max(MAX_PROBES // len(series), 5)
-    types = order_types(name for one in series for name in one.frame["response_type"])
+    types = order_types(name for one in series for name in one.summary.types)
     return {"colors": type_colors(types), "series": [_one(one, share) for one in series]}
 
 
 def _one(series: Series, limit: int) -> dict:
     texts = {probe.probe_id: probe for probe in series.run.probe_set or ()}
-    scored = set(series.frame["probe_id"])
-    ids = [probe_id for probe_id in texts if probe_id in scored] or sorted(scored)
-    kept = ids[:limit]
-    steps = thin(series.steps, MAX_STEPS)
-    frame = series.frame[series.frame["probe_id"].isin(kept) & series.frame["step"].isin(steps)]
-    table = metrics.wide(frame)
-    last = frame.drop_duplicates(["probe_id", "response_type"], keep="last").set_index(["probe_id", "response_type"])
+    scored = pc.unique(pa.concat_arrays([series.summary.first.probe_ids, series.summary.last.probe_ids])).to_pylist()
+    known = set(scored)
+    ids = [probe_id for probe_id in texts if probe_id in known] or sorted(scored)
+    kept, steps = pa.array(ids[:limit], pa.string()), thin(series.steps, MAX_STEPS)
+    # steps x types x probes; one step is read after the other and only its kept probes stay.
+    columns = {name: [] for name in (PER_TOKEN, "num_tokens", "truncated")}
+    for step in steps:
+        table = series.summary.table(step).select(series.summary.types, kept)
+        for name, values in columns.items():
+            values.append(table.values(name))
+    stacked = {name: np.stack(values) for name, values in columns.items()}
     return {
         "label": series.label,
         "steps": steps,
+        "recorded": len(series.steps),
         "total": len(ids),
-        "probes": [_probe(probe_id, texts.get(probe_id), table, last) for probe_id in kept],
+        "probes": [
+            _probe(probe_id, texts.get(probe_id), series.summary.types, {n: v[:, :, i] for n, v in stacked.items()})
+            for i, probe_id in enumerate(ids[:limit])
+        ],
     }
 
 
-def _probe(probe_id: str, probe: Probe | None, table: pd.DataFrame, last: pd.DataFrame) -> dict:
-    scored = order_types(name for name, other in table.columns if other == probe_id)
+def _probe(probe_id: str, probe: Probe | None, types: list[str], columns: dict[str, np.ndarray]) -> dict:
+    """One probe; `columns` are steps x types, NaN where a type was not scored."""
+    scored = [(name, index) for index, name in enumerate(types) if not np.isnan(columns["num_tokens"][:, index]).all()]
     return {
         "id": probe_id,
         "prompt": _messages(probe.prompt) if probe else [{"role": "", "text": "(the text was not recorded)"}],
@@ -51,13 +62,19 @@ def _probe(probe_id: str, probe: Probe | None, table: pd.DataFrame, last: pd.Dat
             {
                 "type": name,
                 "text": _cut(probe.responses.get(name, "")) if probe else "",
-                "tokens": int(last.at[(probe_id, name), "num_tokens"]),
-                "cut": bool(last.at[(probe_id, name), "truncated"]),
-                "path": [None if pd.isna(value) else round(float(value), 3) for value in table[name, probe_id]],
+                "tokens": int(_last(columns["num_tokens"][:, index])),
+                "cut": bool(_last(columns["truncated"][:, index])),
+                "path": [
+                    None if np.isnan(value) else round(float(value), 3) for value in columns[PER_TOKEN][:, index]
+                ],
             }
-            for name in scored
+            for name, index in scored
         ],
     }
+
+
+def _last(values: np.ndarray) -> float:
+    return values[~np.isnan(values)][-1]
 
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ import pandas as pd
 from trl_dynamics.report import extra, gallery
 from trl_dynamics.report.load import load_runs, split_series
 from trl_dynamics.report.spec import VEGA_LITE
-from trl_dynamics.tracking import metrics
+from trl_dynamics.tracking.aggregate import MEASURES
 
 # Pixels: the learning paths, and the smaller charts of a panel.
 WIDE, NARROW = 760, 460
@@ -52,14 +52,10 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     """
     paths, values = [], []
     for series in split_series(load_runs(run_dirs)):
-        keys = {"run": series.run.name, "model": series.frame["model"].iloc[0]}
-        for column in (metrics.PER_TOKEN, metrics.PER_SEQUENCE):
-            for since_start in (False, True):
-                measure = f"{column}_change" if since_start else column
-                paths.append(
-                    metrics.bands(series.frame, column, since_start=since_start).assign(**keys, measure=measure)
-                )
-        values.append(metrics.metric_table(series.frame).assign(**keys))
+        keys = {"run": series.run.name, "model": series.model}
+        for measure, (column, since_start) in MEASURES.items():
+            paths.append(series.summary.bands(column, since_start=since_start).assign(**keys, measure=measure))
+        values.append(series.summary.metric_table().assign(**keys))
     first = ["run", "model"]
     tables = {
         "paths": _with_first(pd.concat(paths), [*first, "measure"]),

@@ -34,20 +34,20 @@ _COMPARED_TYPES = ("chosen", "rejected", "other_train")
 
 def path_charts(series: Series) -> dict[str, dict]:
     """Learning paths and the start and end of every type; a single step has levels only."""
-    found = {"learning_paths": charts.learning_paths(series.frame)} if len(series.steps) > 1 else {}
-    return found | {"levels": charts.levels(series.frame)}
+    found = {"learning_paths": charts.learning_paths(series.summary)} if len(series.steps) > 1 else {}
+    return found | {"levels": charts.levels(series.summary)}
 
 
 def squeezing_charts(series: Series) -> dict[str, dict]:
     """The squeezing panel; charts whose response types are missing are left out, a single step has none."""
     if len(series.steps) < 2:
         return {}
-    frames = {series.label: series.frame}
+    summaries = {series.label: series.summary}
     drawn = {
-        "argmax_and_chosen": charts.argmax_and_chosen(series.frame),
-        "rejected": charts.rejected_path(series.frame),
+        "argmax_and_chosen": charts.argmax_and_chosen(series.summary),
+        "rejected": charts.rejected_path(series.summary),
     }
-    drawn |= {name: charts.metric(frames, name) for name in _PANEL_METRICS}
+    drawn |= {name: charts.metric(summaries, name) for name in _PANEL_METRICS}
     return {name: spec for name, spec in drawn.items() if spec}
 
 
@@ -81,14 +81,25 @@ def comparison_charts(series: list[Series]) -> dict[str, dict]:
     """Every metric and the main response types with a line per run; nothing for a single series."""
     if len(series) < 2:
         return {}
-    frames = {one.label: one.frame for one in series}
-    drawn: dict[str, dict | None] = {"levels_at_end": charts.levels_by_run(frames)}
+    summaries = {one.label: one.summary for one in series}
+    drawn: dict[str, dict | None] = {"levels_at_end": charts.levels_by_run(summaries)}
     if any(len(one.steps) > 1 for one in series):
-        drawn |= {f"change_{name}": charts.type_change(frames, name) for name in _COMPARED_TYPES}
-        drawn |= {name: charts.metric(frames, name) for name in METRICS}
+        drawn |= {f"change_{name}": charts.type_change(summaries, name) for name in _COMPARED_TYPES}
+        drawn |= {name: charts.metric(summaries, name) for name in METRICS}
     return {name: spec for name, spec in drawn.items() if spec}
+
+
+def thinned_note(series: Series) -> str:
+    """How many of the recorded steps the learning paths draw; empty if all."""
+    drawn, recorded = len(charts.drawn_steps(series.summary)), len(series.steps)
+    if drawn == recorded:
+        return ""
+    return (
+        f"The learning paths draw {drawn:,} of the {recorded:,} recorded steps: the first, the last, early ones and "
+        "the rest evenly spaced. Every step is in paths.csv (--format csv)."
+    )
 
 
 def third_party_note(series: Series) -> str:
     """Which response types count as third parties in this series."""
-    return ", ".join(third_party_types(series.frame)) or "none in this probe set"
+    return ", ".join(third_party_types(series.summary.types)) or "none in this probe set"

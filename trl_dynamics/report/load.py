@@ -1,12 +1,11 @@
-"""Runs from disk, as the report needs them."""
+"""Runs from disk, as the report needs them: the records are reduced step by step, never loaded whole."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.tracking.store import load_records, open_store, run_names
+from trl_dynamics.tracking.aggregate import Summary, summarise_store
+from trl_dynamics.tracking.store import open_store, run_names
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Run:
         meta (`dict`): meta.json.
         config (`dict`): config.yaml, empty if there is none.
         trainer_log (`list[dict]`): The trainer's log lines, empty for models tracked without training.
-        frame (`pandas.DataFrame`): The records, with a `run` column.
+        summaries (`dict[str, Summary]`): What the records of each model say.
         probe_set ([`ProbeSet`] or `None`): What was scored; `None` where its copy cannot be read.
     """
 
@@ -26,13 +25,18 @@ class Run:
     meta: dict
     config: dict
     trainer_log: list[dict]
-    frame: pd.DataFrame
+    summaries: dict[str, Summary]
     probe_set: ProbeSet | None
 
     @property
     def fingerprint(self) -> str | None:
         """Of the probe set, as recorded; runs are comparable probe by probe only where it is the same."""
         return self.meta.get("probe_set", {}).get("fingerprint")
+
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps of all models in order."""
+        return sorted({step for summary in self.summaries.values() for step in summary.steps})
 
 
 @dataclass(frozen=True)
@@ -41,21 +45,21 @@ class Series:
 
     label: str
     run: Run
-    frame: pd.DataFrame
+    model: str
+    summary: Summary
 
     @property
     def steps(self) -> list[int]:
         """The recorded steps in order."""
-        return [int(step) for step in sorted(self.frame["step"].unique())]
+        return self.summary.steps
 
 
 def load_runs(run_dirs: list[str | Path]) -> list[Run]:
-    """Read runs, named as `load_records` names them.
+    """Read runs, named as `load_records` names them; the memory needed does not grow with the steps.
 
     Raises:
         ValueError: If a folder is no run, holds no records, or is given twice.
     """
-    records = load_records(*run_dirs)
     stores = [open_store(path) for path in run_dirs]
     return [
         Run(
@@ -63,7 +67,7 @@ def load_runs(run_dirs: list[str | Path]) -> list[Run]:
             store.read_meta(),
             store.read_config(),
             store.read_trainer_log(),
-            records[records["run"] == name].reset_index(drop=True),
+            summarise_store(store),
             _read_probe_set(store),
         )
         for name, store in zip(run_names(stores), stores, strict=True)
@@ -72,13 +76,11 @@ def load_runs(run_dirs: list[str | Path]) -> list[Run]:
 
 def split_series(runs: list[Run]) -> list[Series]:
     """Every (run, model) of `runs`, labelled by the run and, where a run has several models, the model."""
-    series = []
-    for run in runs:
-        models = list(dict.fromkeys(run.frame["model"]))
-        for model in models:
-            label = run.name if len(models) == 1 else f"{run.name}: {model}"
-            series.append(Series(label, run, run.frame[run.frame["model"] == model].reset_index(drop=True)))
-    return series
+    return [
+        Series(run.name if len(run.summaries) == 1 else f"{run.name}: {model}", run, model, summary)
+        for run in runs
+        for model, summary in run.summaries.items()
+    ]
 
 
 def _read_probe_set(store) -> ProbeSet | None:

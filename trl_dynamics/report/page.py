@@ -4,6 +4,8 @@ import base64
 import json
 from pathlib import Path
 
+import numpy as np
+
 from trl_dynamics.report import cards, extra, gallery
 from trl_dynamics.report.charts import MEASURES
 from trl_dynamics.report.explorer import explorer
@@ -83,7 +85,7 @@ def _run_view(run: Run) -> dict:
 
 
 def _section(index: int, series: Series) -> dict:
-    found = findings.find(series.frame, series.run.meta)
+    found = findings.find(series.summary, series.run.meta)
     single = len(series.steps) < 2
     nothing = "One step was scored: there is no change to judge." if single else None
     return {
@@ -94,6 +96,7 @@ def _section(index: int, series: Series) -> dict:
         "nothing": nothing or (None if found else findings.summary_text(found, series.label)),
         "paths": _keyed(f"s{index}", gallery.path_charts(series)),
         "squeezing": _keyed(f"s{index}", gallery.squeezing_charts(series)),
+        "thinned": gallery.thinned_note(series),
         "third_parties": gallery.third_party_note(series),
         "changes": cards.change_rows(series),
         "start": series.steps[0],
@@ -111,11 +114,11 @@ def _between(series: list[Series]) -> list[dict]:
 
 def _compared(first: Series, others: list[Series]) -> dict:
     apart = {one.label: _why_not_comparable(first, one) for one in others}
-    frames = {one.label: one.frame for one in (first, *others) if not apart.get(one.label)}
+    summaries = {one.label: one.summary for one in (first, *others) if not apart.get(one.label)}
     return {
         "reference": first.label,
-        "findings": findings.compare(frames),
-        "compared": [label for label in frames if label != first.label],
+        "findings": findings.compare(summaries),
+        "compared": [label for label in summaries if label != first.label],
         "left_out": {label: reason for label, reason in apart.items() if reason},
     }
 
@@ -126,10 +129,9 @@ def _why_not_comparable(first: Series, other: Series) -> str:
     shared_steps = set(first.steps) & set(other.steps)
     if not shared_steps or max(shared_steps) <= max(first.steps[0], other.steps[0]):
         return "no common step after the start"
-    key = ["probe_id", "response_type"]
-    lengths = [one.frame.drop_duplicates(key).set_index(key)["num_tokens"] for one in (first, other)]
-    shared = lengths[0].index.intersection(lengths[1].index)
-    if not lengths[0].loc[shared].equals(lengths[1].loc[shared]):
+    ours, theirs = other.summary.first, first.summary.first
+    difference = ours.values("num_tokens") - theirs.like(ours).values("num_tokens")
+    if (np.abs(difference) > 0).any():
         return "another tokenizer or length limit, so values per token do not compare"
     return ""
 

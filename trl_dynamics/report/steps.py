@@ -7,12 +7,21 @@ _MAX_DOTS = 30
 
 
 def thin(steps: Sequence[int], limit: int) -> list[int]:
-    """At most `limit` of `steps`, evenly spaced in order, the first and the last among them."""
+    """At most `limit` of `steps`: the first, the last and evenly spaced ones in order, and before the second of these
+    the 1st, 2nd, 4th, ... after the first, for early training moves most (at most a quarter of `limit`)."""
     ordered = sorted({int(step) for step in steps})
     if len(ordered) <= limit:
         return ordered
     last = len(ordered) - 1
-    return [ordered[round(index * last / (limit - 1))] for index in range(limit)]
+    gap = last / (limit - 1)
+    early = [2**power for power in range(math.ceil(math.log2(gap)))][: limit // 4]
+    even = [round(index * last / (limit - len(early) - 1)) for index in range(limit - len(early))]
+    return [ordered[index] for index in sorted({*early, *even})]
+
+
+def titled(title: str, drawn: int, recorded: int) -> str:
+    """A chart's title, which says so when not every step is drawn."""
+    return title if drawn == recorded else f"{title} ({drawn:,} of {recorded:,} steps drawn)"
 
 
 def is_log_spaced(steps: Sequence[int]) -> bool:

@@ -2,16 +2,17 @@
 
 import pandas as pd
 
-from trl_dynamics.tracking import metrics
+from trl_dynamics.tracking.aggregate import Summary, summarise
 
 
-def model_card_section(frame: pd.DataFrame) -> str:
+def model_card_section(records: pd.DataFrame | Summary) -> str:
     """Markdown table per response type: log-probability per token at the first and last step, and the paired change.
 
     Args:
-        frame (`pandas.DataFrame`): Records of one run and one model.
+        records (`pandas.DataFrame` or [`Summary`]): Records of one run and one model.
     """
-    path, change = metrics.path(frame), metrics.change_since_start(frame)
+    summary = summarise(records)
+    path, change = summary.path(), summary.change_since_start()
     first, last = path.index[0], path.index[-1]
     rows = [
         f"| {name} | {path[name].iloc[0]:.3f} | {path[name].iloc[-1]:.3f} | {change[name].iloc[-1]:+.3f} |"

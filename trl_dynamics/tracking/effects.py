@@ -4,7 +4,7 @@ A change counts when it is larger than its minimum effect and larger than two st
 for few probes: Student's t).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from trl_dynamics.probing.schema import RANDOM, group_of
-from trl_dynamics.tracking.metrics import PER_TOKEN, third_party_types, wide
+from trl_dynamics.tracking.metrics import PER_TOKEN, argmax_per_token, gap_per_token, mean, third_party_types
+from trl_dynamics.tracking.step_table import StepTable
 
 # Smallest changes worth a word, nats per token. Typical runs move by 0.1 to 1; float32 noise is below 1e-4.
 MIN_EFFECT = 0.05
@@ -52,13 +53,36 @@ class Effect:
         return f"{self.mean:+.{digits}f} ± {self.se:.{digits}f}"
 
 
-class Changes:
-    """Paired changes between two steps of one run and model, as effects over probes."""
+@dataclass(frozen=True)
+class Squeeze:
+    """The three changes that make up squeezing, nats per token."""
 
-    def __init__(self, frame: pd.DataFrame, start: int | None = None, end: int | None = None):
-        self.start = int(frame["step"].min()) if start is None else start
-        self.end = int(frame["step"].max()) if end is None else end
-        self.frame = frame[frame["step"].isin([self.start, self.end])]
+    argmax: Effect
+    gap: Effect
+    third_parties: Effect
+
+    @property
+    def holds(self) -> bool:
+        """Whether the likeliest tokens gained, chosen fell behind them and third parties lost."""
+        return self.argmax.up() and self.gap.up() and self.third_parties.down()
+
+
+class Changes:
+    """Paired changes between two steps of one run and model, as effects over probes.
+
+    Args:
+        start ([`StepTable`]): The earlier step, in any layout.
+        end ([`StepTable`]): The later one.
+    """
+
+    def __init__(self, start: StepTable, end: StepTable):
+        self.start, self.end = start.step, end.step
+        self._first, self._start, self._end = start, start.like(end), end
+
+    @property
+    def types(self) -> list[str]:
+        """Response types of the later step."""
+        return self._end.types
 
     @cached_property
     def chosen(self) -> Effect:
@@ -71,38 +95,37 @@ class Changes:
     @cached_property
     def argmax(self) -> Effect:
         """Along chosen, the likeliest token, nats per token."""
-        return self._of_chosen(lambda rows: rows["argmax_logp_sum"] / rows["num_tokens"])
+        return clustered_effect(self._delta(argmax_per_token))
 
     @cached_property
     def gap(self) -> Effect:
         """Along chosen, the likeliest token minus the chosen one, nats per token."""
-        return clustered_effect(self.gap_delta)
-
-    @cached_property
-    def gap_delta(self) -> pd.DataFrame:
-        """The change of the gap probe by probe: probes x 1."""
-        return self._chosen_delta(lambda rows: (rows["argmax_logp_sum"] - rows["logp_sum"]) / rows["num_tokens"])
+        return clustered_effect(self._delta(gap_per_token))
 
     @cached_property
     def entropy(self) -> Effect:
-        return self._of_chosen(lambda rows: rows["entropy_mean"])
+        return clustered_effect(self._delta(lambda step: step.row("chosen", "entropy_mean")))
 
     @cached_property
     def eos(self) -> Effect:
-        return self._of_chosen(lambda rows: rows["eos_logp"])
+        return clustered_effect(self._delta(lambda step: step.row("chosen", "eos_logp")))
 
     @cached_property
     def third_parties(self) -> Effect:
-        return self.of_types(third_party_types(self.frame))
+        return self.of_types(third_party_types(self.types))
 
     @cached_property
     def bystanders(self) -> Effect:
         """The third parties that are fluent text."""
-        return self.of_types(bystander_types(self.frame))
+        return self.of_types(bystander_types(self.types))
+
+    @property
+    def squeeze(self) -> Squeeze:
+        return Squeeze(self.argmax, self.gap, self.third_parties)
 
     def of_types(self, types: Sequence[str], column: str = PER_TOKEN) -> Effect:
         """Mean over `types` of the mean over probes of the change of `column`; types nobody has are left out."""
-        return clustered_effect(self.delta(types, column))
+        return clustered_effect(self._delta_of(types, column))
 
     def falling(self, types: Sequence[str]) -> list[str]:
         """Those of `types` that fell, each judged by itself."""
@@ -110,55 +133,51 @@ class Changes:
 
     def delta(self, types: Sequence[str], column: str = PER_TOKEN) -> pd.DataFrame:
         """The change of `column` probe by probe: probes x types, NaN where a probe lacks a type."""
-        return self._delta(self.frame[self.frame["response_type"].isin(list(types))], column)
+        return pd.DataFrame(self._delta_of(types, column), self._end.probe_ids.to_pandas(), list(types))
+
+    def gap_delta(self) -> pd.DataFrame:
+        """The change of the gap probe by probe: probes x 1."""
+        return pd.DataFrame(self._delta(gap_per_token), self._end.probe_ids.to_pandas())
 
     def difference(self, first: str, second: str, column: str = PER_TOKEN) -> Effect:
         """Change of `first` minus change of `second`, on the probes that have both."""
-        delta = self.delta([first, second], column)
-        if not {first, second} <= set(delta.columns):
-            return clustered_effect(pd.DataFrame())
-        return clustered_effect((delta[first] - delta[second]).to_frame())
+        delta = self._delta_of([first, second], column)
+        return clustered_effect(delta[:, :1] - delta[:, 1:])
 
     def value_at_start(self, column: str, response_type: str = "chosen") -> float:
         """Mean over probes of `column` at the start."""
-        frame = self.frame[(self.frame["step"] == self.start) & (self.frame["response_type"] == response_type)]
-        return float(frame[column].mean())
+        return mean(self._first.row(response_type, column))
 
-    def _of_chosen(self, value: Callable[[pd.DataFrame], pd.Series]) -> Effect:
-        return clustered_effect(self._chosen_delta(value))
+    def _delta_of(self, types: Sequence[str], column: str) -> np.ndarray:
+        rows = [self._end.row(name, column) - self._start.row(name, column) for name in types]
+        return np.stack(rows, axis=1) if rows else np.empty((len(self._end.probe_ids), 0))
 
-    def _chosen_delta(self, value: Callable[[pd.DataFrame], pd.Series]) -> pd.DataFrame:
-        rows = self.frame[self.frame["response_type"] == "chosen"]
-        return self._delta(rows.assign(value=value(rows)), "value")
-
-    def _delta(self, frame: pd.DataFrame, column: str) -> pd.DataFrame:
-        table = wide(frame, column)
-        if self.start not in table.index or self.end not in table.index:
-            return pd.DataFrame()
-        return (table.loc[self.end] - table.loc[self.start]).unstack("response_type")
+    def _delta(self, value: Callable[[StepTable], np.ndarray]) -> np.ndarray:
+        return (value(self._end) - value(self._start))[:, None]
 
 
-def clustered_effect(delta: pd.DataFrame) -> Effect:
+def clustered_effect(delta: np.ndarray | pd.DataFrame) -> Effect:
     """Mean over types of the mean over probes, with a standard error that knows a probe's types move together.
 
     Args:
-        delta (`pandas.DataFrame`): probes x types, NaN where a probe lacks a type.
+        delta: probes x types, NaN where a probe lacks a type.
     """
-    values = delta.to_numpy(dtype=float)
+    values = np.asarray(delta, dtype=float)
     present = ~np.isnan(values)
     values, present = values[:, present.any(axis=0)], present[:, present.any(axis=0)]
     num_probes = int(present.any(axis=1).sum())
     if num_probes == 0:
         return Effect(np.nan, np.nan, 0)
-    means = np.nanmean(values, axis=0)
-    share = np.where(present, (values - means) / present.sum(axis=0), 0.0).sum(axis=1) / len(means)
+    counts = present.sum(axis=0)
+    means = np.where(present, values, 0.0).sum(axis=0) / counts
+    share = np.where(present, (values - means) / counts, 0.0).sum(axis=1) / len(means)
     correction = num_probes / (num_probes - 1) if num_probes > 1 else np.nan
     return Effect(float(means.mean()), float(np.sqrt(correction * (share**2).sum())), num_probes)
 
 
-def bystander_types(frame: pd.DataFrame) -> list[str]:
+def bystander_types(types: Iterable[str]) -> list[str]:
     """Third-party types that are fluent text: paraphrases, unrelated answers and types of the user's own."""
-    return [name for name in third_party_types(frame) if group_of(name) != RANDOM]
+    return [name for name in third_party_types(types) if group_of(name) != RANDOM]
 
 
 def _critical(standard_errors: float, num_probes: int) -> float:

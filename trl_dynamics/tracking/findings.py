@@ -3,15 +3,15 @@
 A finding says only what the records support; what counts as a change is defined in [`tracking.effects`].
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
 
 from trl_dynamics.probing.schema import REPHRASE, group_of
+from trl_dynamics.tracking.aggregate import Summary, summarise
 from trl_dynamics.tracking.effects import COUNTS, MIN_EFFECT, Changes, bystander_types, clustered_effect
-from trl_dynamics.tracking.metrics import PER_SEQUENCE, PER_TOKEN, third_party_types, wide
+from trl_dynamics.tracking.metrics import PER_SEQUENCE, third_party_types
 
 # From here on a squeeze or a harmful displacement is an alert, nats per token.
 ALERT_EFFECT = 0.25
@@ -73,17 +73,19 @@ class Finding:
     remedy: str = ""
 
 
-def find(frame: pd.DataFrame, meta: dict) -> list[Finding]:
+def find(records: pd.DataFrame | Summary, meta: dict) -> list[Finding]:
     """Findings of one run and one model, the most severe first; empty when the records support none.
 
     Args:
-        frame (`pandas.DataFrame`): Records of one run and one model, any order.
+        records (`pandas.DataFrame` or [`Summary`]): Records of one run and one model, any order, or what
+            [`summarise_store`] made of a store too large for a frame.
         meta (`dict`): The run's meta.json; `method` decides which rules apply.
     """
-    if frame["step"].nunique() < 2:
+    summary = summarise(records)
+    if len(summary.steps) < 2:
         return []
-    changes, method = Changes(frame), meta.get("method", "track")
-    found = [rule(frame, changes, method) for rule in RULES.values()]
+    changes, method = summary.changes(), meta.get("method", "track")
+    found = [rule(summary, changes, method) for rule in RULES.values()]
     return sorted((f for f in found if f), key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -94,19 +96,19 @@ def summary_text(findings: list[Finding], run_name: str) -> str:
     return "\n".join(f"{run_name}: {f.severity}: {f.title}. {f.text}" for f in findings)
 
 
-def compare(frames: Mapping[str, pd.DataFrame]) -> list[Finding]:
+def compare(runs: Mapping[str, pd.DataFrame | Summary]) -> list[Finding]:
     """Where runs differ from the first one, at the last step that both recorded, paired by probe.
 
     Args:
-        frames (`Mapping[str, pandas.DataFrame]`): Records of one model per entry, all of the same probe set; the first
-            entry is what the others are compared with.
+        runs (`Mapping[str, pandas.DataFrame | Summary]`): Records of one model per entry, all of the same probe set;
+            the first entry is what the others are compared with.
     """
-    (reference, base), *others = frames.items()
+    (reference, base), *others = ((name, summarise(records)) for name, records in runs.items())
     found = []
-    for name, frame in others:
-        common = sorted(set(base["step"]) & set(frame["step"]))
-        if common and common[-1] > max(base["step"].min(), frame["step"].min()):
-            found += _differences(name, Changes(frame, end=common[-1]), reference, Changes(base, end=common[-1]))
+    for name, other in others:
+        common = sorted(set(base.steps) & set(other.steps))
+        if common and common[-1] > max(base.steps[0], other.steps[0]):
+            found += _differences(name, other.changes(end=common[-1]), reference, base.changes(end=common[-1]))
     return found
 
 
@@ -116,10 +118,10 @@ def _differences(name: str, ours: Changes, reference: str, theirs: Changes) -> l
         "rejected": ("rejected", ours.delta(["rejected"]), theirs.delta(["rejected"])),
         "third_parties": (
             "the third parties",
-            ours.delta(third_party_types(ours.frame)),
-            theirs.delta(third_party_types(theirs.frame)),
+            ours.delta(third_party_types(ours.types)),
+            theirs.delta(third_party_types(theirs.types)),
         ),
-        "gap": ("the gap argmax minus chosen", ours.gap_delta, theirs.gap_delta),
+        "gap": ("the gap argmax minus chosen", ours.gap_delta(), theirs.gap_delta()),
     }
     found = []
     for key, (label, mine, other) in quantities.items():
@@ -143,12 +145,11 @@ def _differences(name: str, ours: Changes, reference: str, theirs: Changes) -> l
     return found
 
 
-def squeezing(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Mass moves to tokens that are likely already, and nobody who was asked for gets it."""
-    third = changes.third_parties
-    if not (changes.argmax.up() and changes.gap.up() and third.down()):
+    third, since = changes.third_parties, summary.squeezed_since()
+    if since is None:
         return None
-    since = _since(frame, lambda c: c.argmax.up() and c.gap.up() and c.third_parties.down())
     severe = changes.gap.mean >= ALERT_EFFECT or -third.mean >= ALERT_EFFECT
     return Finding(
         "squeezing",
@@ -173,16 +174,16 @@ def squeezing(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | N
     )
 
 
-def displacement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+def displacement(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Chosen loses probability: below its start, or below a peak inside the run; others decide whether that harms."""
-    peak = _peak_step(frame)
+    peak = _peak_step(summary)
     if changes.chosen.down():
         window, since = changes, "its start"
     else:
-        window, since = Changes(frame, start=peak), f"its peak (against the start it stands at {changes.chosen})"
+        window, since = summary.changes(start=peak), f"its peak (against the start it stands at {changes.chosen})"
         if peak in (changes.start, changes.end) or not window.chosen.down(standard_errors=PEAK_STANDARD_ERRORS):
             return None
-    others, paraphrases = window.bystanders, window.of_types(_paraphrases_of_chosen(frame))
+    others, paraphrases = window.bystanders, window.of_types(_paraphrases_of_chosen(summary.types))
     known = {"other fluent answers": others, "paraphrases of chosen": paraphrases}
     numbers = ", ".join(f"{name} {effect}" for name, effect in known.items() if effect.known)
     if not numbers:
@@ -195,7 +196,7 @@ def displacement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding 
     name, severity, title, meaning, remedy = verdict
     best = f"Chosen was highest at step {peak}. " if severity != INFO and peak > changes.start else ""
     moved = f"; over the same steps {numbers}" if numbers else ""
-    falling = window.falling(bystander_types(frame))
+    falling = window.falling(bystander_types(summary.types))
     meaning = f"Types that fell by themselves: {', '.join(falling)}. {meaning}" if falling else meaning
     return Finding(
         name,
@@ -216,7 +217,7 @@ def displacement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding 
     )
 
 
-def margin_by_rejection(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+def margin_by_rejection(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """The preference margin grows although chosen does not rise."""
     per_token, per_sequence = (
         changes.difference("chosen", "rejected"),
@@ -243,7 +244,7 @@ def margin_by_rejection(frame: pd.DataFrame, changes: Changes, method: str) -> F
     )
 
 
-def unrelated_pull_up(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+def unrelated_pull_up(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """SFT also raises answers to other training prompts: the model may answer one question with another's facts."""
     other = changes.of_types(["other_train"])
     if method != "sft" or not (changes.chosen.up() and other.up()):
@@ -274,7 +275,7 @@ def unrelated_pull_up(frame: pd.DataFrame, changes: Changes, method: str) -> Fin
     )
 
 
-def entropy_collapse(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+def entropy_collapse(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """The next-token distribution along chosen becomes peaky."""
     before = changes.value_at_start("entropy_mean")
     if not changes.entropy.down(ENTROPY_COLLAPSE * before):
@@ -293,7 +294,7 @@ def entropy_collapse(frame: pd.DataFrame, changes: Changes, method: str) -> Find
     )
 
 
-def end_of_turn_loss(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+def end_of_turn_loss(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """The model forgets to stop after a good answer."""
     if not changes.eos.down(MIN_EOS_FALL):
         return None
@@ -309,18 +310,18 @@ def end_of_turn_loss(frame: pd.DataFrame, changes: Changes, method: str) -> Find
     )
 
 
-def improvement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding | None:
+def improvement(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Chosen rises and nobody else pays."""
     others = changes.bystanders
     paid = (
-        changes.falling(bystander_types(frame))
+        changes.falling(bystander_types(summary.types))
         or changes.gap.up()
         or changes.entropy.down(ENTROPY_COLLAPSE * changes.value_at_start("entropy_mean"))
     )
     if not changes.chosen.up() or not others.known or paid:
         return None
-    pulled = unrelated_pull_up(frame, changes, method)
-    if displacement(frame, changes, method) or (pulled and pulled.severity == WARNING):
+    pulled = unrelated_pull_up(summary, changes, method)
+    if displacement(summary, changes, method) or (pulled and pulled.severity == WARNING):
         return None
     return Finding(
         "improvement",
@@ -336,23 +337,17 @@ def improvement(frame: pd.DataFrame, changes: Changes, method: str) -> Finding |
     )
 
 
-def _paraphrases_of_chosen(frame: pd.DataFrame) -> list[str]:
-    return [name for name in bystander_types(frame) if name.startswith("chosen_") and group_of(name) == REPHRASE]
+def _paraphrases_of_chosen(types: list[str]) -> list[str]:
+    return [name for name in bystander_types(types) if name.startswith("chosen_") and group_of(name) == REPHRASE]
 
 
-def _peak_step(frame: pd.DataFrame) -> int:
-    chosen = wide(frame, PER_TOKEN, ["chosen"]).mean(axis=1)
-    return int(chosen.idxmax()) if chosen.notna().any() else int(frame["step"].min())
+def _peak_step(summary: Summary) -> int:
+    path = summary.path()
+    chosen = path["chosen"] if "chosen" in path else pd.Series(dtype=float)
+    return int(chosen.idxmax()) if chosen.notna().any() else summary.steps[0]
 
 
-def _since(frame: pd.DataFrame, holds: Callable[[Changes], bool]) -> int:
-    """The step from which `holds` is true at every later step; the caller knows that it is true at the last."""
-    steps = [int(step) for step in sorted(frame["step"].unique())]
-    late = itertools.takewhile(lambda step: holds(Changes(frame, steps[0], step)), reversed(steps[1:]))
-    return min(late)
-
-
-RULES: dict[str, Callable[[pd.DataFrame, Changes, str], Finding | None]] = {
+RULES: dict[str, Callable[[Summary, Changes, str], Finding | None]] = {
     "squeezing": squeezing,
     "displacement": displacement,
     "margin_by_rejection": margin_by_rejection,

@@ -179,7 +179,8 @@
       const one = current();
       const capped = one.probes.length < one.total ? "The first " + one.probes.length + " of " + one.total + " probes are in this file; all are in the records. " : "";
       note.textContent = capped + shown.length + " probes listed. Values are log-probabilities per token (nats)" +
-        (one.steps.length > 1 ? ", step " + one.steps[0] + " to " + one.steps[one.steps.length - 1] + "; every small path has its own scale." : ".");
+        (one.steps.length > 1 ? ", step " + one.steps[0] + " to " + one.steps[one.steps.length - 1] + "; every small path " +
+          (one.steps.length < one.recorded ? "draws " + one.steps.length + " of " + one.recorded + " steps and " : "") + "has its own scale." : ".");
       show();
     }
 

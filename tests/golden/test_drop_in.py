@@ -1,88 +1,37 @@
-"""Drop-in: with probes off and with probes on, training is bit for bit that of TRL's own trainers.
+"""Drop-in: TRL's configs are accepted, its log stays its own, and what is not probed costs nothing."""
 
-Loss history, weights, optimiser state and random-number state after 20 steps are compared, in one process with a fixed
-number of threads, from a fresh model and a fresh seed per arm; dropout is on.
-"""
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
-import random
-
-import numpy as np
 import pytest
-import torch
 import trl
 from datasets import Dataset
+from transformers import TrainerCallback
 
 import trl_dynamics
-from tiny_runs import PAIRS, PROBES, make_trainer
-from trl_dynamics.tracking.callback import is_own_line
+from tiny import tiny_model, tiny_tokenizer
+from tiny_runs import PAIRS, PROBES, completions, letter_share, make_trainer
+from trl_dynamics import stats_head
 
-TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime")
-TIMINGS += ("eval_samples_per_second", "eval_steps_per_second")
-
-
-def train(method: str, arm: str, tmp_path, lora: bool, **options):
-    """One run of 20 steps; returns its trainer and the random-number state it left."""
-    trainer = make_trainer(
-        method,
-        tmp_path / arm,
-        package=trl if arm == "trl" else trl_dynamics,
-        lora=lora,
-        probes=PROBES if arm == "probed" else None,
-        gradient_accumulation_steps=2,
-        eval_strategy="steps",
-        eval_steps=8,
-        save_strategy="steps",
-        save_steps=10,
-        **options,
-        **({"probe_every": 6} if arm == "probed" else {}),
-    )
-    trainer.train()
-    return trainer, (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+METHODS = ("sft", "dpo", "grpo")
+PACKAGE = str(Path(trl_dynamics.__file__).parent)
 
 
-def history(trainer) -> list[dict]:
-    lines = [entry for entry in trainer.state.log_history if not is_own_line(entry)]
-    return [{key: value for key, value in entry.items() if key not in TIMINGS} for entry in lines]
-
-
-def assert_same(ours, theirs) -> None:
-    (trainer, rng), (expected, expected_rng) = ours, theirs
-    assert history(trainer) == history(expected)
-    weights, expected_weights = trainer.model.state_dict(), expected.model.state_dict()
-    assert weights.keys() == expected_weights.keys()
-    assert all(torch.equal(value, expected_weights[name]) for name, value in weights.items())
-    state, expected_state = trainer.optimizer.state_dict()["state"], expected.optimizer.state_dict()["state"]
-    assert state.keys() == expected_state.keys() and len(state) > 0
-    for index, slots in state.items():
-        assert all(torch.equal(torch.as_tensor(slots[k]), torch.as_tensor(expected_state[index][k])) for k in slots)
-    assert torch.equal(rng[0], expected_rng[0]) and rng[1:] == expected_rng[1:]
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_probes_off_and_on_equal_trl(method, lora, tmp_path):
-    theirs = train(method, "trl", tmp_path, lora)
-    assert_same(train(method, "unprobed", tmp_path, lora), theirs)
-    probed = train(method, "probed", tmp_path, lora)
-    assert_same(probed, theirs)
-    frame = trl_dynamics.load_records(tmp_path / "probed")
-    assert sorted(frame["step"].unique()) == [0, 1, 2, 4, 6, 10, 12, 18, 20]
-    assert any(is_own_line(entry) for entry in probed[0].state.log_history)
-    assert not (tmp_path / "unprobed" / "dynamics").exists()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}],
-    ids=["packing", "padding_free"],
-)
-def test_sft_packing_and_padding_free(options, tmp_path):
-    assert_same(train("sft", "probed", tmp_path, False, **options), train("sft", "trl", tmp_path, False, **options))
-
-
-def test_dpo_with_precomputed_reference(tmp_path):
-    options = {"precompute_ref_log_probs": True}
-    assert_same(train("dpo", "probed", tmp_path, False, **options), train("dpo", "trl", tmp_path, False, **options))
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_trl_configs_are_accepted(method, tmp_path):
+    config = getattr(trl, f"{method.upper()}Config")
+    options = {"num_generations": 2, "max_completion_length": 4} if method == "grpo" else {}
+    args = config(output_dir=str(tmp_path), max_steps=2, use_cpu=True, bf16=False, report_to="none", **options)
+    rows = completions() if method == "sft" else Dataset.from_list(PAIRS)
+    common = {"args": args, "train_dataset": rows, "processing_class": tiny_tokenizer(), "model": tiny_model()}
+    common |= {"dpo": {"ref_model": tiny_model()}, "grpo": {"reward_funcs": letter_share}}.get(method, {})
+    trainer_class = getattr(trl_dynamics, f"{method.upper()}Trainer")
+    assert trainer_class(**common).probe_callback is None
+    trainer_class(**common, probe_set=PROBES).train()
+    assert sorted(trl_dynamics.load_records(tmp_path)["step"].unique()) == [0, 1, 2]
 
 
 def test_a_log_line_falls_on_a_probed_step(tmp_path):
@@ -92,11 +41,77 @@ def test_a_log_line_falls_on_a_probed_step(tmp_path):
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2, 4]
 
 
-def test_plain_trl_configs_are_accepted(tmp_path):
-    args = trl.DPOConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True, bf16=False, report_to="none")
-    reference = make_trainer("dpo", tmp_path)
-    common = {"args": args, "train_dataset": Dataset.from_list(PAIRS), "ref_model": reference.ref_model}
-    common |= {"model": reference.model, "processing_class": reference.processing_class}
-    assert trl_dynamics.DPOTrainer(**common).probe_callback is None
-    trl_dynamics.DPOTrainer(**common, probe_set=PROBES).train()
-    assert sorted(trl_dynamics.load_records(tmp_path)["step"].unique()) == [0, 1, 2]
+@contextlib.contextmanager
+def our_calls(trainer) -> Iterator[Counter]:
+    """Counts every function of the package that runs meanwhile, by (step, name)."""
+    calls: Counter = Counter()
+
+    def count(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            calls[trainer.state.global_step, frame.f_code.co_qualname] += 1
+
+    sys.setprofile(count)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+def work_of(trainer) -> Counter:
+    """Train; how many forwards of the model, backwards and optimiser steps it took."""
+    counts: Counter = Counter()
+
+    class CountSteps(TrainerCallback):
+        def on_optimizer_step(self, *args, **kwargs):
+            counts["optimizer step"] += 1
+
+    backward = trainer.accelerator.backward
+
+    def counting_backward(*args, **kwargs):
+        counts["backward"] += 1
+        return backward(*args, **kwargs)
+
+    trainer.accelerator.backward = counting_backward
+    trainer.model.register_forward_pre_hook(lambda *_: counts.update(["forward"]))
+    trainer.add_callback(CountSteps())
+    trainer.train()
+    return counts
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_probe_set_nothing_is_added(method, tmp_path):
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    ours = make_trainer(method, tmp_path / "off", **options)
+    theirs = make_trainer(method, tmp_path / "trl", package=trl, **options)
+    assert list(map(type, ours.callback_handler.callbacks)) == list(map(type, theirs.callback_handler.callbacks))
+    assert not stats_head.is_installed(ours.model)
+    with our_calls(ours) as calls:
+        counts = work_of(ours)
+    assert counts == work_of(theirs) and counts["optimizer step"] == 4 and counts["backward"] == 8
+    assert not calls
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_between_probes_a_step_costs_one_look_at_the_schedule(method, tmp_path):
+    """Besides that, the model's forward passes its arguments on to the one that it replaced."""
+    num_steps, schedule = 8, {"probe_every": 0, "probe_log_spaced": False}
+    trainer = make_trainer(method, tmp_path, probes=PROBES, max_steps=num_steps, **schedule)
+    with our_calls(trainer) as calls:
+        trainer.train()
+    assert sorted(trl_dynamics.load_records(tmp_path)["step"].unique()) == [0, num_steps]
+    assert any("score" in name for step, name in calls if step == 0)
+    for step in range(1, num_steps):
+        found = {name: count for (at, name), count in calls.items() if at == step}
+        assert found.pop("install.<locals>.forward") > 0
+        assert found == {"ProbeCallback.on_step_end": 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_probing_adds_its_own_forwards_only(method, tmp_path):
+    options = {"max_steps": 4, "gradient_checkpointing": False, "probe_layout": "padded"}
+    probed = make_trainer(method, tmp_path / "on", probes=PROBES, probe_every=2, **options)
+    num_batches = probed.probe_callback.engine.batch_plan["num_batches"]
+    options.pop("probe_layout")
+    expected = work_of(make_trainer(method, tmp_path / "trl", package=trl, **options))
+    expected["forward"] += num_batches * len((0, 1, 2, 4))
+    assert work_of(probed) == expected

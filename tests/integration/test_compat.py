@@ -101,4 +101,26 @@ def test_trl_still_has_what_the_subclasses_override():
         "train_dataset",
     ]
     assert list(inspect.signature(trl.DPOTrainer.__init__).parameters)[1:4] == ["model", "ref_model", "args"]
-    assert trl.SFTTrainer._tag_names and trl.DPOTrainer._tag_names
+    assert list(inspect.signature(trl.GRPOTrainer.__init__).parameters)[1:4] == ["model", "reward_funcs", "args"]
+    assert trl.SFTTrainer._tag_names and trl.DPOTrainer._tag_names and trl.GRPOTrainer._tag_names
+
+
+def test_grpo_divides_by_its_temperature_in_the_fused_head_alone(tmp_path):
+    """Why probes need a head of their own, and why it can still read plain logits from the same model."""
+    trainer = make_trainer("grpo", tmp_path, temperature=0.5)
+    ids, plain = torch.tensor([[5, 6, 7, 8]]), tiny_model()
+    with torch.no_grad():
+        logits = plain(ids).logits
+        model = trainer.model.eval()
+        torch.testing.assert_close(model(ids).logits, logits)
+        fused = model(ids, labels=ids, fused_lm_head=True).log_probs
+    expected = (logits[:, :-1] / 0.5).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(fused, expected)
+
+
+def test_grpo_fills_in_both_sizes_of_a_generation_and_refuses_both(tmp_path):
+    """So a config that replays a run must name one of them only."""
+    args = make_trainer("grpo", tmp_path, steps_per_generation=2).args
+    assert (args.steps_per_generation, args.generation_batch_size) == (2, 4)
+    with pytest.raises(ValueError, match="can not be both configured"):
+        make_trainer("grpo", tmp_path, steps_per_generation=2, generation_batch_size=4)

@@ -1,55 +1,18 @@
-"""The store: what is written comes back, failures lose nothing, and only what belongs together is continued."""
+"""The store: what is written comes back, and only what belongs together is continued."""
 
-import errno
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from small_stores import PLAN, columns, expected, make_store, probe_set, snapshot
 
-from trl_dynamics import ProbeSet, load_records
-from trl_dynamics.probing.schema import Probe
-from trl_dynamics.tracking import store as store_module
-from trl_dynamics.tracking.records import KEY_COLUMNS, RECORD_SCHEMA, SCHEMA_VERSION, VALUE_COLUMNS, to_table
+from trl_dynamics import load_records
+from trl_dynamics.tracking.records import KEY_COLUMNS, RECORD_SCHEMA, SCHEMA_VERSION, to_table
 from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
-
-PLAN = "plan-1"
-
-
-def probe_set(answer: str = " Ja.") -> ProbeSet:
-    return ProbeSet((Probe("größe", "Why?", {"chosen": answer, "rejected": " No."}),), name="größen")
-
-
-def columns(step: int, model: str = "größe", probe_ids=("a", "b")) -> dict[str, list]:
-    rows = [(probe_id, response_type) for probe_id in probe_ids for response_type in ("chosen", "rejected")]
-    keys = {
-        "model": [model] * len(rows),
-        "step": [step] * len(rows),
-        "probe_id": [probe_id for probe_id, _ in rows],
-        "response_type": [response_type for _, response_type in rows],
-        "num_tokens": [3] * len(rows),
-        "truncated": [False] * len(rows),
-    }
-    return keys | {name: [-step - 0.1 * i for i in range(len(rows))] for name in VALUE_COLUMNS}
-
-
-def make_store(output_dir, steps=(0, 10, 20), **meta) -> DynamicsStore:
-    store = DynamicsStore(output_dir)
-    facts = {"probe_set": {"fingerprint": probe_set().fingerprint}, "batch_plan": {"fingerprint": PLAN}}
-    store.create(probe_set(), facts | meta, {"learning_rate": 1e-5})
-    store.write_baseline([[1, 2], [3]])
-    for step in steps:
-        store.write_records(to_table(columns(step)), step=step)
-    return store
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def steps_of(store: DynamicsStore) -> list[int]:
@@ -60,10 +23,11 @@ def test_records_round_trip(tmp_path):
     store = make_store(tmp_path, steps=(20, 0, 10))
     frame = store.read_records()
     assert list(frame.columns) == RECORD_SCHEMA.names
-    expected = pd.concat([to_table(columns(step)).to_pandas() for step in (0, 10, 20)], ignore_index=True)
-    pd.testing.assert_frame_equal(frame, expected)
-    files = [path.name for path in sorted(store.records_dir.iterdir())]
-    assert files == [f"m000-step{step:09d}.parquet" for step in (0, 10, 20)]
+    pd.testing.assert_frame_equal(frame, expected(0, 10, 20))
+    assert sorted(store.record_files()) == sorted(store.records_dir.iterdir())
+    assert [pd.read_parquet(path)["step"].unique().tolist() for path in store.record_files()] == [[0], [10], [20]]
+    assert store.recorded_steps() == [0, 10, 20] and store.recorded_steps(1) == []
+    pd.testing.assert_frame_equal(store.read_records({10}), expected(10))
 
 
 def test_nan_and_infinity_come_back(tmp_path):
@@ -109,10 +73,19 @@ def test_reading_does_not_depend_on_the_locale(tmp_path):
     assert result.stdout.strip() == ascii(["größe", "größen", "größe"]), result.stderr
 
 
-def test_rewriting_a_step_replaces_its_shard(tmp_path):
+def test_a_step_taken_again_replaces_its_records_and_gets_a_new_file(tmp_path):
     store = make_store(tmp_path, steps=(0, 10))
-    store.write_records(to_table(columns(10, probe_ids=("z",))), step=10)
+    old = store.record_files()[1]
+    new = store.write_records(to_table(columns(10, probe_ids=("z",))), step=10)
     assert set(store.read_records().query("step == 10")["probe_id"]) == {"z"}
+    assert new.name != old.name and sorted(store.records_dir.iterdir()) == sorted(store.record_files())
+    store.resume(probe_set(), PLAN, 0)
+    assert store.write_records(to_table(columns(10)), step=10).name not in (old.name, new.name)
+
+
+def test_folders_named_like_partitions_add_no_columns(tmp_path):
+    store = make_store(tmp_path / "lr=1e-5")
+    assert list(store.read_records().columns) == RECORD_SCHEMA.names
 
 
 def test_several_models_share_a_store(tmp_path):
@@ -151,9 +124,21 @@ def test_columns_must_be_those_of_the_schema(change):
 def test_every_key_is_unique(tmp_path):
     store = make_store(tmp_path)
     assert not store.read_records().duplicated(list(KEY_COLUMNS)).any()
-    store.write_records(to_table(columns(10)), step=30)  # rows of step 10 under another shard's name
+    manifest = store.root / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    listed["parts"].append(listed["parts"][1])
+    manifest.write_text(json.dumps(listed))
     with pytest.raises(ValueError, match="holds the same key twice: .*'step': 10"):
         store.read_records()
+
+
+def test_a_step_holds_records_of_that_step(tmp_path):
+    store = make_store(tmp_path)
+    with pytest.raises(ValueError, match=r"expected records of step 30, got steps \[10\]"):
+        store.write_records(to_table(columns(10)), step=30)
+    with pytest.raises(ValueError, match=r"expected records of step 30, got steps \[\]"):
+        store.write_records(to_table(columns(30)).slice(0, 0), step=30)
+    assert steps_of(store) == [0, 10, 20]
 
 
 def test_create_moves_an_earlier_store_aside(tmp_path):
@@ -178,7 +163,8 @@ def test_resume_drops_later_steps_only(step, kept, tmp_path):
     assert steps_of(store) == kept
     assert store.read_baseline() == [[1, 2], [3]]
     after = snapshot(tmp_path)
-    assert after == {name: before[name] for name in after}
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed <= {"dynamics/manifest.json"}, "no file of records is written again"
     assert len(before) - len(after) == 3 - len(kept)
 
 
@@ -194,7 +180,7 @@ def test_resume_before_the_first_record_thaws_the_baseline(tmp_path):
     ("given", "plan", "said"),
     [
         (probe_set(" Nein."), PLAN, "another probe set: .*Pass the set in .*probe_set, or use another output_dir"),
-        (probe_set(), "plan-2", "probe batches differ .*probe_batch_size and the length limits"),
+        (probe_set(), "plan-2", "probe batches differ .*probe_layout, probe_tokens_per_batch and the length limits"),
     ],
     ids=["probe set", "batch plan"],
 )
@@ -206,10 +192,52 @@ def test_resume_refuses_other_things_and_loses_nothing(given, plan, said, tmp_pa
     assert snapshot(tmp_path) == before
 
 
+MODEL = {
+    "architecture": "llama",
+    "dtype": "float32",
+    "vocab_size": 260,
+    "num_parameters": 1000,
+    "structure": "ab" * 32,
+}
+META = {"model": MODEL, "mixed_precision": "no", "top_k": 10, "num_processes": 1, "run_id": "one"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": MODEL | {"architecture": "qwen3"}}, "architecture was 'llama', is 'qwen3'; .*Keep the model"),
+        ({"model": MODEL | {"num_parameters": 1001}}, "number of parameters was 1000, is 1001; .*adapter options"),
+        ({"model": MODEL | {"vocab_size": 320}}, "vocabulary's size was 260, is 320; .*tokenizer"),
+        ({"model": MODEL | {"dtype": "bfloat16"}}, "dtype was 'float32', is 'bfloat16'; .*Keep the dtype"),
+        ({"model": MODEL | {"structure": "cd" * 32}}, "shapes or dtypes of the parameters differ; .*Keep the model"),
+        ({"mixed_precision": "bf16"}, "mixed precision was 'no', is 'bf16'; .*Keep bf16/fp16"),
+        ({"top_k": 20}, "probe_top_k was 10, is 20; .*Keep probe_top_k"),
+        ({"run_id": "two"}, "the checkpoint is of another run than the records .*Resume from a checkpoint of the run"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resume_refuses_another_model_and_loses_nothing(change, said, tmp_path):
+    store = make_store(tmp_path, **META)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot resume probing: .*{said}"):
+        store.resume(probe_set(), PLAN, 10, META | change)
+    assert snapshot(tmp_path) == before
+
+
+def test_resume_accepts_what_may_change(tmp_path):
+    store = make_store(tmp_path, **META)
+    store.resume(probe_set(), PLAN, 10, META | {"num_processes": 8, "model": MODEL | {"name_or_path": "moved"}})
+    store.resume(probe_set(), PLAN, 0, {"model": {}})
+    assert steps_of(store) == [0]
+
+
 def test_resume_needs_a_store(tmp_path):
-    with pytest.raises(
-        ValueError, match="holds no records of an earlier run.*or start without resume_from_checkpoint"
-    ):
+    said = "holds no records of an earlier run.*or start without resume_from_checkpoint"
+    with pytest.raises(ValueError, match=said):
+        DynamicsStore(tmp_path).resume(probe_set(), PLAN, 0)
+    for name in ("dynamics-old-2", "dynamics-old-10", "dynamics-old-x"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="moved aside lie in dynamics-old-10"):
         DynamicsStore(tmp_path).resume(probe_set(), PLAN, 0)
 
 
@@ -260,138 +288,31 @@ def test_nothing_to_load(tmp_path):
         DynamicsStore(tmp_path).read_meta()
 
 
-def fail_in_open(monkeypatch, error):
-    def broken(path, *arguments, **options):
-        if str(path).endswith(".tmp"):
-            raise error
-        return open(path, *arguments, **options)
-
-    monkeypatch.setattr(store_module, "open", broken, raising=False)
-
-
-def fail_in_write(monkeypatch, error):
-    """The file is opened and half of it is written before the disk is full."""
-
-    class HalfFile:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            self.file.close()
-
-        def write(self, payload):
-            self.file.write(payload[: len(payload) // 2])
-            raise error
-
-    monkeypatch.setattr(store_module, "open", lambda *args: HalfFile(open(*args)), raising=False)
-
-
-def fail_in_fsync(monkeypatch, error):
-    def broken(descriptor):
-        raise error
-
-    monkeypatch.setattr(os, "fsync", broken)
-
-
-def fail_in_replace(monkeypatch, error):
-    def broken(source, target):
-        raise error
-
-    monkeypatch.setattr(os, "replace", broken)
-
-
-FAILURES = [fail_in_open, fail_in_write, fail_in_fsync, fail_in_replace]
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
-@pytest.mark.parametrize("fail", FAILURES)
-def test_a_failed_write_loses_nothing(fail, code, tmp_path, monkeypatch):
-    store = make_store(tmp_path)
-    before = snapshot(tmp_path)
-    writes = {
-        "m000-step000000030.parquet": lambda: store.write_records(to_table(columns(30)), step=30),
-        "m000-step000000020.parquet": lambda: store.write_records(to_table(columns(20, probe_ids=("z",))), step=20),
-        "baseline.parquet": lambda: store.write_baseline([[5]]),
-        "trainer_log.json": lambda: store.write_trainer_log([{"loss": 1.0}]),
-        "dynamics": lambda: store.write_meta({"seed": 1}),
-    }
-    for name, write in writes.items():
-        with monkeypatch.context() as patch:
-            fail(patch, OSError(code, os.strerror(code)))
-            with pytest.raises(OSError, match="cannot write probe records .*or choose another output_dir") as error:
-                write()
-        assert type(error.value) is type(OSError(code, ""))
-        assert error.value.errno == code and os.strerror(code) in str(error.value)
-        assert Path(error.value.filename).name == name and "nothing already written was lost" in str(error.value)
-        assert snapshot(tmp_path) == before, "earlier files are untouched and no .tmp is left"
-    assert steps_of(store) == [0, 10, 20]
-    store.write_records(to_table(columns(30)), step=30)
-    assert steps_of(store) == [0, 10, 20, 30]
-
-
-@pytest.mark.parametrize("fail", FAILURES)
-def test_a_failed_create_keeps_the_earlier_store(fail, tmp_path, monkeypatch):
-    make_store(tmp_path)
-    before = snapshot(tmp_path / "dynamics")
-    with monkeypatch.context() as patch:
-        fail(patch, OSError(errno.ENOSPC, "full"))
-        with pytest.raises(OSError, match="No space left on device"):
-            make_store(tmp_path)
-    assert snapshot(tmp_path / "dynamics-old-1") == before
-    assert not DynamicsStore(tmp_path).exists
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-@pytest.mark.parametrize("below", ["file", "file/deeper"])
-def test_a_path_below_a_regular_file(below, tmp_path):
-    (tmp_path / "file").write_text("I am a file")
-    with pytest.raises(OSError, match="cannot write probe records .*Not a directory") as error:
-        make_store(tmp_path / below)
-    assert error.value.filename == str(tmp_path / below / "dynamics")
-    assert (tmp_path / "file").read_text() == "I am a file"
-
-
 def test_half_written_and_foreign_files_are_ignored(tmp_path):
     store = make_store(tmp_path)
-    expected = store.read_records()
-    shard = next(store.records_dir.iterdir()).read_bytes()
-    (store.records_dir / "m000-step000000030.parquet.tmp").write_bytes(shard[: len(shard) // 2])
+    shard = store.record_files()[0].read_bytes()
+    leftovers = ["m000-step000000030-000009.parquet", "m000-step000000030-000010.parquet.tmp"]
+    for name in leftovers:
+        (store.records_dir / name).write_bytes(shard[: len(shard) // 2])
     (store.records_dir / "notes.parquet").write_text("not a shard")
     (store.root / "meta.json.tmp").write_text("{")
-    pd.testing.assert_frame_equal(store.read_records(), expected)
+    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
     store.resume(probe_set(), PLAN, 20)
     assert steps_of(store) == [0, 10, 20]
+    names = {path.name for path in store.records_dir.iterdir()}
+    assert not names & set(leftovers) and "notes.parquet" in names
     store.write_records(to_table(columns(30)), step=30)
     assert steps_of(store) == [0, 10, 20, 30]
 
 
-def test_a_shard_is_complete_before_it_has_its_name(tmp_path, monkeypatch):
-    store = make_store(tmp_path, steps=())
-    synced = []
-    replace, fsync = os.replace, os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), synced.append(descriptor)))
-
-    def checked(source, target):
-        assert synced and not Path(target).exists()
-        assert len(pq.read_table(source)) == 4
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", checked)
-    path = store.write_records(to_table(columns(0)), step=0)
-    assert path.is_file() and len(synced) == 1
-
-
-def test_a_newer_schema_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["meta.json", "manifest.json"])
+def test_a_newer_schema_is_refused(name, tmp_path):
     store = make_store(tmp_path)
-    newer = store.read_meta() | {"schema_version": SCHEMA_VERSION + 1}
-    (store.root / "meta.json").write_text(json.dumps(newer))
+    path = store.root / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
     said = f"schema version {SCHEMA_VERSION + 1}, this version reads up to {SCHEMA_VERSION}; upgrade trl-dynamics"
-    with pytest.raises(ValueError, match=said):
-        store.read_meta()
-    with pytest.raises(ValueError, match=said):
-        store.resume(probe_set(), PLAN, 0)
-    with pytest.raises(ValueError, match=said):
-        load_records(tmp_path)
+    before = snapshot(tmp_path)
+    for attempt in (lambda: store.resume(probe_set(), PLAN, 0), lambda: load_records(tmp_path)):
+        with pytest.raises(ValueError, match=said):
+            attempt()
+    assert snapshot(tmp_path) == before

@@ -136,9 +136,13 @@ def save(probe_set: ProbeSet, folder: str | Path) -> None:
     """Write the set as `data.jsonl` and `probe.yaml` into `folder`, which is created when missing."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / DATA_FILE, "w", encoding="utf-8") as file:
-        for probe in probe_set:
-            file.write(json.dumps(probe.to_row(), ensure_ascii=False) + "\n")
+    for name, text in to_files(probe_set).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def to_files(probe_set: ProbeSet) -> dict[str, str]:
+    """The text of each file that [`save`] writes."""
+    rows = "".join(json.dumps(probe.to_row(), ensure_ascii=False) + "\n" for probe in probe_set)
     card = {
         "name": probe_set.name,
         "num_probes": len(probe_set),
@@ -147,7 +151,7 @@ def save(probe_set: ProbeSet, folder: str | Path) -> None:
         "fingerprint": probe_set.fingerprint,
         "metadata": probe_set.metadata,
     }
-    (folder / CARD_FILE).write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return {DATA_FILE: rows, CARD_FILE: yaml.safe_dump(card, sort_keys=False, allow_unicode=True)}
 
 
 def to_dataset(probe_set: ProbeSet):

@@ -6,7 +6,8 @@ its own. Rows are keyed by (model, step, probe_id, response_type); readers add `
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+# Of the store. 1: a file per step, all of them counted. 2: the manifest says which files count.
+SCHEMA_VERSION = 2
 
 KEY_COLUMNS = ("model", "step", "probe_id", "response_type")
 # What the engine measures per response, and what each value means.

@@ -1,21 +1,21 @@
-"""The store: `output_dir/dynamics/` with one parquet shard per probing step, written atomically by one process.
+"""The store: `output_dir/dynamics/`, written by the main process of one run.
 
     dynamics/meta.json            what produced the numbers: versions, seed, model, probe set, batch plan, cost
     dynamics/config.yaml          resolved arguments of the run
     dynamics/probe_set/           copy of the probe set that was scored
     dynamics/baseline.parquet     per-token y* ids, frozen when the first records were taken
-    dynamics/records/*.parquet    one shard per (model, step)
+    dynamics/manifest.json        which files of records/ hold which steps; readers trust nothing else
+    dynamics/records/*.parquet    one file per (model, step), merged into a few at the end of the run
     dynamics/trainer_log.json     the trainer's own log lines
     dynamics/report.html          the page, once made
+    .dynamics.lock                beside it while a run is writing
 
-A shard appears under its final name only when it is complete, so a crash loses at most the shard being written.
+Every file is replaced as a whole or not at all (see [`tracking.files`]), and files of records never change, so a crash
+at any moment loses at most the step being written.
 """
 
-import contextlib
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -24,15 +24,23 @@ import pyarrow.parquet as pq
 import yaml
 
 from trl_dynamics.probing.io import load as load_probe_set
+from trl_dynamics.probing.io import to_files as probe_set_files
 from trl_dynamics.probing.schema import ProbeSet
+from trl_dynamics.tracking import files
+from trl_dynamics.tracking.identity import refuse_other_series
+from trl_dynamics.tracking.lock import RunLock
+from trl_dynamics.tracking.manifest import MANIFEST_NAME, Manifest, damage, refuse_newer
 from trl_dynamics.tracking.records import KEY_COLUMNS, RECORD_SCHEMA, SCHEMA_VERSION
+from trl_dynamics.tracking.shards import TARGET_BYTES, Shards
 
 FOLDER = "dynamics"
-_SHARD = re.compile(r"m(\d{3})-step(\d{9})\.parquet")
 
 
 class DynamicsStore:
     """Files of one run.
+
+    Reading needs nothing. A writer opens the store first, which keeps every other writer out until it is closed:
+    `with store: ...`, or [`open`] and [`close`].
 
     Args:
         output_dir (`str` or `Path`): The run's output directory; everything of ours lies below its `dynamics/`.
@@ -41,7 +49,31 @@ class DynamicsStore:
     def __init__(self, output_dir: str | Path):
         self.output_dir = Path(output_dir)
         self.root = self.output_dir / FOLDER
-        self.records_dir = self.root / "records"
+        self._shards = Shards(self.root, lambda: self.read_meta()["schema_version"] if self.exists else None)
+        self.records_dir = self._shards.folder
+        self._lock = RunLock(self.output_dir)
+
+    def open(self) -> None:
+        """Keep other writers out; nothing happens when this object does so already.
+
+        Raises:
+            LockedError: If another writer is at work, with who and since when.
+            OSError: If the place cannot be written.
+        """
+        with files.explained(self.root):
+            files.make_folder(self.output_dir)
+            self._lock.acquire()
+
+    def close(self) -> None:
+        """Let other writers in."""
+        self._lock.release()
+
+    def __enter__(self) -> "DynamicsStore":
+        self.open()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
 
     @property
     def exists(self) -> bool:
@@ -49,42 +81,66 @@ class DynamicsStore:
 
     @property
     def has_records(self) -> bool:
-        return bool(self._shards())
+        return bool(self._shards.manifest().parts)
 
     def record_files(self) -> list[Path]:
-        """The parquet files of the records, in order of (model index, first step)."""
-        return [path for path, _, _ in sorted(self._shards(), key=lambda shard: (shard[1], shard[2]))]
+        """The parquet files of the records, in order of (model index, first step); every row in them counts.
+
+        Each file holds one model, with a row group per step.
+
+        Raises:
+            ValueError: If one is missing or damaged, with the way out.
+        """
+        return self._shards.consistent(lambda manifest: [self.records_dir / part.file for part in manifest.parts])
 
     def recorded_steps(self, model_index: int = 0) -> list[int]:
         """Steps at which a model has records, ascending."""
-        return sorted(step for _, index, step in self._shards() if index == model_index)
+        return self._shards.manifest().steps(model_index)
 
     def create(self, probe_set: ProbeSet, meta: dict, config: dict) -> None:
         """Start a new store; one that is already there is moved aside, never overwritten.
 
+        The new one is made beside it and takes its place when it is complete.
+
         Raises:
             OSError: If the place cannot be written, with the path and what to do.
         """
-        with _writable(self.root):
+        content = {f"probe_set/{name}": text.encode() for name, text in probe_set_files(probe_set).items()}
+        content |= {
+            "config.yaml": yaml.safe_dump(config, sort_keys=True, allow_unicode=True).encode(),
+            MANIFEST_NAME: Manifest().encode(),
+            "meta.json": _encode_meta(meta),
+        }
+        with files.explained(self.root):
+            new = self.output_dir / f".{FOLDER}-new"
+            if new.exists():
+                files.remove(new)
+            files.make_folder(new / "records")
+            files.make_folder(new / "probe_set")
+            for name, payload in content.items():
+                files.write(new / name, payload)
             if self.root.exists():
-                self._move_aside()
-            self.records_dir.mkdir(parents=True)
-            probe_set.save(self.root / "probe_set")
-            self.write_meta(meta)
-            _write_atomic(
-                self.root / "config.yaml", yaml.safe_dump(config, sort_keys=True, allow_unicode=True).encode()
-            )
+                files.move_folder(self.root, self._name_aside())
+            files.move_folder(new, self.root)
 
-    def resume(self, probe_set: ProbeSet, plan_fingerprint: str, step: int) -> None:
-        """Continue a store after a checkpoint: rows of later steps are dropped, since they will be taken again.
+    def check_resume(self, probe_set: ProbeSet, plan_fingerprint: str, meta: dict | None = None) -> dict:
+        """Whether this store can be continued; nothing is written.
+
+        Args:
+            meta (`dict`, *optional*): meta.json as this run would write it; with it the model and the precision are
+                compared too.
+
+        Returns:
+            `dict`: meta.json as recorded.
 
         Raises:
-            ValueError: If there is nothing to continue, or the probe set or its batches are not the same.
+            ValueError: If there is nothing to continue, or the probes, their batches or the model are not the same.
         """
         if not self.exists:
             raise ValueError(
-                f"cannot resume probing: {self.root} holds no records of an earlier run. "
-                "Resume in the output_dir that the run was started with, or start without resume_from_checkpoint."
+                f"cannot resume probing: {self.root} holds no records of an earlier run. Resume in the output_dir "
+                "that the run was started with, or start without resume_from_checkpoint or without probe_set."
+                + self._hint_aside()
             )
         earlier = self.read_meta()
         was, now = earlier["probe_set"]["fingerprint"], probe_set.fingerprint
@@ -94,40 +150,61 @@ class DynamicsStore:
                 f"the probe set {probe_set.name!r} has {now[:12]}. Pass the set in {self.root / 'probe_set'}, or use "
                 "another output_dir."
             )
+        refuse_other_series(earlier, meta or {}, self.root)
         if earlier["batch_plan"]["fingerprint"] != plan_fingerprint:
             raise ValueError(
                 f"cannot resume probing: the probe batches differ from those recorded in {self.root}. Keep the "
-                "tokenizer, probe_batch_size and the length limits of the run, or use another output_dir."
+                "tokenizer, probe_layout, probe_tokens_per_batch and the length limits of the run, or use another "
+                "output_dir."
             )
-        for path, _, shard_step in self._shards():
-            if shard_step > step:
-                path.unlink()
-        if not self.has_records:
-            self._baseline_path(0).unlink(missing_ok=True)
+        return earlier
 
-    def write_records(self, table: pa.Table, *, step: int, model_index: int = 0) -> Path:
-        """Write one shard under its final name only once it is complete."""
-        if table.schema != RECORD_SCHEMA:
-            raise ValueError(f"records do not have the written schema: {table.schema}")
-        path = self.records_dir / f"m{model_index:03d}-step{step:09d}.parquet"
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        with _writable(path):
-            _write_atomic(path, sink.getvalue().to_pybytes())
-        return path
-
-    def read_records(self) -> pd.DataFrame:
-        """All records as a frame, ordered by step, without a `run` column.
+    def drop_after(self, step: int) -> None:
+        """Drop the records of later steps, and the frozen y* when none are left.
 
         Raises:
-            ValueError: If the folder holds no records.
+            ValueError: If a file of steps that stay is missing or damaged.
+            OSError: If the place cannot be written.
+        """
+        manifest = self._shards.manifest()
+        self._shards.check([part for part in manifest.parts if part.steps[0] <= step])
+        with files.explained(self.root):
+            self._shards.drop(lambda _, other: other > step)
+            if not self.has_records:
+                files.remove(self._baseline_path(0))
+            if self.read_meta()["schema_version"] < SCHEMA_VERSION:
+                self.write_meta(self.read_meta())
+
+    def resume(self, probe_set: ProbeSet, plan_fingerprint: str, step: int, meta: dict | None = None) -> None:
+        """Continue a store after a checkpoint: [`check_resume`], then [`drop_after`] its step."""
+        self.check_resume(probe_set, plan_fingerprint, meta)
+        self.drop_after(step)
+
+    def write_records(self, table: pa.Table, *, step: int, model_index: int = 0) -> Path:
+        """Write the records of one step, replacing those it may have; returns their file.
+
+        Raises:
+            ValueError: If the table is empty, of another step, or not in the written schema.
+            OSError: If it cannot be written; nothing changed then.
+        """
+        if table.schema != RECORD_SCHEMA:
+            raise ValueError(f"records do not have the written schema: {table.schema}")
+        if set(table["step"].to_pylist()) != {step}:
+            raise ValueError(f"expected records of step {step}, got steps {sorted(set(table['step'].to_pylist()))}")
+        with files.explained(self.records_dir):
+            return self._shards.add(table, step, model_index)
+
+    def read_records(self, steps: set[int] | None = None) -> pd.DataFrame:
+        """All records, or those of `steps`, as a frame in order of (model index, step), without a `run` column.
+
+        Raises:
+            ValueError: If there are none, or a file is missing or damaged.
         """
         if self.exists:
             self.read_meta()  # refuses a newer schema
-        shards = self._shards()
-        if not shards:
+        tables = self._shards.consistent(lambda manifest: self._shards.tables(manifest, steps))
+        if not tables:
             raise ValueError(f"no records in {self.records_dir}; run with a probe set first (probe_set=...)")
-        tables = [pq.read_table(path) for path, _, _ in sorted(shards, key=lambda shard: (shard[1], shard[2]))]
         frame = pa.concat_tables(tables).to_pandas()
         repeated = frame.duplicated(list(KEY_COLUMNS))
         if repeated.any():
@@ -136,10 +213,29 @@ class DynamicsStore:
             )
         return frame
 
+    def compact(self, target_bytes: int = TARGET_BYTES) -> None:
+        """Merge the records into few files of at most about `target_bytes`, with a row group per step.
+
+        Safe against a crash at any moment; needs memory for one step and disk space for one file.
+
+        Raises:
+            ValueError: If a file is missing or damaged.
+            OSError: If it cannot be written; the records stay as they are then.
+        """
+        with files.explained(self.records_dir):
+            self._shards.compact(target_bytes)
+
+    def drop_damaged(self) -> list[tuple[int, int]]:
+        """Give up files that are missing or damaged; returns the (model index, step) that are lost with them."""
+        bad = [part for part in self._shards.manifest().parts if damage(self.records_dir, part)]
+        names = {part.file for part in bad}
+        with files.explained(self.records_dir):
+            self._shards.drop(lambda part, _: part.file in names)
+        return [(part.model_index, step) for part in bad for step in part.steps]
+
     def write_meta(self, meta: dict) -> None:
-        payload = {"schema_version": SCHEMA_VERSION, **meta}
-        with _writable(self.root):
-            _write_atomic(self.root / "meta.json", json.dumps(payload, indent=2, ensure_ascii=False).encode())
+        with files.explained(self.root):
+            files.write(self.root / "meta.json", _encode_meta(meta))
 
     def read_meta(self) -> dict:
         """meta.json as it was written.
@@ -151,18 +247,14 @@ class DynamicsStore:
         if not path.is_file():
             raise ValueError(f"{self.output_dir} is not a run with records: {path} does not exist")
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["schema_version"] > SCHEMA_VERSION:
-            raise ValueError(
-                f"{path} has schema version {meta['schema_version']}, this version reads up to {SCHEMA_VERSION}; "
-                "upgrade trl-dynamics"
-            )
+        refuse_newer(path, meta["schema_version"])
         return meta
 
     def write_trainer_log(self, log_history: list[dict]) -> None:
         """Replace the copy of the trainer's own log lines, which the report draws beside the probes."""
         path = self.root / "trainer_log.json"
-        with _writable(path):
-            _write_atomic(path, json.dumps(log_history).encode())
+        with files.explained(path):
+            files.write(path, json.dumps(log_history).encode())
 
     def read_trainer_log(self) -> list[dict]:
         path = self.root / "trainer_log.json"
@@ -175,43 +267,47 @@ class DynamicsStore:
     def read_probe_set(self) -> ProbeSet:
         return load_probe_set(self.root / "probe_set")
 
+    def has_baseline(self, model_index: int = 0) -> bool:
+        return self._baseline_path(model_index).is_file()
+
     def write_baseline(self, star_ids: list[list[int]], *, model_index: int = 0) -> None:
-        """Freeze y* per response: one list of token ids per encoded response, in the batch plan's item order."""
+        """Freeze y* per response, before the first records: one list of token ids per encoded response, in the batch
+        plan's item order."""
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table({"star_ids": pa.array(star_ids, type=pa.list_(pa.int64()))}), sink)
         path = self._baseline_path(model_index)
-        with _writable(path):
-            _write_atomic(path, sink.getvalue().to_pybytes())
+        with files.explained(path):
+            files.write(path, sink.getvalue().to_pybytes())
 
     def read_baseline(self, *, model_index: int = 0) -> list[list[int]]:
         """The frozen y* token ids, one list per encoded response.
 
         Raises:
-            ValueError: If they were never written.
+            ValueError: If they were never written, or the file is damaged.
         """
         path = self._baseline_path(model_index)
+        lost = "without the frozen y* tokens the run's squeezing metrics cannot go on"
         if not path.is_file():
-            raise ValueError(
-                f"{path} is missing: without the frozen y* tokens the run's squeezing metrics cannot go on"
-            )
-        return pq.read_table(path)["star_ids"].to_pylist()
+            raise ValueError(f"{path} is missing: {lost}")
+        try:
+            with pq.ParquetFile(path) as file:
+                return file.read()["star_ids"].to_pylist()
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is damaged ({error}): {lost}. Copy it again from a backup") from error
 
     def _baseline_path(self, model_index: int) -> Path:
         return self.root / ("baseline.parquet" if model_index == 0 else f"baseline-m{model_index:03d}.parquet")
 
-    def _shards(self) -> list[tuple[Path, int, int]]:
-        found = []
-        for path in sorted(self.records_dir.glob("*.parquet")) if self.records_dir.is_dir() else []:
-            match = _SHARD.fullmatch(path.name)
-            if match:
-                found.append((path, int(match[1]), int(match[2])))
-        return found
-
-    def _move_aside(self) -> None:
+    def _name_aside(self) -> Path:
         index = 1
         while (aside := self.output_dir / f"{FOLDER}-old-{index}").exists():
             index += 1
-        shutil.move(self.root, aside)
+        return aside
+
+    def _hint_aside(self) -> str:
+        numbers = [re.fullmatch(rf"{FOLDER}-old-(\d+)", path.name) for path in self.output_dir.glob(f"{FOLDER}-old-*")]
+        newest = max((int(number[1]) for number in numbers if number), default=None)
+        return f" Records that were moved aside lie in {FOLDER}-old-{newest}." if newest is not None else ""
 
 
 def load_records(*output_dirs: str | Path) -> pd.DataFrame:
@@ -263,28 +359,5 @@ def run_names(stores: list[DynamicsStore]) -> list[str]:
     return ["/".join(part[-depth:]) for part in parts]
 
 
-@contextlib.contextmanager
-def _writable(path: Path):
-    try:
-        yield
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"cannot write probe records ({os.strerror(error.errno) if error.errno else error}); nothing already "
-            "written was lost. Free space or fix permissions, or choose another output_dir",
-            str(path),
-        ) from error
-
-
-def _write_atomic(path: Path, payload: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+def _encode_meta(meta: dict) -> bytes:
+    return json.dumps(meta | {"schema_version": SCHEMA_VERSION}, indent=2, ensure_ascii=False).encode()

@@ -42,15 +42,26 @@ class DynamicsMixin:
         )
         self.add_callback(self.probe_callback)
 
+    def train(self, *args, **kwargs):
+        """TRL's training; however it ends, other runs may write into the output_dir again."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.probe_callback is not None:
+                self.probe_callback.close()
+
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's model card with a table of what moved, where a probe set was tracked."""
         super().create_model_card(*args, **kwargs)
         card = Path(self.args.output_dir) / "README.md"
-        store = self.probe_callback.store if self.probe_callback else None
-        if store is None or not self.is_world_process_zero() or not store.has_records or not card.is_file():
+        if self.probe_callback is None or not self.is_world_process_zero() or not card.is_file():
+            return
+        if not self.probe_callback.has_records:
             return
         text = card.read_text(encoding="utf-8")
-        card.write_text(f"{text.rstrip()}\n\n{model_card_section(store.read_records())}", encoding="utf-8")
+        card.write_text(
+            f"{text.rstrip()}\n\n{model_card_section(self.probe_callback.store.read_records())}", encoding="utf-8"
+        )
 
 
 def with_probe_defaults(args: TrainingArguments) -> TrainingArguments:

@@ -1,0 +1,253 @@
+"""The records of one run as its training sees them: begun or continued, added to, ended; all processes agree.
+
+Only the main process touches the store. What it read, or why it failed, reaches every process, and so does the choice
+of what a failed write does: with `on_error="warn"` it is told and training goes on, with `"stop"` every process stops.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import pyarrow as pa
+from accelerate.utils import broadcast_object_list
+
+from trl_dynamics.probing.schema import ProbeSet
+from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.cost import CostLedger
+from trl_dynamics.tracking.store import DynamicsStore
+
+logger = logging.getLogger(__name__)
+
+ON_ERROR = ("warn", "stop")
+
+
+@dataclass
+class Position:
+    """Where a series stands when training begins; the same on every process.
+
+    Args:
+        run_id (`str`): Of the run that the records are of.
+        star_ids (`list[list[int]]` or `None`): The frozen y*, once there are records.
+        baseline (`pandas.DataFrame` or `None`): The first records.
+        steps (`set[int]`): Steps that have records.
+        meta (`dict`): What meta.json said when the series was left.
+    """
+
+    run_id: str
+    star_ids: list[list[int]] | None
+    baseline: pd.DataFrame | None
+    steps: set[int]
+    meta: dict
+
+
+class Series:
+    """One run's records.
+
+    Args:
+        store ([`DynamicsStore`]): Where they go.
+        probe_set ([`ProbeSet`]): Copied into the store.
+        meta (`dict`): What produced the numbers; schedule, cost and status are added here.
+        config (`dict`): Resolved arguments, written as config.yaml.
+        accelerator ([`~accelerate.Accelerator`]): The processes that must agree.
+        on_error (`str`): `"warn"` or `"stop"`.
+    """
+
+    def __init__(
+        self, store: DynamicsStore, probe_set: ProbeSet, meta: dict, config: dict, accelerator, on_error: str
+    ):
+        if on_error not in ON_ERROR:
+            raise ValueError(f"probe_on_error is {on_error!r}, expected one of {', '.join(ON_ERROR)}")
+        self.store, self.probe_set, self.meta, self.config = store, probe_set, meta, config
+        self.accelerator, self.on_error = accelerator, on_error
+        self.cost = CostLedger()
+        self.star_ids: list[list[int]] | None = None
+        self.baseline: pd.DataFrame | None = None
+        self.steps: set[int] = set()
+        self._is_open, self._failing = False, False
+        self._prepare: Callable[[], None] = lambda: None
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the store holds records of this run; to be asked on the main process."""
+        return self._is_open and self.store.has_records
+
+    def begin(self, step: int, mark: dict) -> None:
+        """Start a new series, or continue one after the checkpoint of `step`.
+
+        Args:
+            step (`int`): Optimiser steps done so far.
+            mark (`dict`): What [`mark`] gave when the checkpoint was written, empty for a new run.
+
+        Raises:
+            ValueError: If there is nothing to continue, something else made it, or another run is writing there.
+        """
+        self._is_open, self._failing = False, False
+        for name in ("decisions", "resumed_at", "baseline_step"):
+            self.meta.pop(name, None)
+        part = {"after_step": step, "num_processes": self.accelerator.num_processes}
+        self.meta |= {"run_id": mark.get("run_id"), "status": "running", "parts": [part], "lost_steps": []}
+        self.cost.restart(step, [])
+        self._note_cost()
+        position = self._on_main(lambda: self._begin(step, mark))
+        self.star_ids, self.baseline, self.steps = position.star_ids, position.baseline, position.steps
+        self.meta["run_id"] = position.run_id
+        if step > 0:
+            self._take_over(position.meta, step)
+        self.cost.restart(step, _timeline(position.meta, step))
+        self._note_cost()
+
+    def _take_over(self, earlier: dict, step: int) -> None:
+        """What meta.json said as of the checkpoint's step."""
+        self.meta |= {name: earlier[name] for name in ("created", "baseline_step") if name in earlier}
+        # Each part of a run says how many processes took its records.
+        self.meta["parts"] = [p for p in earlier.get("parts", []) if p["after_step"] < step] + self.meta["parts"]
+        self.meta["lost_steps"] = [lost for lost in earlier.get("lost_steps", []) if lost <= step]
+        self.meta["resumed_at"] = [*earlier.get("resumed_at", []), step]
+        if "decisions" in earlier:
+            self.meta["decisions"] = [choice for choice in earlier["decisions"] if choice["step"] <= step]
+
+    def mark(self) -> dict:
+        """What a checkpoint keeps, to tell on a resume whether the records in its place are its own."""
+        return {"run_id": self.meta["run_id"], "has_store": self._is_open}
+
+    def add(self, table: pa.Table, step: int) -> None:
+        """Write the records of one step, y* before the first ones."""
+
+        def write() -> None:
+            self._reopen()
+            if not self.store.has_baseline():
+                self.store.write_baseline(self.star_ids)
+            self.store.write_records(table, step=step)
+            self.meta["lost_steps"] = [lost for lost in self.meta["lost_steps"] if lost != step]
+            if self._failing:
+                logger.warning(f"probe records are written again, from step {step} on")
+                self._failing = False
+
+        self.steps.add(step)
+        self._on_main(write, lost=f"the records of step {step}", lost_step=step)
+
+    def write_progress(self, log: list[dict]) -> None:
+        """Bring meta.json and the copy of the trainer's log up to date."""
+
+        def write() -> None:
+            if self._is_open:
+                self.store.write_meta(self.meta)
+                self.store.write_trainer_log(log)
+
+        self._note_cost()
+        self._on_main(write, lost="an update of meta.json and trainer_log.json; the records are there")
+
+    def end(self, log: list[dict]) -> None:
+        """Close the series: status, fewer files, what was found."""
+        self.meta["status"] = "finished"
+        self.write_progress(log)
+        self._on_main(self._end, lost="the summary of what was found")
+
+    def close(self) -> None:
+        """Let others write there; to be called however training ends."""
+        self.store.close()
+
+    def _begin(self, step: int, mark: dict) -> Position:
+        self._prepare = lambda: None
+        failure = self._try_to_open()
+        position, prepare = Position("", None, None, set(), {}), self._create
+        if step > 0 and (mark.get("has_store", True) or self._is_own_store()):
+            earlier = self.store.check_resume(self.probe_set, self.meta["batch_plan"]["fingerprint"], self.meta)
+            position, prepare = self._read(step, earlier), lambda: self.store.drop_after(step)
+        elif step > 0:
+            logger.warning(
+                f"no records could be written before step {step}: they begin here, and so does every change"
+            )
+        position.run_id = self.meta["run_id"] = self.meta["run_id"] or position.run_id or uuid.uuid4().hex
+        self._prepare, self._is_open = prepare, False
+        if failure := failure or self._try_to_open():
+            self._warn(failure, "nothing yet")
+        return position
+
+    def _try_to_open(self) -> OSError | None:
+        try:
+            self._reopen()
+        except OSError as error:
+            if self.on_error == "stop":
+                raise
+            return error
+        return None
+
+    def _create(self) -> None:
+        self.store.create(self.probe_set, self.meta, self.config)
+
+    def _is_own_store(self) -> bool:
+        return self.store.exists and self.store.read_meta().get("run_id") == self.meta["run_id"]
+
+    def _read(self, step: int, earlier: dict) -> Position:
+        run_id, steps = earlier.get("run_id", ""), {other for other in self.store.recorded_steps() if other <= step}
+        if not steps:
+            return Position(run_id, None, None, steps, {k: v for k, v in earlier.items() if k != "baseline_step"})
+        return Position(run_id, self.store.read_baseline(), self.store.read_records({min(steps)}), steps, earlier)
+
+    def _reopen(self) -> None:
+        if not self._is_open:
+            self.store.open()
+            self._prepare()
+            self._is_open = True
+
+    def _note_cost(self) -> None:
+        self.meta["timeline"] = self.cost.timeline
+        self.meta["probe_seconds"], self.meta["train_seconds"] = self.cost.probe_seconds, self.cost.train_seconds
+
+    def _end(self) -> None:
+        if not self.has_records:
+            return
+        try:
+            self.store.compact()
+        except (OSError, ValueError) as error:
+            logger.warning(f"the record files stay as many as they are: {error}")
+        if lost := self.meta["lost_steps"]:
+            logger.warning(f"the records of {len(lost)} probing steps could not be written: {lost}")
+        found = findings.find(self.store.read_records(), self.meta)
+        text = findings.summary_text(found, self.store.output_dir.name)
+        harmful = any(finding.severity != "info" for finding in found)
+        (logger.warning if harmful else logger.info)(text)
+
+    def _on_main(self, work: Callable[[], object], lost: str | None = None, lost_step: int | None = None) -> object:
+        """Run `work` on the main process; its result, or its error, reaches every process.
+
+        With `lost`, an error in the way of writing is one that `on_error` decides about.
+        """
+        outcome: list = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                if lost and self.on_error == "warn" and isinstance(error, OSError | ValueError):
+                    self._warn(error, lost)
+                    self.meta["lost_steps"] += [] if lost_step is None else [lost_step]
+                else:
+                    outcome[1] = error
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def _warn(self, error: Exception, lost: str) -> None:
+        """Tell a failure once; until something is written again, the later ones only in short."""
+        if self._failing:
+            logger.info(f"lost: {lost} ({error})")
+            return
+        self._failing = True
+        logger.warning(
+            f"{error}. Lost: {lost}. Training goes on and every later probe tries again (probe_on_error='stop' would "
+            "end the run instead)"
+        )
+
+
+def _timeline(earlier: dict, step: int) -> list[list[float]]:
+    """The costs up to `step`; of a store that kept totals only, these as one entry."""
+    if "timeline" in earlier:
+        return [entry for entry in earlier["timeline"] if entry[0] <= step]
+    if "probe_seconds" in earlier:
+        return [[min(step, earlier.get("baseline_step", 0)), earlier["probe_seconds"], earlier["train_seconds"]]]
+    return []

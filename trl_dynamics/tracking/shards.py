@@ -1,0 +1,155 @@
+"""The records of a store on disk: files that never change, and the manifest that says which of them count.
+
+A change is one exchange: new files are written, the manifest is replaced, the files it no longer lists are removed.
+Whoever is killed in between leaves the state before or the state after, and files that nobody reads.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from trl_dynamics.tracking import compaction, files
+from trl_dynamics.tracking.manifest import MANIFEST_NAME, Manifest, Part, damage, read_manifest
+from trl_dynamics.tracking.migrate import manifest_of_v1
+
+TARGET_BYTES = 512 * 2**20
+_OURS = re.compile(r"m\d{3,}-step\d{9,}(-\d{6,})?\.parquet(\.tmp)?")
+_TRIES = 5
+
+
+class Shards:
+    """The records of one store.
+
+    Args:
+        root (`Path`): The `dynamics/` folder.
+        schema_version (`Callable[[], int | None]`): The store's schema version, None where there is no store yet.
+    """
+
+    def __init__(self, root: Path, schema_version: Callable[[], int | None]):
+        self.folder, self._manifest_path = root / "records", root / MANIFEST_NAME
+        self._schema_version = schema_version
+
+    def manifest(self) -> Manifest:
+        """What counts; a store of version 1 is read without being changed.
+
+        Raises:
+            ValueError: If it is damaged, missing from a store that had one, or of a newer version.
+        """
+        if self._manifest_path.is_file():
+            return read_manifest(self._manifest_path)
+        version = self._schema_version()
+        if version is None or version == 1:
+            return manifest_of_v1(self.folder)
+        raise ValueError(
+            f"{self._manifest_path} is missing: the folder was changed from outside or copied incompletely. Copy it "
+            "again from where it was written"
+        )
+
+    def check(self, parts: tuple[Part, ...] | list[Part]) -> None:
+        """Refuse files that are missing or do not have their full length.
+
+        Raises:
+            ValueError: With the first such file and the way out.
+        """
+        for part in parts:
+            if problem := damage(self.folder, part):
+                raise ValueError(
+                    f"{self.folder / part.file} {problem}, it holds steps {part.steps[0]} to {part.steps[-1]}: the "
+                    "folder was changed from outside or copied incompletely. Copy it again from where it was written, "
+                    f"or go on without these steps: DynamicsStore({str(self.folder.parents[1])!r}).drop_damaged()"
+                )
+
+    def consistent(self, read: Callable[[Manifest], object]) -> object:
+        """Read along a manifest; again, when a run that is still writing exchanged files meanwhile."""
+        for _ in range(_TRIES):
+            manifest = self.manifest()
+            try:
+                self.check(manifest.parts)
+                return read(manifest)
+            except (OSError, ValueError):
+                if self.manifest() == manifest:
+                    raise
+        raise ValueError(f"{self.folder} changes faster than it can be read; try again when the run has ended")
+
+    def tables(self, manifest: Manifest, steps: set[int] | None = None) -> list[pa.Table]:
+        """The records of every step, or of `steps`, in order of (model index, step)."""
+        wanted = [part for part in manifest.parts if steps is None or steps & set(part.steps)]
+        found = [
+            (part.model_index, step, table)
+            for part in wanted
+            for step, table in compaction.read_steps(self.folder, part, steps)
+        ]
+        return [table for _, _, table in sorted(found, key=lambda row: row[:2])]
+
+    def add(self, table: pa.Table, step: int, model_index: int) -> Path:
+        """Write one step into a file of its own; a step that was there is replaced."""
+        come = self._exchange(
+            lambda part, other: part.model_index == model_index and other == step,
+            lambda name: compaction.write_part(
+                self.folder, name(model_index, step), model_index, iter([(step, table)])
+            ),
+        )
+        return self.folder / come[0].file
+
+    def drop(self, is_gone: Callable[[Part, int], bool]) -> None:
+        """Take steps out; files that also hold other steps are copied without them. Leftovers of crashes go too."""
+        if not self._manifest_path.is_file() or self.manifest().touched(is_gone):
+            self._exchange(is_gone)
+        self.sweep()
+
+    def compact(self, target_bytes: int = TARGET_BYTES) -> None:
+        """Merge neighbouring files of a model up to `target_bytes` each; every merge is an exchange of its own."""
+        manifest = self.manifest()
+        self.check(manifest.parts)
+        for group in compaction.groups(manifest.parts, target_bytes):
+            names = {part.file for part in group}
+            self._exchange(
+                lambda part, _, names=names: part.file in names,
+                lambda name, group=group: compaction.merge(self.folder, name(*group[0].order), group),
+            )
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove files of ours that the manifest does not list: leftovers of crashes."""
+        listed = self.manifest().names
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
+            if _OURS.fullmatch(path.name) and path.name not in listed:
+                files.remove(path)
+
+    def _exchange(
+        self, is_gone: Callable[[Part, int], bool], write: Callable[[Callable[[int, int], str]], Part] | None = None
+    ) -> list[Part]:
+        manifest, come = self.manifest(), []
+
+        def name(model_index: int, step: int) -> str:
+            return manifest.new_name(model_index, step, taken=len(come))
+
+        gone = manifest.touched(is_gone)
+        try:
+            if write:
+                come.append(write(name))
+            for part in gone:
+                kept = {step for step in part.steps if not is_gone(part, step)}
+                if kept:
+                    self.check([part])
+                    tables: Iterator = compaction.read_steps(self.folder, part, kept)
+                    target = name(part.model_index, min(kept))
+                    come.append(compaction.write_part(self.folder, target, part.model_index, tables))
+            files.write(self._manifest_path, manifest.exchange(gone, come).encode())
+        except Exception:
+            self._discard(come)
+            raise
+        for part in gone:
+            files.remove(self.folder / part.file)
+        return come
+
+    def _discard(self, parts: list[Part]) -> None:
+        """Remove what an exchange that failed has written, unless its manifest made it to the disk after all."""
+        with contextlib.suppress(OSError, ValueError):
+            listed = self.manifest().names
+            for part in parts:
+                if part.file not in listed:
+                    files.remove(self.folder / part.file)

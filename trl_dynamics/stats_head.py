@@ -42,6 +42,14 @@ class StatsRequest:
     backbone_only: bool = False
 
 
+class TokenStats(dict):
+    """Statistics by name, which FSDP2 does not look into.
+
+    In bf16 it would round every tensor that it finds in the output of a root forward, also in a plain dict. Its hooks
+    for the backward find nothing here either, so no gradients flow from here under FSDP2.
+    """
+
+
 def prompts_only(num_columns: int) -> StatsRequest:
     """A request that scores nothing: the forward runs the backbone, for the sake of the cache that it fills."""
     nothing_N = torch.zeros(0, dtype=torch.int64)
@@ -91,16 +99,19 @@ def remove(model: nn.Module) -> None:
     delattr(base, _ORIGINAL)
 
 
-def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> dict[str, torch.Tensor]:
+def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> TokenStats:
     # PEFT wrappers hand over None for every argument of a causal LM, labels included; the backbone knows none of them.
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     kwargs["use_cache"] = "past_key_values" in kwargs
     hidden_BTD = base.base_model(*args, **kwargs).last_hidden_state
-    if request.backbone_only:
-        return {}
+    # ZeRO-3 expects every forward to use the parameters that its first one used, so even one that scores nothing looks
+    # at the head's.
     lm_head = base.get_output_embeddings()
+    device = lm_head.weight.device
+    if request.backbone_only:
+        return TokenStats()
     shift = hidden_BTD.shape[1] - request.num_columns
-    hidden_ND = hidden_BTD[request.rows_N, request.cols_N + shift].to(lm_head.weight.device)
+    hidden_ND = hidden_BTD[request.rows_N, request.cols_N + shift].to(device)
     factor, softcap = logit_transform(base)
     extra_NE = None if request.extra_NE is None else request.extra_NE.to(hidden_ND.device)
     with full_head_weights(lm_head) as (weight_VD, bias_V):
@@ -110,4 +121,4 @@ def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> d
             bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
         head = Head(weight_VD, bias_V, factor, softcap)
         stats = token_stats(hidden_ND, head, request.target_N.to(hidden_ND.device), extra_NE, request.top_k)
-    return stats | {"hidden_ND": hidden_ND} if request.return_hidden else stats
+    return TokenStats(stats | {"hidden_ND": hidden_ND} if request.return_hidden else stats)

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.store import DynamicsStore
 
@@ -128,6 +129,10 @@ class Series:
         self.steps.add(step)
         self._on_main(write, lost=f"the records of step {step}", lost_step=step)
 
+    def decide(self, choose: Callable[[], bool]) -> bool:
+        """A choice that the main process makes for all."""
+        return self._on_main(choose)
+
     def write_progress(self, log: list[dict]) -> None:
         """Bring meta.json and the copy of the trainer's log up to date."""
 
@@ -206,7 +211,8 @@ class Series:
             logger.warning(f"the record files stay as many as they are: {error}")
         if lost := self.meta["lost_steps"]:
             logger.warning(f"the records of {len(lost)} probing steps could not be written: {lost}")
-        found = findings.find(self.store.read_records(), self.meta)
+        summary = next(iter(summarise_store(self.store).values()))
+        found = findings.find(summary, self.meta)
         text = findings.summary_text(found, self.store.output_dir.name)
         harmful = any(finding.severity != "info" for finding in found)
         (logger.warning if harmful else logger.info)(text)

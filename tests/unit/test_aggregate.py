@@ -130,6 +130,22 @@ def test_row_groups_may_cut_through_steps(tmp_path, monkeypatch, size):
     assert found.steps == list(STEPS) and found.table(40).step == 40
 
 
+def test_files_merged_while_they_are_read_are_found_again(tmp_path, monkeypatch):
+    frame = records(num_probes=3, types=["chosen", "rejected"])
+    store = DynamicsStore(write_run(tmp_path / "run", frame))
+    with store:
+        before = store.record_files()
+        expected = aggregate.summarise_store(store)["policy"]
+        store.compact()
+    assert len(store.record_files()) == 1 and not before[0].exists()
+    assert expected.table(40).row("chosen", "logp_mean").tolist() == close(
+        aggregate.summarise(frame).table(40).row("chosen", "logp_mean").tolist()
+    )
+    listings = [before, store.record_files()]
+    monkeypatch.setattr(DynamicsStore, "record_files", lambda self: listings.pop(0))
+    assert aggregate.summarise_store(store)["policy"].path().equals(expected.path())
+
+
 def test_a_key_that_is_there_twice_is_refused(tmp_path, monkeypatch):
     frame = records(num_probes=2, types=["chosen", "rejected"])
     with pytest.raises(ValueError, match=r"same key twice: step 10, probe_id 'p001', response_type 'chosen'"):

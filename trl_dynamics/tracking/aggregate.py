@@ -173,13 +173,10 @@ def summarise_store(store: DynamicsStore) -> dict[str, Summary]:
         ValueError: If there are no records, a newer version wrote them, or a key is there twice.
     """
     store.read_meta()  # refuses a newer schema
-    blocks = [block for path in store.record_files() for block in find_blocks(path)]
-    if not blocks:
-        raise ValueError(f"no records in {store.records_dir}; run with a probe set first (probe_set=...)")
-    by_model: dict[str, list[Block]] = {}
-    for block in blocks:
-        by_model.setdefault(block.model, []).append(block)
-    return {model: _summarise_blocks(own) for model, own in by_model.items()}
+    try:
+        return _summarise_all(store)
+    except FileNotFoundError:
+        return _summarise_all(store)  # the run has just ended and merged its files
 
 
 def summarise_step(start: StepTable, now: StepTable) -> StepSummary:
@@ -256,8 +253,21 @@ def _joined(blocks: list[Block]) -> Block:
     return Block(blocks[0].path, groups, blocks[0].model, first, last)
 
 
-def _summarise_blocks(blocks: list[Block]) -> Summary:
-    blocks = sorted(blocks, key=lambda block: block.first_step)
+def _blocks(store: DynamicsStore) -> dict[str, list[Block]]:
+    """Per model, what to read in order of steps."""
+    by_model: dict[str, list[Block]] = {}
+    for block in (block for path in store.record_files() for block in find_blocks(path)):
+        by_model.setdefault(block.model, []).append(block)
+    if not by_model:
+        raise ValueError(f"no records in {store.records_dir}; run with a probe set first (probe_set=...)")
+    return {model: sorted(own, key=lambda block: block.first_step) for model, own in by_model.items()}
+
+
+def _summarise_all(store: DynamicsStore) -> dict[str, Summary]:
+    return {model: _summarise(store, model, blocks) for model, blocks in _blocks(store).items()}
+
+
+def _summarise(store: DynamicsStore, model: str, blocks: list[Block]) -> Summary:
     first = read_block(blocks[0])[0]
 
     def reduce(block: Block) -> list[StepSummary]:
@@ -268,10 +278,17 @@ def _summarise_blocks(blocks: list[Block]) -> Summary:
     _refuse_repeats(part.step for part in parts)
 
     def read(step: int) -> StepTable:
-        block = next(block for block in blocks if block.first_step <= step <= block.last_step)
-        return next(table for table in read_block(block) if table.step == step)
+        try:
+            return _read_step(blocks, step)
+        except FileNotFoundError:
+            return _read_step(_blocks(store)[model], step)
 
     return Summary(parts, first, read)
+
+
+def _read_step(blocks: list[Block], step: int) -> StepTable:
+    block = next(block for block in blocks if block.first_step <= step <= block.last_step)
+    return next(table for table in read_block(block) if table.step == step)
 
 
 def _refuse_repeats(steps: Iterable[int]) -> None:

@@ -1,8 +1,6 @@
-"""Tracked runs: what is written, resuming, LoRA, extended SFT, and every way a run can be refused."""
+"""Tracked runs: what is written, where probe sets come from, extended SFT, precision, early stopping, the card."""
 
-import errno
 import json
-import os
 
 import pandas as pd
 import pytest
@@ -38,42 +36,11 @@ def test_what_a_run_leaves_behind(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "probe/seconds" in entry]
     assert [entry["step"] for entry in logged] == [0, 1, 2, 3, 6]
     assert {f"squeeze/{name}" for name in METRICS} <= set(logged[-1])
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_resume_equals_the_uninterrupted_run(lora, tmp_path):
-    options = {"lora": lora, "probes": PROBES, "max_steps": 12, "probe_every": 4, "save_strategy": "steps"}
-    options |= {"save_steps": 5}
-    make_trainer("sft", tmp_path / "whole", **options).train()
-    make_trainer("sft", tmp_path / "run", **options).train()
-    resumed = make_trainer("sft", tmp_path / "run", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
-    whole, run = records(tmp_path / "whole"), records(tmp_path / "run")
-    assert run.droplevel("run").index.equals(whole.droplevel("run").index)
-    pd.testing.assert_frame_equal(run.droplevel("run"), whole.droplevel("run"), check_exact=True)
-    assert json.loads((tmp_path / "run/dynamics/meta.json").read_text())["resumed_at"] == [5]
-
-
-def test_resume_refuses_another_probe_set_and_loses_nothing(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    make_trainer("sft", tmp_path, probes=PROBES, **options).train()
-    before = records(tmp_path)
-    other = make_trainer("sft", tmp_path, probes=PROBES[:2], **options)
-    with pytest.raises(ValueError, match="cannot resume probing with another probe set"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    rebatched = make_trainer("sft", tmp_path, probes=PROBES, probe_batch_size=2, **options)
-    with pytest.raises(ValueError, match="probe batches differ"):
-        rebatched.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    pd.testing.assert_frame_equal(records(tmp_path), before)
-
-
-def test_resume_of_a_run_without_records_is_refused(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    make_trainer("sft", tmp_path, **options).train()
-    with pytest.raises(ValueError, match="holds no records of an earlier run"):
-        make_trainer("sft", tmp_path, probes=PROBES, **options).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
-        )
+    assert [entry[0] for entry in meta["timeline"]] == [0, 1, 2, 3, 6]
+    assert [entry[1] for entry in meta["timeline"]] == [entry["probe/seconds"] for entry in logged]
+    assert meta["probe_seconds"] == pytest.approx(sum(entry["probe/seconds"] for entry in logged))
+    assert meta["parts"] == [{"after_step": 0, "num_processes": 1}] and meta["lost_steps"] == []
+    assert len(list((root / "records").iterdir())) == 1 and not (tmp_path / "run" / ".dynamics.lock").exists()
 
 
 def test_a_second_run_moves_the_first_aside(tmp_path):
@@ -83,32 +50,6 @@ def test_a_second_run_moves_the_first_aside(tmp_path):
     pd.testing.assert_frame_equal(
         pd.read_parquet(tmp_path / "dynamics-old-1/records"), pd.read_parquet(tmp_path / "dynamics/records")
     )
-
-
-def test_unwritable_output(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    trainer = make_trainer("sft", tmp_path / "run", probes=PROBES, max_steps=1)
-    trainer.probe_callback.store = trl_dynamics.tracking.store.DynamicsStore(tmp_path / "file" / "below")
-    with pytest.raises(OSError, match="cannot write probe records"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
-def test_a_disk_that_fails_half_way_keeps_what_was_written(code, tmp_path, monkeypatch):
-    trainer = make_trainer("sft", tmp_path, probes=PROBES, max_steps=4, probe_every=1)
-    replace = os.replace
-
-    def failing(source, target):
-        if "step000000002" in str(target):
-            raise OSError(code, os.strerror(code))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="nothing already written was lost") as caught:
-        trainer.train()
-    assert caught.value.errno == code
-    assert sorted(records(tmp_path).index.unique("step")) == [0, 1]
-    assert not list((tmp_path / "dynamics").rglob("*.tmp"))
 
 
 def test_probe_sets_come_as_rows_files_and_names(tmp_path):

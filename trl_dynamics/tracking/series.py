@@ -66,7 +66,7 @@ class Series:
         self.star_ids: list[list[int]] | None = None
         self.baseline: pd.DataFrame | None = None
         self.steps: set[int] = set()
-        self._is_open, self._failing = False, False
+        self._is_open, self._failing = False, set()
         self._prepare: Callable[[], None] = lambda: None
 
     @property
@@ -84,7 +84,7 @@ class Series:
         Raises:
             ValueError: If there is nothing to continue, something else made it, or another run is writing there.
         """
-        self._is_open, self._failing = False, False
+        self._is_open, self._failing = False, set()
         for name in ("decisions", "resumed_at", "baseline_step"):
             self.meta.pop(name, None)
         part = {"after_step": step, "num_processes": self.accelerator.num_processes}
@@ -122,9 +122,9 @@ class Series:
                 self.store.write_baseline(self.star_ids)
             self.store.write_records(table, step=step)
             self.meta["lost_steps"] = [lost for lost in self.meta["lost_steps"] if lost != step]
-            if self._failing:
+            if "records" in self._failing:
                 logger.warning(f"probe records are written again, from step {step} on")
-                self._failing = False
+            self._failing.discard("records")
 
         self.steps.add(step)
         self._on_main(write, lost=f"the records of step {step}", lost_step=step)
@@ -140,6 +140,7 @@ class Series:
             if self._is_open:
                 self.store.write_meta(self.meta)
                 self.store.write_trainer_log(log)
+                self._failing.discard("progress")
 
         self._note_cost()
         self._on_main(write, lost="an update of meta.json and trainer_log.json; the records are there")
@@ -228,7 +229,7 @@ class Series:
                 outcome[0] = work()
             except Exception as error:
                 if lost and self.on_error == "warn" and isinstance(error, OSError | ValueError):
-                    self._warn(error, lost)
+                    self._warn(error, lost, "progress" if lost_step is None else "records")
                     self.meta["lost_steps"] += [] if lost_step is None else [lost_step]
                 else:
                     outcome[1] = error
@@ -238,12 +239,12 @@ class Series:
             raise outcome[1]
         return outcome[0]
 
-    def _warn(self, error: Exception, lost: str) -> None:
-        """Tell a failure once; until something is written again, the later ones only in short."""
-        if self._failing:
+    def _warn(self, error: Exception, lost: str, what: str = "records") -> None:
+        """Tell a failure once; until the same is written again, later ones only in short."""
+        if self._failing & {what, "records"}:
             logger.info(f"lost: {lost} ({error})")
             return
-        self._failing = True
+        self._failing.add(what)
         logger.warning(
             f"{error}. Lost: {lost}. Training goes on and every later probe tries again (probe_on_error='stop' would "
             "end the run instead)"

@@ -6,6 +6,7 @@ is the forward it was. All work happens inside the root forward, so that the hoo
 parameters as they do in training.
 """
 
+import contextlib
 import functools
 import types
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class StatsRequest:
     `num_columns` is T: an adapter that prepends virtual tokens makes the hidden states longer than the input.
     `return_hidden` adds `hidden_ND`, the final hidden states that the LM head reads at these positions.
 
+    `float32` leaves an autocast that is on.
+
     Rows that continue prompts which ran before are given with that cache as `past_key_values` to the forward;
     [`prompts_only`] asks for the forward that fills it.
     """
@@ -40,6 +43,7 @@ class StatsRequest:
     top_k: int = 10
     return_hidden: bool = False
     backbone_only: bool = False
+    float32: bool = False
 
 
 class TokenStats(dict):
@@ -50,10 +54,10 @@ class TokenStats(dict):
     """
 
 
-def prompts_only(num_columns: int) -> StatsRequest:
+def prompts_only(num_columns: int, float32: bool = False) -> StatsRequest:
     """A request that scores nothing: the forward runs the backbone, for the sake of the cache that it fills."""
     nothing_N = torch.zeros(0, dtype=torch.int64)
-    return StatsRequest(nothing_N, nothing_N, nothing_N, num_columns, backbone_only=True)
+    return StatsRequest(nothing_N, nothing_N, nothing_N, num_columns, backbone_only=True, float32=float32)
 
 
 def install(model: nn.Module) -> None:
@@ -74,7 +78,10 @@ def install(model: nn.Module) -> None:
     def forward(self, *args, stats_request: StatsRequest | None = None, **kwargs):
         if stats_request is None:
             return inner(*args, **kwargs)
-        return _stats_forward(self, stats_request, *args, **kwargs)
+        # Accelerate puts its autocast into the model's forward, so that only in here it can be left again.
+        off = torch.autocast(self.device.type, enabled=False) if stats_request.float32 else contextlib.nullcontext()
+        with off:
+            return _stats_forward(self, stats_request, *args, **kwargs)
 
     # The instance attribute to restore, or None where the forward was the class' own.
     setattr(base, _ORIGINAL, (base.__dict__.get("forward"),))

@@ -157,6 +157,23 @@ class ProbeSet:
             raise ValueError(f"num_probes is {num_probes}, expected at least 1")
         return ProbeSet(self.probes[:num_probes], self.name, self.metadata, self.required_types)
 
+    def sample(self, amount: float) -> "ProbeSet":
+        """A part of the set, in its order: the probes whose ids hash lowest, so that the rest may change.
+
+        Args:
+            amount (`float`): A share below 1, or a number of probes.
+        """
+        if amount <= 0 or (amount > 1 and amount != int(amount)):
+            raise ValueError(f"probe_subset is {amount}, expected a share below 1 or a whole number of probes")
+        count = max(1, round(amount * len(self.probes))) if amount < 1 else int(amount)
+
+        def rank(probe: Probe) -> bytes:
+            return hashlib.sha256(probe.probe_id.encode()).digest()
+
+        wanted = {probe.probe_id for probe in sorted(self.probes, key=rank)[:count]}
+        kept = tuple(probe for probe in self.probes if probe.probe_id in wanted)
+        return ProbeSet(kept, self.name, self.metadata, self.required_types)
+
     @classmethod
     def from_jsonl(cls, path, name: str | None = None) -> "ProbeSet":
         """Read a .jsonl file, in this package's layout or the published one; see [`probing.io.read_jsonl`]."""

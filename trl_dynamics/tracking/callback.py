@@ -3,14 +3,18 @@
 import logging
 
 import pandas as pd
+import pyarrow as pa
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_dynamics.compat import log_apart
+from trl_dynamics.probing.layouts import Layout
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking import metrics
+from trl_dynamics.tracking.budget import check_budget, is_affordable
 from trl_dynamics.tracking.cost import MAX_SHARE
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.identity import model_identity
+from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import to_table
 from trl_dynamics.tracking.schedule import probe_steps
 from trl_dynamics.tracking.series import Series
@@ -34,6 +38,7 @@ class ProbeCallback(TrainerCallback):
         store ([`DynamicsStore`]): Where the records go.
         meta (`dict`): What produced the numbers; schedule, cost and status are added here.
         config (`dict`): Resolved arguments, written as config.yaml.
+        fallback ([`Layout`]): For a model that turns out not to allow the engine's layout.
     """
 
     def __init__(
@@ -44,12 +49,16 @@ class ProbeCallback(TrainerCallback):
         store: DynamicsStore,
         meta: dict,
         config: dict,
+        fallback: Layout,
     ):
-        self.trainer, self.engine, self.config = trainer, engine, config
+        check_budget(trainer.args.probe_budget)
+        self.trainer, self.engine, self.config, self.fallback = trainer, engine, config, fallback
         meta["model"] |= model_identity(trainer.model)
         self.series = Series(store, probe_set, meta, config, trainer.accelerator, trainer.args.probe_on_error)
         self._steps: frozenset[int] = frozenset()
         self._warned = False
+        self._scalars: tuple[int, dict[str, float]] | None = None
+        self._running = False
 
     @property
     def store(self) -> DynamicsStore:
@@ -71,10 +80,13 @@ class ProbeCallback(TrainerCallback):
             at_end=args.probe_at_end,
         )
         self._steps, self._warned = frozenset(steps), False
-        self.series.meta["schedule"] = {"steps": steps, "on_save": args.probe_on_save}
+        settle_layout(self.engine, self.trainer.model, self.fallback, required=args.probe_layout == "shared_prefix")
+        self.series.meta["batch_plan"] = self.engine.batch_plan
+        self.series.meta["schedule"] = {"steps": steps, "on_save": args.probe_on_save, "budget": args.probe_budget}
         resumed = state.global_step > 0
         self.series.begin(state.global_step, state.stateful_callbacks.get(CHECKPOINT_KEY, {}) if resumed else {})
         self._mark_checkpoints(state)
+        self._scalars, self._running = None, True
         # A run that died between a checkpoint and its probe takes the probe when it comes back.
         if self._is_due(state) or (resumed and args.probe_on_save):
             self._probe(state)
@@ -86,7 +98,7 @@ class ProbeCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Probe what was just saved, unless this step has been probed."""
-        if args.probe_on_save:
+        if args.probe_on_save and self._is_affordable(state):
             self._probe(state)
         elif state.global_step not in self.series.steps:
             self.series.cost.add(state.global_step, 0.0)
@@ -102,35 +114,74 @@ class ProbeCallback(TrainerCallback):
 
     def close(self) -> None:
         """Let other runs write into the output_dir; to be called however training ends."""
+        self._running = False
         self.series.close()
 
     def _is_due(self, state: TrainerState) -> bool:
         """Whether this step is to be probed; the same on every process."""
-        return state.global_step in self._steps
+        return state.global_step in self._steps and self._is_affordable(state)
+
+    def _is_affordable(self, state: TrainerState) -> bool:
+        """Whether the budget, if there is one, allows a probe now: the main process decides and notes it."""
+        share, step, series = self.trainer.args.probe_budget, state.global_step, self.series
+        if share is None or step in series.steps:
+            return True
+        decisions = series.meta.setdefault("decisions", [])
+        if not decisions or decisions[-1]["step"] != step:
+            taken = series.decide(
+                lambda: is_affordable(
+                    series.cost,
+                    share,
+                    step=step,
+                    max_steps=state.max_steps,
+                    scheduled=self._steps,
+                    decisions=decisions,
+                )
+            )
+            decisions.append({"step": step, "taken": taken})
+            if not taken:
+                self._write_progress(state)
+        return decisions[-1]["taken"]
+
+    def scalars_now(self, state: TrainerState) -> dict[str, float]:
+        """The probe scalars of the model as it is, scored now unless this step has been; all processes together."""
+        if self._running and state.global_step not in self.series.steps:
+            self._probe(state)
+        if self._running and self._scalars is not None and self._scalars[0] == state.global_step:
+            return self._scalars[1]
+        # Before and after training there is no series to add to, and the weights may be those of any step.
+        return self._measure(state.global_step)[2]
 
     def _probe(self, state: TrainerState) -> None:
         step, series = state.global_step, self.series
         if step in series.steps:
             return
         began = series.cost.now()
-        scores = self.engine.score(self.trainer.model, series.star_ids)
-        num_rows = len(scores.columns["probe_id"])
-        table = to_table({"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows} | scores.columns)
-        frame = table.to_pandas()
-        first = series.baseline is None
-        if first:
-            series.baseline, series.star_ids = frame, scores.star_ids
+        table, star_ids, scalars = self._measure(step)
+        if series.baseline is None:
+            series.baseline, series.star_ids = table.to_pandas(), star_ids
             series.meta["baseline_step"] = step
         series.add(table, step)
         self._mark_checkpoints(state)
         seconds = series.cost.now() - began
         series.cost.add(step, seconds)
-        scalars = metrics.scalars(frame if first else pd.concat([series.baseline, frame], ignore_index=True))
+        self._scalars = step, scalars
         log_apart(self.trainer, scalars | {"probe/seconds": seconds})
         self._write_progress(state)
         if state.is_world_process_zero:
             logger.info(console_line(step, scalars))
             self._warn_of_cost(state)
+
+    def _measure(self, step: int) -> tuple[pa.Table, list[list[int]], dict[str, float]]:
+        """Records of the model as it is, its y* ids, and the scalars against the baseline."""
+        baseline = self.series.baseline
+        scores = self.engine.score(self.trainer.model, self.series.star_ids)
+        num_rows = len(scores.columns["probe_id"])
+        table = to_table({"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows} | scores.columns)
+        frame = table.to_pandas()
+        if baseline is not None and step not in baseline["step"].to_numpy():
+            frame = pd.concat([baseline, frame], ignore_index=True)
+        return table, scores.star_ids, metrics.scalars(frame)
 
     def _write_progress(self, state: TrainerState) -> None:
         self.series.write_progress(training_lines(state))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from trl_dynamics.compat import PromptCache
 from trl_dynamics.probing.encode import EncodedProbes
@@ -59,9 +60,10 @@ class ProbeEngine:
         self.encoded, self.top_k, self.accelerator, self.float32 = encoded, top_k, accelerator, float32
         lengths = [len(item.response_ids) for item in encoded.items]
         self._token_start_I = torch.tensor([0, *lengths]).cumsum(0)
-        self._use(layout)
+        self.use(layout)
 
-    def _use(self, layout: Layout) -> None:
+    def use(self, layout: Layout) -> None:
+        """Batch the probes by another layout from now on."""
         self.layout, self.groups = layout, layout.groups(self.encoded)
         self._pinned = False
 
@@ -134,7 +136,7 @@ class ProbeEngine:
             attention_mask=prompts.attention_mask.to(device, non_blocking=True),
             position_ids=prompts.position_ids.to(device, non_blocking=True),
             past_key_values=cache,
-            stats_request=prompts_only(prompts.input_ids.shape[1]),
+            stats_request=prompts_only(prompts.input_ids.shape[1], self.float32),
         )
         return cache
 
@@ -154,7 +156,13 @@ class ProbeEngine:
         extra_NE = None if stars is None else send(stars[self._token_index(batch)][:, None])
         target_N = send(batch.target_N)
         request = StatsRequest(
-            send(batch.rows_N), send(batch.cols_N), target_N, batch.input_ids.shape[1], extra_NE, self.top_k
+            send(batch.rows_N),
+            send(batch.cols_N),
+            target_N,
+            batch.input_ids.shape[1],
+            extra_NE,
+            self.top_k,
+            float32=self.float32,
         )
         inputs = {"input_ids": send(batch.input_ids), "attention_mask": send(batch.attention_mask)}
         if batch.position_ids is not None:
@@ -281,7 +289,7 @@ def _arrived(result: tuple, event: torch.Event | None) -> tuple:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode as it was after."""
+    """Evaluation mode inside; every module's own mode, and its parameters sharded, as they were after."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -289,6 +297,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        # FSDP2 keeps the root's parameters whole after a forward, for a backward that does not follow here.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _device_of(model: nn.Module, accelerator) -> torch.device:

@@ -13,7 +13,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def float32_compute(model: nn.Module, accelerator=None) -> Iterator[None]:
-    """Run forwards in float32: no autocast, and half-precision weights as float32 copies while their module runs.
+    """Half-precision weights as float32 copies while their module runs; autocast is left by the stats head itself.
 
     One module's weights are copied at a time, so memory grows by the largest module only. The weights themselves are
     not touched: each parameter holds its own storage again when its module is done, also after an error.
@@ -46,10 +46,8 @@ def float32_compute(model: nn.Module, accelerator=None) -> Iterator[None]:
 
     handles = [module.register_forward_pre_hook(enlarge) for module in owners]
     handles += [module.register_forward_hook(put_back, always_call=True) for module in owners]
-    device_type = next(model.parameters()).device.type
     try:
-        with torch.autocast(device_type, enabled=False):
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -10,11 +10,15 @@ from trl_dynamics.probing.layouts import Layout, PaddedLayout, SharedPrefixLayou
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.engine import ProbeEngine
 
+LIMITS = ("probe_max_prompt_length", "probe_max_length")
+CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 16384
 VERSIONED = ("trl-dynamics", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed")
 
 
-def build_engine(model, processing_class, probe_set: ProbeSet, args, accelerator=None) -> ProbeEngine:
-    """The engine for `model`: probes encoded with its tokenizer, within its context.
+def build_engine(
+    model, processing_class, probe_set: ProbeSet, args, accelerator=None
+) -> tuple[ProbeEngine, PaddedLayout]:
+    """The engine for `model`: probes encoded with its tokenizer, within its context; and a layout for every model.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): Read for its context length and end-of-turn tokens.
@@ -32,13 +36,19 @@ def build_engine(model, processing_class, probe_set: ProbeSet, args, accelerator
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     encoded = encode(probe_set, tokenizer, limits, ends)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return ProbeEngine(
+    if args.probe_dtype not in (None, "float32"):
+        raise ValueError(f"probe_dtype is {args.probe_dtype!r}, expected 'float32' or none")
+    on_cpu = accelerator is None or accelerator.device.type == "cpu"
+    tokens = args.probe_tokens_per_batch
+    tokens = (CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS) if tokens is None else tokens
+    engine = ProbeEngine(
         encoded,
-        choose_layout(model, args.probe_layout, args.probe_tokens_per_batch, pad_id),
+        choose_layout(model, args.probe_layout, tokens, pad_id),
         top_k=args.probe_top_k,
         accelerator=accelerator,
         float32=args.probe_dtype == "float32",
     )
+    return engine, PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens)
 
 
 def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Layout:
@@ -59,7 +69,7 @@ def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Lay
     return PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens_per_batch)
 
 
-def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str) -> dict:
+def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str, args) -> dict:
     """What produced the numbers, for meta.json."""
     parameters = list(model.parameters())
     return {
@@ -85,6 +95,9 @@ def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str) -
         "batch_plan": engine.batch_plan,
         "cuts": engine.encoded.cuts,
         "top_k": engine.top_k,
+        "probe_dtype": "float32" if engine.float32 else None,
+        "mixed_precision": engine.accelerator.mixed_precision if engine.accelerator else "no",
+        "limits": {name: getattr(args, name) for name in LIMITS},
         "probe_seconds": 0.0,
         "train_seconds": 0.0,
     }

@@ -12,6 +12,7 @@ from trl_dynamics.tracking.card import model_card_section
 from trl_dynamics.tracking.run import build_engine, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ProbeArguments
+from trl_dynamics.trainers.parallelism import refuse_parallelism
 
 
 class DynamicsMixin:
@@ -30,16 +31,16 @@ class DynamicsMixin:
         args = with_probe_defaults(self.args)
         chosen = probe_io.load(source)
         chosen = chosen.select(args.probe_max_probes) if args.probe_max_probes is not None else chosen
-        engine = build_engine(self.model, self.processing_class, chosen, args, self.accelerator)
+        chosen = chosen.sample(args.probe_subset) if args.probe_subset is not None else chosen
+        refuse_parallelism(self)
+        engine, fallback = build_engine(self.model, self.processing_class, chosen, args, self.accelerator)
         stats_head.install(self.model)
-        meta = describe_run(self.model, chosen, engine, method) | {
+        meta = describe_run(self.model, chosen, engine, method, args) | {
             "seed": args.seed,
             "num_processes": self.accelerator.num_processes,
-            "mixed_precision": self.accelerator.mixed_precision,
         }
-        self.probe_callback = ProbeCallback(
-            self, engine, chosen, DynamicsStore(args.output_dir), meta, changed_fields(args)
-        )
+        store = DynamicsStore(args.output_dir)
+        self.probe_callback = ProbeCallback(self, engine, chosen, store, meta, changed_fields(args), fallback)
         self.add_callback(self.probe_callback)
 
     def train(self, *args, **kwargs):
@@ -49,6 +50,15 @@ class DynamicsMixin:
         finally:
             if self.probe_callback is not None:
                 self.probe_callback.close()
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """TRL's evaluation; with `probe_on_evaluate`, the probe scalars are among its metrics."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        wanted = self.probe_callback is not None and self.args.probe_on_evaluate
+        if wanted and metric_key_prefix.startswith("eval"):
+            scalars = self.probe_callback.scalars_now(self.state)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scalars.items()})
+        return output
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's model card with a table of what moved, where a probe set was tracked."""

@@ -1,0 +1,149 @@
+"""Options of the tracker inside a run: budget, subset, float32, probe scalars among the evaluation metrics."""
+
+import json
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback
+
+import trl_dynamics
+from tiny import tiny_model, tiny_tokenizer
+from tiny_runs import PAIRS, PROBES, make_trainer
+from trl_dynamics import ProbeSet, stats_head
+from trl_dynamics.probing.encode import encode
+from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
+from trl_dynamics.tracking.engine import ProbeEngine
+
+
+def meta(output_dir) -> dict:
+    return json.loads((output_dir / "dynamics/meta.json").read_text())
+
+
+def steps(output_dir) -> list[int]:
+    return sorted(int(step) for step in trl_dynamics.load_records(output_dir)["step"].unique())
+
+
+def test_a_budget_decides_and_notes_it(tmp_path, monkeypatch):
+    options = {"probes": PROBES, "max_steps": 12, "probe_every": 2, "probe_log_spaced": False}
+    make_trainer("sft", tmp_path, probe_budget=1e-6, **options).train()
+    assert steps(tmp_path) == [0, 12]
+    decisions = meta(tmp_path)["decisions"]
+    assert [choice["step"] for choice in decisions] == [0, 2, 4, 6, 8, 10, 12]
+    assert [choice["step"] for choice in decisions if choice["taken"]] == [0, 12]
+    # A run that resumes has the decisions up to its checkpoint and makes the later ones anew.
+    monkeypatch.setattr("trl_dynamics.tracking.callback.is_affordable", lambda *args, step, **more: step in (0, 4, 12))
+    options |= {"save_strategy": "steps", "save_steps": 6, "probe_on_save": False, "probe_budget": 0.5}
+    make_trainer("sft", tmp_path / "two", **options).train()
+    assert steps(tmp_path / "two") == [0, 4, 12]
+    monkeypatch.setattr("trl_dynamics.tracking.callback.is_affordable", lambda *args, step, **more: step == 8)
+    make_trainer("sft", tmp_path / "two", **options).train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-6"))
+    taken = {choice["step"]: choice["taken"] for choice in meta(tmp_path / "two")["decisions"]}
+    assert taken == {0: True, 2: False, 4: True, 6: False, 8: True, 10: False, 12: False}
+
+
+def test_a_subset_is_the_same_whatever_else_is_in_the_set(tmp_path):
+    rows = [row | {"id": str(index)} for index, row in enumerate(PAIRS)]
+    whole = ProbeSet.load(rows)
+    kept = {probe.probe_id for probe in whole.sample(0.25)}
+    assert len(kept) == 5 and len(whole.sample(3)) == 3 and whole.sample(1000) == whole
+    fewer = ProbeSet.load(rows[:10])
+    assert {p.probe_id for p in fewer.sample(10)} == {str(index) for index in range(10)}
+    assert {p.probe_id for p in fewer.sample(2)} <= {p.probe_id for p in whole.sample(10)} | {
+        p.probe_id for p in fewer
+    }
+    make_trainer("sft", tmp_path, probes=rows, max_steps=1, probe_subset=0.25).train()
+    assert set(trl_dynamics.load_records(tmp_path)["probe_id"]) == kept
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"probe_subset is {wrong}, expected a share below 1 or a whole number"):
+            whole.sample(wrong)
+
+
+@pytest.mark.parametrize("layout", [PaddedLayout(4), SharedPrefixLayout(200)], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("tied", [False, True])
+def test_float32_scoring_of_half_precision_weights_is_that_of_the_same_weights_in_float32(layout, tied):
+    model = tiny_model("llama", tie_word_embeddings=tied).bfloat16()
+    wide = tiny_model("llama", tie_word_embeddings=tied).bfloat16().float()
+    encoded = encode(ProbeSet.load(PROBES), tiny_tokenizer())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    storages = {name: value.data_ptr() for name, value in model.named_parameters()}
+    for each in (model, wide):
+        stats_head.install(each)
+    given = ProbeEngine(encoded, layout, float32=True).score(model)
+    assert given == ProbeEngine(encoded, layout).score(wide)
+    assert given != ProbeEngine(encoded, layout).score(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {name: value.data_ptr() for name, value in model.named_parameters()} == storages
+
+
+def test_float32_scoring_gives_the_weights_back_after_an_error():
+    model = tiny_model("llama").bfloat16()
+    stats_head.install(model)
+    engine = ProbeEngine(encode(ProbeSet.load(PROBES), tiny_tokenizer()), PaddedLayout(4), float32=True)
+
+    def failing(module, args):
+        raise RuntimeError("stop")
+
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(failing)
+    with pytest.raises(RuntimeError, match="stop"):
+        engine.score(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_float32_scoring_under_autocast_ignores_it(tmp_path):
+    options = {"probes": PROBES, "max_steps": 1, "probe_every": 0}
+    for name, more in {
+        "exact": {},
+        "coarse": {"bf16": True},
+        "wide": {"bf16": True, "probe_dtype": "float32"},
+    }.items():
+        make_trainer("sft", tmp_path / name, **options, **more).train()
+    exact, coarse, wide = (
+        trl_dynamics.load_records(tmp_path / name).query("step == 0").drop(columns="run").reset_index(drop=True)
+        for name in ("exact", "coarse", "wide")
+    )
+    assert wide.equals(exact) and not coarse.equals(exact)
+    assert meta(tmp_path / "wide")["probe_dtype"] == "float32" and meta(tmp_path / "wide")["mixed_precision"] == "bf16"
+    with pytest.raises(ValueError, match="probe_dtype is 'float64', expected 'float32' or none"):
+        make_trainer("sft", tmp_path / "x", probes=PROBES, probe_dtype="float64")
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_probe_scalars_select_the_best_model(method, tmp_path):
+    options = {
+        "max_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_probe/chosen/logp_mean",
+        "greater_is_better": method == "sft",
+        "probe_on_evaluate": True,
+        "probe_every": 0,
+        "probe_on_save": False,
+        "probe_log_spaced": False,
+    }
+    trainer = make_trainer(method, tmp_path, probes=PROBES, **options)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=5))
+    trainer.train()
+    frame = trl_dynamics.load_records(tmp_path)
+    path = frame[frame["response_type"] == "chosen"].groupby("step")["logp_mean"].mean().loc[2:]
+    best = path.max() if method == "sft" else path.min()
+    assert trainer.state.best_metric == pytest.approx(best, abs=1e-12)
+    logged = [entry for entry in trainer.state.log_history if "eval_probe/chosen/logp_mean" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 6] and all("eval_loss" in entry for entry in logged)
+    assert steps(tmp_path) == [0, 2, 4, 6]
+
+
+def test_evaluation_outside_training_scores_without_recording(tmp_path):
+    trainer = make_trainer("sft", tmp_path, probes=PROBES, max_steps=2, eval_strategy="no", probe_on_evaluate=True)
+    trainer.eval_dataset = None
+    data = trainer.train_dataset.select(range(4))
+    before = trainer.evaluate(data)
+    assert before["eval_squeeze/argmax_minus_chosen"] > 0 and not (tmp_path / "dynamics").exists()
+    trainer.train()
+    after = trainer.evaluate(data)
+    frame = trl_dynamics.load_records(tmp_path)
+    last = frame[(frame["response_type"] == "chosen") & (frame["step"] == 2)]["logp_mean"].mean()
+    assert after["eval_probe/chosen/logp_mean"] == pytest.approx(last, abs=1e-12)
+    assert steps(tmp_path) == [0, 1, 2]

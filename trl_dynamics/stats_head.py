@@ -9,6 +9,7 @@ parameters as they do in training.
 import contextlib
 import functools
 import types
+from collections import UserDict
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,11 @@ class StatsRequest:
     float32: bool = False
 
 
-class TokenStats(dict):
+class TokenStats(UserDict):
     """Statistics by name, which FSDP2 does not look into.
 
-    In bf16 it would round every tensor that it finds in the output of a root forward, also in a plain dict. Its hooks
-    for the backward find nothing here either, so no gradients flow from here under FSDP2.
+    In bf16 it rounds every tensor that it finds in the output of a root forward, whatever kind of dict that is. Its
+    hooks for the backward find nothing here either, so no gradients flow from here under FSDP2.
     """
 
 

@@ -1,0 +1,152 @@
+"""`trl-dynamics track` gives the numbers that training recorded, does nothing twice, and goes on where it stopped."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+import trl_dynamics
+from tiny import tiny_model, tiny_tokenizer
+from tiny_runs import PROBES, make_trainer
+from trl_dynamics.cli.main import main
+from trl_dynamics.tracking.engine import ProbeEngine
+
+KEYS = ["step", "probe_id", "response_type"]
+
+
+@pytest.fixture
+def probe_file(tmp_path):
+    path = tmp_path / "probes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROBES))
+    return path
+
+
+@pytest.fixture
+def scorings(monkeypatch):
+    """Calls of the engine over a whole probe set; the start-up check's two probes are not counted."""
+    calls = []
+    score = ProbeEngine.score
+
+    def counted(self, model, star_ids=None):
+        if len(self.encoded.items) == 3 * len(PROBES):
+            calls.append(star_ids)
+        return score(self, model, star_ids)
+
+    monkeypatch.setattr(ProbeEngine, "score", counted)
+    return calls
+
+
+def train(method: str, output_dir, probe_file, **options) -> None:
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "probe_every": 1} | options
+    make_trainer(method, output_dir, probe_set=str(probe_file), **options).train()
+
+
+def argv(run, probe_file, output_dir, *more: str) -> list[str]:
+    options = {"model_name_or_path": run, "checkpoints": "checkpoint-*", "probe_set": probe_file}
+    return ["track", *(str(part) for k, v in options.items() for part in (f"--{k}", v))] + [
+        "--output_dir",
+        str(output_dir),
+        *more,
+    ]
+
+
+def frames(*output_dirs):
+    return [
+        trl_dynamics.load_records(path).drop(columns=["run", "model"]).set_index(KEYS).sort_index()
+        for path in output_dirs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("sft", {}),
+        ("dpo", {"probe_layout": "padded", "probe_tokens_per_batch": 90}),
+        ("sft", {"probe_max_length": 26, "probe_top_k": 3, "bf16": True}),
+        ("sft", {"bf16": True, "probe_dtype": "float32"}),
+    ],
+    ids=["plain", "padded", "bf16", "float32"],
+)
+def test_records_of_checkpoints_are_those_of_training(method, options, tmp_path, probe_file):
+    train(method, tmp_path / "run", probe_file, **options)
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    recorded, tracked = frames(tmp_path / "run", tmp_path / "after")
+    assert recorded.loc[[1, 2, 3]].equals(tracked), "every column, y* included, bit for bit"
+    metas = [json.loads((tmp_path / name / "dynamics/meta.json").read_text()) for name in ("run", "after")]
+    for name in ("batch_plan", "mixed_precision", "probe_dtype", "top_k", "limits", "cuts"):
+        assert metas[0][name] == metas[1][name], name
+
+
+def test_an_option_wins_over_the_run(tmp_path, probe_file, caplog):
+    train("sft", tmp_path / "run", probe_file)
+    with caplog.at_level(logging.INFO):
+        assert main(argv(tmp_path / "run", probe_file, tmp_path / "padded", "--probe_layout", "padded")) == 0
+    assert "scoring as the run in" in caplog.text
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "half", "--dtype", "bfloat16")) == 0
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "plain", "--replay", "False")) == 0
+    for name, key, value in (("padded", "batch_plan", "padded"), ("half", "model", "bfloat16")):
+        meta = json.loads((tmp_path / name / "dynamics/meta.json").read_text())
+        assert value in meta[key].values()
+    recorded, plain = frames(tmp_path / "run", tmp_path / "plain")
+    assert recorded.loc[[1, 2, 3], "logp_sum"].equals(plain["logp_sum"])
+    # Without the run's y* the first checkpoint is its own baseline.
+    assert not recorded.loc[[1, 2, 3], "star_logp_sum"].equals(plain["star_logp_sum"])
+
+
+def test_what_is_done_is_not_done_again(tmp_path, probe_file, scorings):
+    train("sft", tmp_path / "run", probe_file, max_steps=2)
+    scorings.clear()
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    assert len(scorings) == 2
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    assert len(scorings) == 2
+    train("sft", tmp_path / "run", probe_file, max_steps=4)
+    scorings.clear()
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    assert len(scorings) == 2, "only the two checkpoints that are new"
+    assert sorted(trl_dynamics.load_records(tmp_path / "after")["step"].unique()) == [1, 2, 3, 4]
+
+
+def test_an_interrupted_call_goes_on(tmp_path, probe_file, monkeypatch, scorings):
+    train("sft", tmp_path / "run", probe_file)
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "whole")) == 0
+    counted = ProbeEngine.score
+
+    def interrupted(self, model, star_ids=None):
+        if len(scorings) == 2:
+            raise KeyboardInterrupt
+        return counted(self, model, star_ids)
+
+    scorings.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeEngine, "score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(argv(tmp_path / "run", probe_file, tmp_path / "after"))
+    assert len(scorings) == 2
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    assert len(scorings) == 3
+    whole, after = frames(tmp_path / "whole", tmp_path / "after")
+    assert whole.equals(after)
+
+
+def test_another_probe_set_starts_anew(tmp_path, probe_file):
+    train("sft", tmp_path / "run", probe_file)
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    probe_file.write_text(json.dumps(PROBES[0]) + "\n")
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    assert len(trl_dynamics.load_records(tmp_path / "after")) == 3 * 3
+    assert (tmp_path / "after/dynamics-old-1/meta.json").is_file()
+
+
+def test_adapters_are_scored_on_their_base(tmp_path, probe_file):
+    torch.manual_seed(0)
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    options = {"probe_set": str(probe_file), "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lora": True}
+    trainer = make_trainer("sft", tmp_path / "run", probe_every=1, **options)
+    trainer.model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    trainer.train()
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    recorded, tracked = frames(tmp_path / "run", tmp_path / "after")
+    assert recorded.loc[[1, 2]].equals(tracked)

@@ -23,7 +23,7 @@ class DynamicsScriptArguments(trl.ScriptArguments):
         metadata={"help": "Longest training prompt in tokens; a longer one keeps its last tokens. Plain text only."},
     )
     drop_invalid_rows: bool = field(
-        default=False, metadata={"help": "Drop training rows with a blank answer instead of stopping."}
+        default=False, metadata={"help": "Drop training rows with a blank answer (grpo: prompt) instead of stopping."}
     )
 
 

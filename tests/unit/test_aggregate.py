@@ -173,15 +173,17 @@ def test_a_store_without_records_is_refused(tmp_path):
         aggregate.summarise_store(store)
 
 
-def test_like_moves_every_value_to_its_pair():
+@pytest.mark.parametrize("types", [["chosen", "rejected", "other_test"], ["rejected"], ["chosen", "greedy"]])
+def test_like_moves_every_value_to_its_pair(types):
     """Other probes, other types, another order: a value is found at its pair, and nowhere else."""
-    first, second = split_frame(holed(2, steps=[0, 1], types=["chosen", "rejected", "other_test"]))
-    moved = first.like(second)
-    assert moved.types == second.types and moved.probe_ids.equals(second.probe_ids)
-    for row, name in enumerate(second.types):
-        for column, probe in enumerate(second.probe_ids.to_pylist()):
-            known = name in first.types and probe in first.probe_ids.to_pylist()
-            expected = first.row(name, "logp_sum")[first.probe_ids.to_pylist().index(probe)] if known else np.nan
+    first, _ = split_frame(holed(2, steps=[0, 1], types=["chosen", "rejected", "other_test"]))
+    other = split_frame(holed(3, steps=[1], types=types))[0]
+    moved = first.like(other)
+    assert moved.types == other.types and moved.probe_ids.equals(other.probe_ids)
+    had = first.probe_ids.to_pylist()
+    for row, name in enumerate(other.types):
+        for column, probe in enumerate(other.probe_ids.to_pylist()):
+            expected = first.row(name, "logp_sum")[had.index(probe)] if probe in had else np.nan
             assert moved.values("logp_sum")[row, column] == pytest.approx(expected, nan_ok=True)
     assert first.like(first) is first
 

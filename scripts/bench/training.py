@@ -2,6 +2,8 @@
 
 import io
 import tempfile
+import time
+import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -15,30 +17,38 @@ from transformers.utils import logging as hf_logging
 import trl_dynamics
 from trl_dynamics import ProbeSet
 
-ROWS, STEPS, BUDGET_STEPS = 64, 24, 160
+ROWS, STEPS, BUDGET_STEPS = 64, 60, 160
+QUICK_STEPS = 12
 
 
-def overhead(folder: Path, pairs: int) -> dict[str, measure.Interval]:
-    """Ratio of CPU seconds of `train()`: without probes to TRL's trainer, and with a budget of 5 % to without probes."""
+def overhead(folder: Path, pairs: int, *, quick: bool) -> dict[str, measure.Interval]:
+    """Ratios of CPU seconds of `train()`: without probes to TRL's trainer, with a budget of 5 % to without probes."""
     hf_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     probe_set = ProbeSet.from_jsonl(folder / "probing_helpful_base/formal_prob_train.jsonl").select(ROWS)
+    steps, budget_steps = (QUICK_STEPS, 5 * QUICK_STEPS) if quick else (STEPS, BUDGET_STEPS)
     arms = {
-        "trl": lambda: _train(trl, folder, probe_set, STEPS),
-        "off": lambda: _train(trl_dynamics, folder, probe_set, STEPS),
+        "trl": lambda: _train(trl, folder, probe_set, steps),
+        "off": lambda: _train(trl_dynamics, folder, probe_set, steps),
     }
     budget = {
-        "off": lambda: _train(trl_dynamics, folder, probe_set, BUDGET_STEPS),
+        "off": lambda: _train(trl_dynamics, folder, probe_set, budget_steps),
         "budget": lambda: _train(
-            trl_dynamics, folder, probe_set, BUDGET_STEPS, probe_set=probe_set.select(8), probe_budget=0.05
+            trl_dynamics,
+            folder,
+            probe_set,
+            budget_steps,
+            probe_set=probe_set.select(2 if quick else 8),
+            probe_budget=0.05,
         ),
     }
     found = {
         "overhead_off": _ratio(arms["off"], arms["trl"], pairs),
         "overhead_budget_5_percent": _ratio(budget["budget"], budget["off"], max(2, pairs // 3)),
     }
-    if pairs > 4:
-        scheduled = {"probe_set": probe_set.select(8)}
-        default = lambda: _train(trl_dynamics, folder, probe_set, BUDGET_STEPS, **scheduled)  # noqa: E731
+    if not quick:
+        scheduled = {"probe_set": probe_set.select(2 if quick else 8)}
+        default = lambda: _train(trl_dynamics, folder, probe_set, budget_steps, **scheduled)  # noqa: E731
         found["overhead_default_schedule"] = _ratio(default, budget["off"], max(2, pairs // 3))
     print("\noverhead on SFT of the 260k-parameter model: CPU seconds of training, median ratio of interleaved pairs")
     for name, interval in found.items():
@@ -58,8 +68,6 @@ def _ratio(ours, theirs, pairs: int) -> measure.Interval:
 
 def _train(package, folder: Path, rows: ProbeSet, steps: int, **options) -> float:
     """CPU seconds of `train()` alone, without loading anything."""
-    import time
-
     torch.set_num_threads(1)
     set_seed(0)
     path = folder / "stories260k"

@@ -64,6 +64,19 @@ def test_a_failed_write_loses_nothing(operation, code, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20, 30))
 
 
+@pytest.mark.parametrize(
+    "change", [lambda store: store.write_records(to_table(columns(30)), step=30), DynamicsStore.compact]
+)
+def test_a_listing_that_fails_when_it_has_its_name_keeps_what_it_lists(change, tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    with monkeypatch.context() as patch:
+        fail(patch, errno.EIO, operation="sync folder", name="dynamics")
+        with pytest.raises(OSError, match="cannot write probe records"):
+            change(store)
+    pd.testing.assert_frame_equal(store.read_records(), expected(*store.recorded_steps()))
+    assert store.recorded_steps()[:3] == [0, 10, 20]
+
+
 @pytest.mark.parametrize("operation", [*OPERATIONS, "make folder"])
 def test_a_failed_create_leaves_the_earlier_store_in_its_place(operation, tmp_path, monkeypatch):
     make_store(tmp_path)

@@ -1,6 +1,8 @@
 """Tracked runs: what is written, where probe sets come from, extended SFT, precision, early stopping, the card."""
 
 import json
+import logging
+import re
 
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from datasets import Dataset
 
 import trl_dynamics
 from tiny_runs import PAIRS, PROBES, make_trainer
+from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.metrics import METRICS
 
 KEYS = ["run", "model", "step", "probe_id", "response_type"]
@@ -103,6 +106,41 @@ def test_early_stopping_still_takes_the_last_records(tmp_path):
     trainer.add_callback(Stop())
     trainer.train()
     assert sorted(records(tmp_path).index.unique("step")) == [0, 3]
+
+
+@pytest.mark.parametrize(("probe_seconds", "expected"), [(0.2, "about 1[01] %"), (0.02, None)])
+def test_a_schedule_that_costs_more_than_a_twentieth_is_told_once(probe_seconds, expected, tmp_path, caplog):
+    """By a clock on which a training step takes one second."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        time = 0.0
+
+        def __call__(self):
+            return self.time
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.time += 1.0
+
+    trainer = make_trainer("sft", tmp_path, probes=PROBES, max_steps=40, probe_every=2)
+    clock, callback = Clock(), trainer.probe_callback
+    score = callback.engine.score
+
+    def slow_score(*args):
+        clock.time += probe_seconds
+        return score(*args)
+
+    callback.engine.score, callback.series.cost = slow_score, CostLedger(clock)
+    trainer.add_callback(clock)
+    with caplog.at_level(logging.WARNING, "trl_dynamics"):
+        trainer.train()
+    told = [entry.getMessage() for entry in caplog.records if "probing will take" in entry.getMessage()]
+    assert len(told) == (expected is not None)
+    if expected:
+        assert re.search(expected, told[0])
+        assert all(option in told[0] for option in ("probe_every, now 2", "probe_subset", "probe_budget=0.05"))
+    meta = json.loads((tmp_path / "dynamics/meta.json").read_text())
+    assert meta["train_seconds"] == pytest.approx(40) and meta["probe_seconds"] == pytest.approx(22 * probe_seconds)
 
 
 def test_model_card_has_the_table(tmp_path):

@@ -1,9 +1,11 @@
 """Options of the tracker inside a run: budget, subset, float32, probe scalars among the evaluation metrics."""
 
+import copy
 import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback
 
 import trl_dynamics
@@ -73,6 +75,32 @@ def test_float32_scoring_of_half_precision_weights_is_that_of_the_same_weights_i
     assert given != ProbeEngine(encoded, layout).score(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {name: value.data_ptr() for name, value in model.named_parameters()} == storages
+
+
+def test_float32_scoring_of_half_precision_adapters():
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama").bfloat16(), config, autocast_adapter_dtype=False).bfloat16().eval()
+    wide = copy.deepcopy(model).float()
+    encoded = encode(ProbeSet.load(PROBES), tiny_tokenizer())
+    for each in (model, wide):
+        stats_head.install(each)
+    given = ProbeEngine(encoded, SharedPrefixLayout(200), float32=True).score(model)
+    assert given == ProbeEngine(encoded, SharedPrefixLayout(200)).score(wide)
+
+
+def test_float32_scoring_keeps_the_hooks_on_gradients():
+    """DDP reduces gradients in hooks on each parameter's gradient accumulator, which must stay the same object."""
+    model = tiny_model("llama").bfloat16()
+    fired = []
+    for parameter in model.parameters():
+        accumulator = parameter.view_as(parameter).grad_fn.next_functions[0][0]
+        accumulator.register_hook(lambda *_, kept=accumulator: fired.append(kept))
+    stats_head.install(model)
+    ProbeEngine(encode(ProbeSet.load(PROBES), tiny_tokenizer()), PaddedLayout(4), float32=True).score(model)
+    ids = torch.tensor([[5, 6, 7]])
+    model(ids, labels=ids).loss.backward()
+    assert len(fired) == len(list(model.parameters()))
 
 
 def test_float32_scoring_gives_the_weights_back_after_an_error():

@@ -82,7 +82,7 @@ def test_an_option_wins_over_the_run(tmp_path, probe_file, caplog):
     train("sft", tmp_path / "run", probe_file)
     with caplog.at_level(logging.INFO):
         assert main(argv(tmp_path / "run", probe_file, tmp_path / "padded", "--probe_layout", "padded")) == 0
-    assert "scoring as the run in" in caplog.text
+    assert "scoring as the run did" in caplog.text
     assert main(argv(tmp_path / "run", probe_file, tmp_path / "half", "--dtype", "bfloat16")) == 0
     assert main(argv(tmp_path / "run", probe_file, tmp_path / "plain", "--replay", "False")) == 0
     for name, key, value in (("padded", "batch_plan", "padded"), ("half", "model", "bfloat16")):
@@ -128,6 +128,16 @@ def test_an_interrupted_call_goes_on(tmp_path, probe_file, monkeypatch, scorings
     assert len(scorings) == 3
     whole, after = frames(tmp_path / "whole", tmp_path / "after")
     assert whole.equals(after)
+
+
+def test_other_settings_start_anew(tmp_path, probe_file, scorings):
+    train("sft", tmp_path / "run", probe_file, max_steps=1)
+    for dtype in ("float32", "bfloat16"):
+        assert main(argv(tmp_path / "run", probe_file, tmp_path / "after", "--dtype", dtype)) == 0
+    coarse, fine = frames(tmp_path / "after", tmp_path / "run")
+    assert not coarse.equals(fine.loc[[1]])
+    meta = json.loads((tmp_path / "after/dynamics/meta.json").read_text())
+    assert meta["settings"]["dtype"] == "bfloat16" and (tmp_path / "after/dynamics-old-1").is_dir()
 
 
 def test_another_probe_set_starts_anew(tmp_path, probe_file):

@@ -201,3 +201,17 @@ def test_no_tensor_over_all_positions_and_labels(variant, monkeypatch):
         token_stats(hidden_ND, head, target_N, extra_NE)
     # The transposed view of the weight, which costs no memory, is as large as the weight.
     assert tiled.num_elements == max(rows_per_tile * vocab, vocab * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_are_not_rounded_under_autocast(dtype):
+    torch.manual_seed(0)
+    hidden_ND, weight_VD = torch.randn(7, 16), torch.randn(300, 16)
+    target_N = torch.arange(7)
+    with torch.autocast("cpu", dtype=dtype):
+        logits_NV = Head(weight_VD).logits(hidden_ND).double()
+        stats = token_stats(hidden_ND, Head(weight_VD), target_N)
+    logp_NV = logits_NV.log_softmax(-1)
+    exact = {"entropy": -(logp_NV.exp() * logp_NV).sum(-1), "sum_sq": logp_NV.exp().square().sum(-1)}
+    for name, expected in exact.items():
+        torch.testing.assert_close(stats[name].double(), expected, atol=1e-6, rtol=1e-5)

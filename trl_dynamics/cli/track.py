@@ -3,12 +3,12 @@
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -89,7 +89,9 @@ def run(argv: list[str]) -> int:
     for name in ("model_name_or_path", "probe_set", "output_dir"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing; see trl-dynamics track --help")
-    store = track(args)
+    # An option that was given wins over the run's, also where it says what is the default anyway.
+    given = {arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")}
+    store = track(args, given)
     if Accelerator().is_main_process:
         frame = load_records(store.output_dir)
         table = frame.pivot_table(index=["model", "step"], columns="response_type", values="logp_mean", sort=False)
@@ -97,25 +99,35 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def track(args: TrackArguments) -> DynamicsStore:
+def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
     """Score the models of `args` that have no records yet, and write those; returns the store.
+
+    `given` names the options that a replayed run does not overrule.
 
     y* is that of the replayed run, or frozen at the first target; a target that tokenises the probes differently
     starts a baseline of its own. An interrupted call goes on where it stopped when it is given again.
     """
-    targets = find_targets(args.model_name_or_path, args.checkpoints)
-    source = replayed_run(args)
+    # One process looks at the files, for all: they may see them at different moments.
+    targets, run = on_main(
+        lambda: (find_targets(args.model_name_or_path, args.checkpoints), recorded_run(args) if args.replay else None)
+    )
+    settings = replay(args, run.meta if run else {}, given)
+    for name, value in settings.items():
+        setattr(args, name, value)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(0)
     probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes)
     probe_set = probe_set.sample(args.probe_subset) if args.probe_subset is not None else probe_set
     sources.require_writable(args.output_dir)
     store = DynamicsStore(args.output_dir)
-    session = _Session(store, source, accelerator, targets)
+    session = _Session(store, run, accelerator, targets, settings | {"model_revision": args.model_revision})
     try:
+        session.begin(probe_set)
         for target in targets:
-            if not session.is_done(target, probe_set):
-                session.score(target, args, probe_set)
+            if (target.model_index, target.step) not in session.done:
+                session.score(
+                    target, args, probe_set, required="probe_layout" in given and args.probe_layout == "shared_prefix"
+                )
         session.finish()
     finally:
         store.close()
@@ -123,41 +135,67 @@ def track(args: TrackArguments) -> DynamicsStore:
     return store
 
 
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run left behind: its meta.json and the y* it froze."""
+
+    output_dir: str
+    meta: dict
+    star_ids: list[list[int]] | None
+
+
 class _Session:
     """One call of `track`: what it scores goes into one store, which an earlier call may have begun."""
 
-    def __init__(self, store: DynamicsStore, source: DynamicsStore | None, accelerator, targets: list[Target]):
-        self.store, self.source, self.accelerator, self.targets = store, source, accelerator, targets
+    def __init__(
+        self, store: DynamicsStore, run: RecordedRun | None, accelerator, targets: list[Target], settings: dict
+    ):
+        self.store, self.run, self.accelerator, self.targets = store, run, accelerator, targets
         self.meta: dict = {}
+        self.facts = {
+            "status": "running",
+            "num_processes": accelerator.num_processes,
+            "targets": [vars(target) for target in targets],
+            "settings": settings,
+        }
         self.done: set[tuple[int, int]] = set()
         self.baselines: dict[str, list[list[int]]] = {}
-        if source is not None and source.has_baseline():
-            self.baselines[source.read_meta()["batch_plan"]["fingerprint"]] = source.read_baseline()
+        if run is not None and run.star_ids is not None:
+            self.baselines[run.meta["batch_plan"]["fingerprint"]] = run.star_ids
 
-    def is_done(self, target: Target, probe_set) -> bool:
-        """Whether the store has this target's records; the first question opens the store."""
-        if not self.meta:
-            self.meta, self.done, earlier = self._on_main(lambda: self._continued(probe_set))
-            self.baselines |= earlier
-        return (target.model_index, target.step) in self.done
+    def begin(self, probe_set) -> None:
+        """Keep other writers out, and take over what an earlier call has done in the same way."""
+        self.meta, self.done, earlier = on_main(lambda: self._continued(probe_set))
+        self.baselines |= earlier
 
-    def score(self, target: Target, args: TrackArguments, probe_set) -> None:
+    def score(self, target: Target, args: TrackArguments, probe_set, *, required: bool) -> None:
         """Load the weights, score them, write their records."""
         began = time.perf_counter()
         model, tokenizer = _load(target.path, args, self.accelerator.device)
         engine, fallback = build_engine(model, tokenizer, probe_set, args, self.accelerator)
         stats_head.install(model)
-        settle_layout(engine, model, fallback, required=args.probe_layout == "shared_prefix")
+        settle_layout(engine, model, fallback, required=required)
         plan = engine.batch_plan["fingerprint"]
+        if self.run is not None and plan != self.run.meta["batch_plan"]["fingerprint"]:
+            logger.warning(
+                f"{target.path} is not scored in the batches of the run in {self.run.output_dir}: token by token the "
+                "numbers differ by rounding, and y* is frozen anew"
+            )
         scores = engine.score(model, self.baselines.get(plan))
         num_rows = len(scores.columns["probe_id"])
         table = to_table({"model": [target.model] * num_rows, "step": [target.step] * num_rows} | scores.columns)
-        if "batch_plan" not in self.meta:
+        is_first = "batch_plan" not in self.meta
+        if is_first:
             self.meta |= describe_run(model, probe_set, engine, "track", args) | self.meta
-            self._on_main(lambda: self.store.create(probe_set, self.meta, changed_fields(args)))
-        if not self.store.has_baseline(model_index=target.model_index):
-            self._on_main(lambda: self.store.write_baseline(scores.star_ids, model_index=target.model_index))
-        self._on_main(lambda: self.store.write_records(table, step=target.step, model_index=target.model_index))
+
+        def write() -> None:
+            if is_first:
+                self.store.create(probe_set, self.meta, changed_fields(args))
+            if not self.store.has_baseline(model_index=target.model_index):
+                self.store.write_baseline(scores.star_ids, model_index=target.model_index)
+            self.store.write_records(table, step=target.step, model_index=target.model_index)
+
+        on_main(write)
         self.baselines.setdefault(plan, scores.star_ids)
         self.meta["probe_seconds"] += time.perf_counter() - began
         logger.info(f"scored {target.model} at step {target.step}")
@@ -165,70 +203,64 @@ class _Session:
     def finish(self) -> None:
         """Say in meta.json that all is done."""
         self.meta["status"] = "finished"
-        self._on_main(lambda: self.store.write_meta(self.meta))
+        on_main(lambda: self.store.write_meta(self.meta))
 
     def _continued(self, probe_set) -> tuple[dict, set[tuple[int, int]], dict[str, list[list[int]]]]:
         """What the store of an interrupted or smaller call says: meta, the done, the y* of the plan."""
         self.store.open()
-        facts = {
-            "status": "running",
-            "num_processes": self.accelerator.num_processes,
-            "targets": [vars(target) for target in self.targets],
-        }
         earlier = self.store.read_meta() if self.store.exists else {}
-        same = earlier.get("kind") == "track" and earlier["probe_set"]["fingerprint"] == probe_set.fingerprint
-        if not same or [t for t in earlier["targets"] if t not in facts["targets"]]:
-            return facts, set(), {}
-        done = {(i, step) for i in {t.model_index for t in self.targets} for step in self.store.recorded_steps(i)}
+        same = (
+            earlier.get("kind") == "track"
+            and earlier["probe_set"]["fingerprint"] == probe_set.fingerprint
+            and earlier.get("settings") == self.facts["settings"]
+            and all(target in self.facts["targets"] for target in earlier["targets"])
+        )
+        indices = {target.model_index for target in self.targets}
+        done = {(i, step) for i in indices for step in self.store.recorded_steps(i)} if same else set()
         if not done:
-            return facts, set(), {}
+            return self.facts, set(), {}
         logger.info(f"{self.store.root} has records of {len(done)} of {len(self.targets)} targets already")
-        first = min(index for index, _ in done)
-        return (
-            earlier | facts,
-            done,
-            {earlier["batch_plan"]["fingerprint"]: self.store.read_baseline(model_index=first)},
-        )
-
-    def _on_main(self, work: Callable[[], object]) -> object:
-        """Run `work` on the main process; its result, or its error, reaches every process."""
-        outcome: list = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = work()
-            except (OSError, ValueError) as error:
-                outcome[1] = error
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        star_ids = self.store.read_baseline(model_index=min(index for index, _ in done))
+        return earlier | self.facts, done, {earlier["batch_plan"]["fingerprint"]: star_ids}
 
 
-def replayed_run(args: TrackArguments) -> DynamicsStore | None:
-    """The run whose checkpoints are scored; its settings fill in every option of `args` that was left open."""
+def on_main(work: Callable[[], object]) -> object:
+    """Run `work` on the main process; its result, or its error, reaches every process."""
+    state, outcome = PartialState(), [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def recorded_run(args: TrackArguments) -> RecordedRun | None:
+    """The run that the first model is the output of; None if it has no records."""
     source = DynamicsStore(args.model_name_or_path[0])
-    defaults = {"dtype": "float32"}
-    if args.replay and source.exists:
-        meta = source.read_meta()
-        unset = TrackArguments()
-        for name, path in _REPLAYED.items():
-            value = meta
-            for key in path:
-                value = value.get(key) if isinstance(value, dict) else None
-            if value is not None and getattr(args, name) == getattr(unset, name):
-                setattr(args, name, value)
-        logger.info(
-            f"scoring as the run in {source.output_dir} did: weights {args.dtype}, autocast "
-            f"{args.mixed_precision or 'no'}, attention {args.attn_implementation}, layout {args.probe_layout} "
-            f"with {args.probe_tokens_per_batch} tokens per batch (--replay False to choose yourself)"
-        )
-    else:
-        source = None
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return source
+    if not source.exists:
+        return None
+    star_ids = source.read_baseline() if source.has_baseline() else None
+    return RecordedRun(str(source.output_dir), source.read_meta(), star_ids)
+
+
+def replay(args: TrackArguments, meta: dict, given: Collection[str]) -> dict:
+    """How to score: what was given, else as the run of `meta` did, else the defaults."""
+    settings = {}
+    for name, path in _REPLAYED.items():
+        value = meta
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        settings[name] = getattr(args, name) if name in given or value is None else value
+    settings["dtype"] = settings["dtype"] or "float32"
+    if meta:
+        shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+        logger.info(f"scoring as the run did ({shown}); --replay False scores by the options alone")
+    return settings
 
 
 def find_targets(models: list[str], checkpoints: str | None) -> list[Target]:

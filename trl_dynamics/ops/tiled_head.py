@@ -76,8 +76,9 @@ def _tile_stats(
         "other_id": torch.where(is_target_N, top_id_NK[:, 1], top_id_NK[:, 0]),
         "other_logp": torch.where(is_target_N, top_logp_NK[:, 1], top_logp_NK[:, 0]),
         # sum_v p_v (log total - shifted_v), which is -sum_v p_v log p_v.
-        "entropy": log_total_N - torch.linalg.vecdot(weight_NV, shifted_NV) / total_N,
-        "sum_sq": torch.linalg.vecdot(weight_NV, weight_NV) / total_N.square(),
+        # Plain products: a dot product would be rounded under autocast.
+        "entropy": log_total_N - shifted_NV.mul_(weight_NV).sum(dim=-1) / total_N,
+        "sum_sq": weight_NV.square_().sum(dim=-1) / total_N.square(),
         "topk_mass": top_logp_NK[:, :top_k].exp().sum(dim=-1),
     }
     if extra_NE is not None:

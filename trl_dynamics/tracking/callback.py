@@ -7,7 +7,7 @@ import pyarrow as pa
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_dynamics.compat import log_apart
-from trl_dynamics.probing.layouts import Layout
+from trl_dynamics.probing.layouts import PaddedLayout
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking import metrics
 from trl_dynamics.tracking.budget import check_budget, is_affordable
@@ -16,6 +16,7 @@ from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import to_table
+from trl_dynamics.tracking.run import recorded_layout
 from trl_dynamics.tracking.schedule import probe_steps
 from trl_dynamics.tracking.series import Series
 from trl_dynamics.tracking.store import DynamicsStore
@@ -38,7 +39,7 @@ class ProbeCallback(TrainerCallback):
         store ([`DynamicsStore`]): Where the records go.
         meta (`dict`): What produced the numbers; schedule, cost and status are added here.
         config (`dict`): Resolved arguments, written as config.yaml.
-        fallback ([`Layout`]): For a model that turns out not to allow the engine's layout.
+        fallback ([`PaddedLayout`]): For a model that turns out not to allow the engine's layout.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ProbeCallback(TrainerCallback):
         store: DynamicsStore,
         meta: dict,
         config: dict,
-        fallback: Layout,
+        fallback: PaddedLayout,
     ):
         check_budget(trainer.args.probe_budget)
         self.trainer, self.engine, self.config, self.fallback = trainer, engine, config, fallback
@@ -58,7 +59,7 @@ class ProbeCallback(TrainerCallback):
         self._steps: frozenset[int] = frozenset()
         self._warned = False
         self._scalars: tuple[int, dict[str, float]] | None = None
-        self._running = False
+        self._running, self._settled = False, False
 
     @property
     def store(self) -> DynamicsStore:
@@ -80,10 +81,10 @@ class ProbeCallback(TrainerCallback):
             at_end=args.probe_at_end,
         )
         self._steps, self._warned = frozenset(steps), False
-        settle_layout(self.engine, self.trainer.model, self.fallback, required=args.probe_layout == "shared_prefix")
+        resumed = state.global_step > 0
+        self._settle_layout(self.series.recorded_plan() if resumed else None)
         self.series.meta["batch_plan"] = self.engine.batch_plan
         self.series.meta["schedule"] = {"steps": steps, "on_save": args.probe_on_save, "budget": args.probe_budget}
-        resumed = state.global_step > 0
         self.series.begin(state.global_step, state.stateful_callbacks.get(CHECKPOINT_KEY, {}) if resumed else {})
         self._mark_checkpoints(state)
         self._scalars, self._running = None, True
@@ -174,6 +175,8 @@ class ProbeCallback(TrainerCallback):
 
     def _measure(self, step: int) -> tuple[pa.Table, list[list[int]], dict[str, float]]:
         """Records of the model as it is, its y* ids, and the scalars against the baseline."""
+        if not self._settled:
+            self._settle_layout(None)
         baseline = self.series.baseline
         scores = self.engine.score(self.trainer.model, self.series.star_ids)
         num_rows = len(scores.columns["probe_id"])
@@ -182,6 +185,16 @@ class ProbeCallback(TrainerCallback):
         if baseline is not None and step not in baseline["step"].to_numpy():
             frame = pd.concat([baseline, frame], ignore_index=True)
         return table, scores.star_ids, metrics.scalars(frame)
+
+    def _settle_layout(self, plan: dict | None) -> None:
+        """Decide on the batches before the first scoring: those of the run that goes on, else what a check allows."""
+        args = self.trainer.args
+        if plan is not None:
+            self.engine.use(recorded_layout(plan, args, self.fallback))
+        else:
+            required = args.probe_layout == "shared_prefix"
+            settle_layout(self.engine, self.trainer.model, self.fallback, required=required)
+        self._settled = True
 
     def _write_progress(self, state: TrainerState) -> None:
         self.series.write_progress(training_lines(state))

@@ -72,9 +72,10 @@ class ProbeEngine:
         """What makes two scorings comparable token by token: layout, sizes and a fingerprint of every batch."""
         digest = hashlib.sha256(self.encoded.fingerprint.encode())
         for group in self.groups:
-            prompts = list(group.prompts.input_ids.shape) if group.prompts else None
-            batches = [[list(batch.input_ids.shape), batch.item_N.tolist()] for batch in group.batches]
-            digest.update(json.dumps([prompts, batches]).encode())
+            if group.prompts:
+                digest.update(json.dumps(list(group.prompts.input_ids.shape)).encode())
+            for batch in group.batches:
+                digest.update(json.dumps([list(batch.input_ids.shape), batch.item_N.tolist()]).encode())
         return {
             "layout": self.layout.name,
             "tokens_per_batch": self.layout.tokens_per_batch,
@@ -175,7 +176,9 @@ class ProbeEngine:
         stats["star_logp"] = stats["other_logp"] if stars is None else stats["extra_logp"][:, 0]
         dtype = stats["target_logp"].dtype
         values_NS = torch.stack([stats[name].to(dtype) for name in _FROM_DEVICE], dim=1)
-        return values_NS.to("cpu", non_blocking=True), stats["other_id"].to("cpu", non_blocking=True)
+        # Only a copy that an event can be waited for may be left under way.
+        later = device.type == "cuda"
+        return values_NS.to("cpu", non_blocking=later), stats["other_id"].to("cpu", non_blocking=later)
 
     def _accumulate(self, batch: ProbeBatch, values_NS: torch.Tensor, sums: torch.Tensor) -> None:
         own_N = ~batch.is_eos_mask_N

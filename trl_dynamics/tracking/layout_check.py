@@ -36,7 +36,7 @@ def settle_layout(engine: ProbeEngine, model: nn.Module, fallback: Layout, *, re
     sample = two_probes(engine.encoded)
     paths = [_logp_mean(engine, model, sample, layout) for layout in (engine.layout, fallback)]
     # Every process sees the same sums, so all of them come to the same verdict.
-    apart = sum(abs(a - b) for a, b in zip(*paths, strict=True)) / len(sample.items)
+    apart = sum(abs(a - b) if a != b else 0.0 for a, b in zip(*paths, strict=True)) / len(sample.items)
     tolerance = HALF_TOLERANCE if _computes_in_half(engine, model) else TOLERANCE
     if apart <= tolerance:
         return

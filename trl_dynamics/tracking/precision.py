@@ -15,42 +15,56 @@ _HALF = (torch.bfloat16, torch.float16)
 def float32_compute(model: nn.Module, accelerator=None) -> Iterator[None]:
     """Half-precision weights as float32 copies while their module runs; autocast is left by the stats head itself.
 
-    One module's weights are copied at a time, so memory grows by the largest module only. The weights themselves are
-    not touched: each parameter holds its own storage again when its module is done, also after an error.
+    A layer's weights are copied at a time, so memory grows by the largest layer only. The parameters themselves are
+    not touched, they only step aside: assigning to their `.data` would cut the hooks by which DDP reduces gradients.
 
     Raises:
         ValueError: If the processes' own wrapper casts or gathers the weights (FSDP or DeepSpeed in half precision).
     """
-    owners = [
-        module
-        for module in model.modules()
-        if any(parameter.dtype in _HALF for parameter in module.parameters(recurse=False))
-    ]
-    if accelerator is not None and shards_or_casts_parameters(accelerator, half_weights=bool(owners)):
+    half = any(parameter.dtype in _HALF for parameter in model.parameters())
+    if accelerator is not None and shards_or_casts_parameters(accelerator, half_weights=half):
         raise ValueError(
             f"probe_dtype=float32 is not possible under {accelerator.distributed_type.value} with half-precision "
             "compute, whose wrapper casts the weights itself; train with mixed_precision 'no' and float32 weights, or "
             "leave probe_dtype out and score the checkpoints later with `trl-dynamics track --dtype float32`"
         )
-    kept: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+    aside: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
 
-    def enlarge(module: nn.Module, args: tuple) -> None:
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype in _HALF]
-        kept[id(module)] = [(parameter, parameter.data) for parameter in own]
-        for parameter in own:
-            parameter.data = parameter.data.float()
+    def put_back(unit: nn.Module, *_) -> None:
+        for module, name, parameter in aside.pop(unit, []):
+            module._parameters[name] = parameter
 
-    def put_back(module: nn.Module, args: tuple, output: object) -> None:
-        for parameter, data in kept.pop(id(module), []):
-            parameter.data = data
+    def enlarge(unit: nn.Module, *_) -> None:
+        aside[unit] = [
+            (module, name, parameter)
+            for module in units[unit]
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.dtype in _HALF
+        ]
+        for module, name, parameter in aside[unit]:
+            module._parameters[name] = parameter.detach().float()
 
-    handles = [module.register_forward_pre_hook(enlarge) for module in owners]
-    handles += [module.register_forward_hook(put_back, always_call=True) for module in owners]
+    units = dict(_units(model))
+    handles = [unit.register_forward_pre_hook(enlarge) for unit in units]
+    handles += [unit.register_forward_hook(put_back, always_call=True) for unit in units]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameters in kept.values():
-            for parameter, data in parameters:
-                parameter.data = data
+        for unit in list(aside):
+            put_back(unit)
+
+
+def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """What is enlarged at a time: each layer of a list with all inside it, each other module with its own weights.
+
+    Inside a layer, adapters look at the dtype of their parts before these run, so it is enlarged as a whole.
+    """
+    if isinstance(module, nn.ModuleList):
+        yield from ((layer, list(layer.modules())) for layer in module)
+        return
+    if any(parameter.dtype in _HALF for parameter in module.parameters(recurse=False)):
+        yield module, [module]
+    for child in module.children():
+        yield from _units(child)

@@ -51,6 +51,23 @@ def build_engine(
     return engine, PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens)
 
 
+def recorded_layout(plan: dict, args, fallback: PaddedLayout) -> Layout:
+    """The layout that a run's meta.json recorded, where the arguments leave it open.
+
+    Args:
+        plan (`dict`): `batch_plan` of the run; the first schema version gave rows per batch instead of tokens.
+        args: Anything with `probe_layout` and `probe_tokens_per_batch`.
+        fallback ([`PaddedLayout`]): Knows the padding token.
+    """
+    name = plan["layout"] if args.probe_layout == "auto" else args.probe_layout
+    tokens = args.probe_tokens_per_batch
+    tokens = plan.get("tokens_per_batch") if tokens is None else tokens
+    if name == "padded":
+        rows = plan.get("batch_size") if tokens is None else None
+        return PaddedLayout(rows, fallback.pad_id, tokens_per_batch=tokens)
+    return SharedPrefixLayout(tokens or fallback.tokens_per_batch, fallback.pad_id)
+
+
 def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Layout:
     """The layout of that name; `"auto"` shares prompts where the model's attention allows it.
 
@@ -83,7 +100,7 @@ def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str, a
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
             "num_parameters": sum(parameter.numel() for parameter in parameters),
-            "num_trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            "num_trainable": sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad),
         },
         "probe_set": {
             "name": probe_set.name,

@@ -129,6 +129,10 @@ class Series:
         self.steps.add(step)
         self._on_main(write, lost=f"the records of step {step}", lost_step=step)
 
+    def recorded_plan(self) -> dict | None:
+        """The batch plan of the run that is about to be continued; None where there is none to read."""
+        return self._on_main(lambda: self.store.read_meta()["batch_plan"] if self.store.exists else None)
+
     def decide(self, choose: Callable[[], bool]) -> bool:
         """A choice that the main process makes for all."""
         return self._on_main(choose)

@@ -90,7 +90,7 @@ class ProbeArguments(ScoringArguments):
         default=None,
         metadata={
             "help": "Most time that probing may take, as a share of training time, e.g. 0.05: scheduled probes are "
-            "left out evenly to keep to it. None: every scheduled probe is taken."
+            "left out evenly to keep to it. Probes that `probe_on_evaluate` asks for are always taken. None: no limit."
         },
     )
     probe_on_error: str = field(

@@ -1,6 +1,7 @@
 """What SFT, DPO and GRPO trainers of this package share: the tracker, and a section in the model card."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -13,6 +14,8 @@ from trl_dynamics.tracking.run import build_engine, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ProbeArguments
 from trl_dynamics.trainers.parallelism import refuse_parallelism
+
+logger = logging.getLogger(__name__)
 
 
 class DynamicsMixin:
@@ -66,12 +69,17 @@ class DynamicsMixin:
         card = Path(self.args.output_dir) / "README.md"
         if self.probe_callback is None or not self.is_world_process_zero() or not card.is_file():
             return
-        if not self.probe_callback.has_records:
+        store = self.probe_callback.store
+        try:
+            if not self.probe_callback.has_records:
+                return
+            steps = store.recorded_steps()
+            section = model_card_section(store.read_records({steps[0], steps[-1]}))
+        except (OSError, ValueError) as error:
+            # Cards are written at every checkpoint, and records that cannot be read are no reason to stop training.
+            logger.warning(f"the model card has no table of the probes: {error}")
             return
-        text = card.read_text(encoding="utf-8")
-        card.write_text(
-            f"{text.rstrip()}\n\n{model_card_section(self.probe_callback.store.read_records())}", encoding="utf-8"
-        )
+        card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}", encoding="utf-8")
 
 
 def with_probe_defaults(args: TrainingArguments) -> TrainingArguments:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
@@ -14,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from trl_dynamics import stats_head
 from trl_dynamics.cli import sources
+from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import to_table
 from trl_dynamics.tracking.run import LIMITS, build_engine, changed_fields, describe_run
-from trl_dynamics.tracking.store import DynamicsStore, load_records
+from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ScoringArguments
 
 logger = logging.getLogger(__name__)
@@ -92,9 +94,9 @@ def run(argv: list[str]) -> int:
     # An option that was given wins over the run's, also where it says what is the default anyway.
     given = {arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")}
     store = track(args, given)
-    if Accelerator().is_main_process:
-        frame = load_records(store.output_dir)
-        table = frame.pivot_table(index=["model", "step"], columns="response_type", values="logp_mean", sort=False)
+    if PartialState().is_main_process:
+        paths = {model: summary.path() for model, summary in summarise_store(store).items()}
+        table = pd.concat(paths, names=["model"])
         print("mean log-probability per token (nats):", table.round(3).to_string(), f"records: {store.root}", sep="\n")
     return 0
 

@@ -112,8 +112,14 @@ def full_head_weights(head: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Ten
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None
-    with maybe_gather_lm_head_ctx(weight, bias):
+    # TRL's function takes for granted that ZeRO-3 splits every model of a process; one that it does not is whole.
+    with maybe_gather_lm_head_ctx(*(part for part in (weight, bias) if hasattr(part, "ds_status"))):
         yield weight, bias
+
+
+def whole_numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, of which ZeRO-3 leaves none in sight outside a forward."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def shards_or_casts_parameters(accelerator: Accelerator, *, half_weights: bool) -> bool:

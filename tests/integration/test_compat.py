@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from tiny import tiny_model
 from tiny_runs import make_trainer
@@ -37,6 +38,18 @@ def test_full_head_weights(bias):
     head = nn.Linear(4, 7, bias=bias)
     with compat.full_head_weights(head) as (weight, given):
         assert weight is head.weight and given is head.bias
+
+
+def test_a_head_that_zero_3_does_not_split_is_whole():
+    zero3 = HfDeepSpeedConfig({"train_batch_size": 1, "zero_optimization": {"stage": 3}})
+    try:
+        head = nn.Linear(4, 7)
+        with compat.full_head_weights(head) as (weight, bias):
+            assert zero3.is_zero3() and weight is head.weight and bias is head.bias
+        # What ZeRO-3 does split is compared in tests/distributed.
+        assert compat.whole_numel(head.weight) == 28
+    finally:
+        unset_hf_deepspeed_config()
 
 
 @pytest.mark.parametrize(

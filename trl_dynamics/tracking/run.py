@@ -99,8 +99,8 @@ def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str, a
             "architecture": model.config.model_type,
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
-            "num_parameters": sum(parameter.numel() for parameter in parameters),
-            "num_trainable": sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad),
+            "num_parameters": sum(map(compat.whole_numel, parameters)),
+            "num_trainable": sum(compat.whole_numel(p) for p in parameters if p.requires_grad),
         },
         "probe_set": {
             "name": probe_set.name,

@@ -51,21 +51,22 @@ def make_trainer(
     data=None,
     dropout=0.2,
     dtype=torch.float32,
+    make_model=tiny_model,
     **options,
 ):
     """A trainer on the tiny model; `probes` is a probe set or None, `options` go to the config.
 
-    `dtype` is that of the weights. In GRPO, groups of two complete a prompt with six tokens and are rewarded for
+    `dtype` is that of the weights, `make_model` has the signature of `tiny_model`. In GRPO, groups of two complete a prompt with six tokens and are rewarded for
     letters; with `beta` the reference model is loaded from a folder below `output_dir`, as TRL wants it.
     """
     set_seed(options.setdefault("seed", 7))
     config_class, trainer_class = (getattr(package, f"{method.upper()}{kind}") for kind in ("Config", "Trainer"))
     defaults = _OPTIONS | (_GRPO_OPTIONS if method == "grpo" else {})
     args = config_class(output_dir=str(output_dir), **(defaults | options))
-    model = tiny_model("llama", attention_dropout=dropout).to(dtype)
+    model = make_model("llama", attention_dropout=dropout).to(dtype)
     extra = {}
     if method == "dpo" and not lora:
-        extra["ref_model"] = tiny_model("llama").to(dtype)
+        extra["ref_model"] = make_model("llama").to(dtype)
     if method == "grpo":
         extra["reward_funcs"] = letter_share
     if method == "grpo" and args.beta and not lora:

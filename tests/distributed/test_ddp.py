@@ -1,80 +1,90 @@
-"""Two processes track what one process tracks: DDP over gloo, through `accelerate launch` with the recipe's config."""
+"""Two processes track what one process tracks: data parallelism over gloo, with the recipe's config."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from comparison import assert_consistent, assert_same_course, assert_same_start, batch_plan
+from launcher import CONFIGS, free_port, launch, watch
 
-import trl_dynamics
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PAIRS, PROBES
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "recipes/accelerate_configs/ddp.yaml"
-WORKER = Path(__file__).parent / "train_worker.py"
-KEYS = ["step", "probe_id", "response_type"]
-TIME_LIMIT = 240
-
 pytestmark = pytest.mark.distributed
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run(command: list[str]) -> str:
-    """Run to the end; a hang ends at the time limit. Returns what was printed."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    # Earlier tests of this process may have left what their training arguments export.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    env = inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+SAME_COURSE = [
+    "sft",
+    "sft_padded",
+    "dpo",
+    "dpo_padded",
+    "sft_lora",
+    "dpo_lora",
+    "accumulation",
+    "uneven_shared",
+    "uneven_padded",
+    "one_probe_shared",
+    "one_probe_padded",
+    "saved",
+]
 
 
-def start(method: str, output_dir: Path, num_processes: int, batch_size: int, *flags: str) -> dict:
-    """Run the worker; returns what its main process printed."""
-    worker = [str(WORKER), method, str(output_dir), str(num_processes), str(batch_size), *flags]
-    if num_processes == 1:
-        command = [sys.executable, *worker]
-    else:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-        launcher += ["--num_processes", str(num_processes), "--main_process_port", str(free_port())]
-        command = [*launcher, *worker]
-    return json.loads(run(command).strip().splitlines()[-1])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize(("method", "flags"), [("sft", ()), ("dpo", ()), ("sft", ("lora",)), ("sft", ("one_probe",))])
-def test_two_processes_record_what_one_records(method, flags, tmp_path):
-    one = start(method, tmp_path / "one", 1, 2, *flags)
-    two = start(method, tmp_path / "two", 2, 1, *flags)
-    assert two["wrapper"] == "DistributedDataParallel" and one["wrapper"] != "DistributedDataParallel"
-    single, double = (
-        trl_dynamics.load_records(tmp_path / name).set_index(KEYS).sort_index() for name in ("one", "two")
-    )
-    assert single.index.equals(double.index) and single.index.is_unique
-    assert sorted(single.index.unique("step")) == [0, 1, 2, 4]
-    values = [name for name in single.columns if name.endswith(("_sum", "_mean")) or name == "eos_logp"]
-    # Before the first update both score the same weights in the same batches.
-    assert single.loc[[0], values].equals(double.loc[[0], values])
-    # Later the gradients are summed in another order.
-    for name in values:
-        bound = 1e-5 * single["num_tokens"] + 1e-4 if name.endswith("_sum") else 1e-4
-        assert ((single[name] - double[name]).abs() <= bound).all(), name
-    scalars = [[entry for entry in run["log"] if "probe/seconds" in entry] for run in (one, two)]
-    for ours, theirs in zip(*scalars, strict=True):
-        assert {k: v for k, v in ours.items() if k != "probe/seconds"} == pytest.approx(
-            {k: v for k, v in theirs.items() if k != "probe/seconds"}, abs=1e-2
-        )
-    meta = json.loads((tmp_path / "two/dynamics/meta.json").read_text())
-    assert meta["num_processes"] == 2
+@pytest.fixture(scope="module")
+def one(folder):
+    return launch("single_gpu", [*SAME_COURSE, "grpo"], folder / "one", 1)
+
+
+@pytest.fixture(scope="module")
+def two(folder, one):
+    return launch("ddp", [*SAME_COURSE, "grpo", "resumed_from_one"], folder / "ddp", 2)
+
+
+@pytest.mark.parametrize("name", SAME_COURSE)
+def test_two_processes_record_what_one_records(name, one, two):
+    ours, theirs = one.outcome(name), two.outcome(name)
+    assert (ours["num_processes"], ours["distributed_type"]) == (1, "NO")
+    assert (theirs["num_processes"], theirs["distributed_type"]) == (2, "MULTI_CPU")
+    assert theirs["wrapper"] == "DistributedDataParallel"
+    assert_same_course(one.folder / name, two.folder / name)
+    ours, theirs = ([entry for entry in outcome["log"] if "probe/seconds" in entry] for outcome in (ours, theirs))
+    assert len(ours) == 4
+    for line, other in zip(ours, theirs, strict=True):
+        del line["probe/seconds"], other["probe/seconds"]
+        assert line == pytest.approx(other, abs=1e-3)
+
+
+def test_grpo_samples_differently_from_the_same_start(one, two):
+    for run in (one, two):
+        run.outcome("grpo")
+        assert_consistent(run.folder / "grpo")
+    assert_same_start(one.folder / "grpo", two.folder / "grpo")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_groups"),
+    [("uneven_shared", 5), ("uneven_padded", 9), ("one_probe_shared", 1), ("one_probe_padded", 1)],
+)
+def test_the_shares_of_two_processes_were_unequal(name, num_groups, two):
+    two.outcome(name)
+    assert batch_plan(two.folder / name)["num_groups"] == num_groups
+
+
+def test_a_run_of_one_process_goes_on_with_two(one, two):
+    two.outcome("resumed_from_one")
+    assert_same_course(one.folder / "saved", two.folder / "resumed_from_one")
+    meta = json.loads((two.folder / "resumed_from_one/dynamics/meta.json").read_text())
+    assert meta["resumed_at"] == [2] and meta["num_processes"] == 2
+
+
+def test_a_run_of_two_processes_goes_on_with_one(folder, one, two):
+    two.outcome("saved")
+    back = launch("single_gpu", ["resumed_from_two"], folder / "back", 1)
+    back.outcome("resumed_from_two")
+    assert_same_course(one.folder / "saved", folder / "back/resumed_from_two")
 
 
 def test_the_command_line_starts_two_processes(tmp_path):
@@ -83,7 +93,7 @@ def test_the_command_line_starts_two_processes(tmp_path):
     for name, rows in (("pairs", PAIRS), ("probes", PROBES)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
-        "accelerate_config": CONFIG,
+        "accelerate_config": CONFIGS / "ddp.yaml",
         "num_processes": 2,
         "main_process_port": free_port(),
         "model_name_or_path": tmp_path / "model",
@@ -95,6 +105,8 @@ def test_the_command_line_starts_two_processes(tmp_path):
         "bf16": False,
     }
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    printed = run([sys.executable, "-m", "trl_dynamics.cli.main", "sft", *flags])
-    assert printed.count("records:") == 1
+    output = tmp_path / "output.txt"
+    failure = watch([sys.executable, "-m", "trl_dynamics.cli.main", "sft", *flags], output)
+    assert failure is None, f"{failure}\n{output.read_text()[-6000:]}"
+    assert output.read_text().count("records:") == 1
     assert json.loads((tmp_path / "run/dynamics/meta.json").read_text())["num_processes"] == 2

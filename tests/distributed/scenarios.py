@@ -1,0 +1,107 @@
+"""What the worker can run, by name: training runs of seconds whose records are compared between set-ups."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tiny import tiny_model
+from tiny_runs import PAIRS, make_trainer
+
+# Rows that one optimiser step takes, over all processes.
+ROWS_PER_STEP = 2
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A tracked run of four steps.
+
+    Args:
+        method (`str`): `"sft"`, `"dpo"` or `"grpo"`.
+        num_probes (`int`, *optional*): Probes, of three responses each.
+        lora (`bool`, *optional*): Train an adapter.
+        accumulation (`int`, *optional*): Forwards of one process that an optimiser step of two processes takes.
+        tied (`bool`, *optional*): The LM head shares the embeddings' weights.
+        resume_from (`str`, *optional*): Continue a copy of this scenario's run, from its checkpoint after step 2;
+            relative to the launch's folder.
+        mixed_precision (`str`, *optional*): As `accelerate launch --mixed_precision` would set it; the config's own
+            `bf16` wants to see a GPU.
+        options (`dict`, *optional*): For the config.
+    """
+
+    method: str
+    num_probes: int = 3
+    lora: bool = False
+    accumulation: int = 1
+    tied: bool = False
+    resume_from: str | None = None
+    mixed_precision: str = "no"
+    options: dict = field(default_factory=dict)
+
+
+PADDED = {"probe_layout": "padded"}
+SHARED = {"probe_layout": "shared_prefix"}
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+SCENARIOS = {
+    "sft": Scenario("sft", options=SHARED),
+    "sft_padded": Scenario("sft", options=PADDED),
+    "dpo": Scenario("dpo", options=SHARED),
+    "dpo_padded": Scenario("dpo", options=PADDED),
+    "grpo": Scenario("grpo"),
+    "sft_lora": Scenario("sft", lora=True),
+    "dpo_lora": Scenario("dpo", lora=True),
+    "accumulation": Scenario("sft", accumulation=2),
+    # So few tokens that each prompt, or each response, is a group of its own.
+    "uneven_shared": Scenario("sft", num_probes=5, options=SHARED | {"probe_tokens_per_batch": 40}),
+    "uneven_padded": Scenario("sft", num_probes=3, options=PADDED | {"probe_tokens_per_batch": 40}),
+    "one_probe_shared": Scenario("sft", num_probes=1, options=SHARED | {"probe_tokens_per_batch": 512}),
+    "one_probe_padded": Scenario("sft", num_probes=1, options=PADDED | {"probe_tokens_per_batch": 512}),
+    "bf16": Scenario("sft", mixed_precision="bf16"),
+    "tied": Scenario("sft", tied=True),
+    "saved": Scenario("sft", options=SAVING),
+    "resumed": Scenario("sft", options=SAVING, resume_from="saved"),
+    "resumed_from_one": Scenario("sft", options=SAVING, resume_from="../one/saved"),
+    "resumed_from_two": Scenario("sft", options=SAVING, resume_from="../ddp/saved"),
+}
+
+
+def probes_of(scenario: Scenario) -> list[dict]:
+    """Probes whose prompts and answers differ in length."""
+    return [
+        row | {"prompt": row["prompt"] + "?" * (index % 3), "other_test": " Paris" + "!" * index}
+        for index, row in enumerate(PAIRS[: scenario.num_probes])
+    ]
+
+
+def save_models(folder: Path) -> None:
+    """What the scenarios load: a model that DeepSpeed splits while it is created draws other weights."""
+    for name, tied in (("model", False), ("model_tied", True)):
+        tiny_model("llama", tie_word_embeddings=tied).save_pretrained(folder / name)
+
+
+def make(scenario: Scenario, folder: Path, name: str, num_processes: int, **device_options):
+    """The trainer of a scenario; the rows of an optimiser step do not depend on the number of processes."""
+    rows = ROWS_PER_STEP * scenario.accumulation
+
+    def load(family: str, **overrides) -> PreTrainedModel:
+        source = folder / ("model_tied" if scenario.tied else "model")
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **overrides)
+
+    return make_trainer(
+        scenario.method,
+        folder / name,
+        lora=scenario.lora,
+        probes=probes_of(scenario),
+        dropout=0.0,
+        make_model=load,
+        **{
+            "max_steps": 4,
+            "probe_every": 2,
+            "probe_tokens_per_batch": 96,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": rows // num_processes,
+        }
+        | scenario.options
+        | device_options,
+    )

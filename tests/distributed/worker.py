@@ -1,0 +1,146 @@
+"""Runs scenarios one after another, on every process that `accelerate launch` starts.
+
+usage: worker.py CONFIG FOLDER NUM_PROCESSES SCENARIO...
+
+A CPU needs three things that a GPU does not, and they are done here and nowhere else: FSDP must believe in the device,
+DeepSpeed must be told to use gloo, and its collectives through shared memory, which are compiled at the first use,
+must be off. Most ways to get this wrong run one process, or plain data parallelism, without an error; so every
+scenario asserts what it ran as.
+"""
+
+import faulthandler
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
+
+EXPECTED = {
+    "single_gpu": DistributedType.NO,
+    "ddp": DistributedType.MULTI_CPU,
+    "fsdp2": DistributedType.FSDP,
+    "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
+}
+
+
+def prepare_device(config: str) -> dict:
+    """What this CPU needs to run `config`; returns training arguments."""
+    torch.set_num_threads(1)
+    if config == "fsdp2":
+        if not hasattr(PartialState, "_prepare_backend"):
+            raise RuntimeError("accelerate no longer has PartialState._prepare_backend: find its successor for FSDP2")
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        return {"use_cpu": False}
+    if config.startswith("zero"):
+        import deepspeed
+
+        if "deepspeed_shm_comm" not in deepspeed.ops.__compatible_ops__:
+            raise RuntimeError("deepspeed no longer lists deepspeed_shm_comm: see how its collectives are chosen now")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        return {"use_cpu": False, "ddp_backend": "gloo"}
+    return {"use_cpu": True}
+
+
+def share_held(trainer, config: str) -> float:
+    """The share of what `config` splits over processes that this one holds: parameters, or in ZeRO-2 their state."""
+    if config == "fsdp2":
+        parameters = list(trainer.model.parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in parameters), "a parameter lies here as a whole"
+        held = sum(parameter.to_local().numel() for parameter in parameters)
+        return held / sum(parameter.numel() for parameter in parameters)
+    if config.startswith("zero"):
+        engine = trainer.model_wrapped
+        assert type(engine).__name__ == "DeepSpeedEngine"
+        assert engine.zero_optimization_stage() == int(config[-1])
+    if config == "zero3":
+        parameters = list(trainer.model.parameters())
+        assert all(parameter.numel() == 0 for parameter in parameters), "a parameter lies here as a whole"
+        return sum(p.ds_tensor.numel() for p in parameters) / sum(p.ds_numel for p in parameters)
+    if config == "zero2":
+        held = sum(flat.numel() for flat in engine.optimizer.single_partition_of_fp32_groups)
+        return held / sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return 1.0
+
+
+def run(name: str, config: str, folder: Path, num_processes: int, device_options: dict) -> dict:
+    """One scenario on this process; returns what it ran as."""
+    from scenarios import SCENARIOS, make
+
+    scenario = SCENARIOS[name]
+    output_dir = folder / name
+    os.environ["ACCELERATE_MIXED_PRECISION"] = scenario.mixed_precision
+    checkpoint = None
+    if scenario.resume_from:
+        if int(os.environ.get("RANK", 0)) == 0:
+            shutil.copytree(folder / scenario.resume_from, output_dir)
+        checkpoint = str(output_dir / "checkpoint-2")
+    trainer = make(scenario, folder, name, num_processes, **device_options)
+    accelerator = trainer.accelerator
+    assert accelerator.distributed_type == EXPECTED[config if num_processes > 1 else "single_gpu"], vars(accelerator)
+    assert accelerator.num_processes == num_processes
+    accelerator.wait_for_everyone()
+    if config == "zero3":
+        # DeepSpeed does not split small parameters, which all of a tiny model's are.
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+    trainer.train(resume_from_checkpoint=checkpoint)
+    share = share_held(trainer, config)
+    if num_processes > 1 and config != "ddp":
+        assert 1 / num_processes <= share < 0.6, f"a process holds {share:.2f} of the whole"
+    accelerator.wait_for_everyone()
+    assert accelerator.mixed_precision == scenario.mixed_precision
+    # Not `trainer.end()`, which takes the process group down: the next scenario uses it.
+    return {
+        "distributed_type": str(accelerator.distributed_type.value),
+        "num_processes": accelerator.num_processes,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "share_held": share,
+        "log": trainer.state.log_history,
+    }
+
+
+def main(config: str, folder: Path, num_processes: int, names: list[str]) -> None:
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    device_options = prepare_device(config if num_processes > 1 else "single_gpu")
+    for name in names:
+        # Where each process stands goes to the output just before the launcher calls it a hang.
+        faulthandler.dump_traceback_later(float(os.environ["SCENARIO_LIMIT"]) * 0.9)
+        if is_main:
+            (folder / "progress").write_text(name)
+        if name == "hang":
+            # The test of the time limit: process 1 never reaches the collective that process 0 waits in.
+            (folder / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
+            state = PartialState(cpu=True)
+            state.wait_for_everyone() if is_main else time.sleep(3600)
+        began = time.perf_counter()
+        facts = run(name, config, folder, num_processes, device_options)
+        if is_main:
+            written = facts | {"seconds": time.perf_counter() - began}
+            (folder / f"{name}.part").write_text(json.dumps(written))
+            os.replace(folder / f"{name}.part", folder / f"{name}.json")
+        faulthandler.cancel_dump_traceback_later()
+        gc.collect()
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Gloo's threads may still hold Python objects; an interpreter that takes itself down beside them aborts now and
+    # then. And after an error the other processes wait in a collective: the launcher ends them when this one has left.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

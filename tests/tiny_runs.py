@@ -56,8 +56,9 @@ def make_trainer(
 ):
     """A trainer on the tiny model; `probes` is a probe set or None, `options` go to the config.
 
-    `dtype` is that of the weights, `make_model` has the signature of `tiny_model`. In GRPO, groups of two complete a prompt with six tokens and are rewarded for
-    letters; with `beta` the reference model is loaded from a folder below `output_dir`, as TRL wants it.
+    `dtype` is that of the weights, `make_model` has the signature of `tiny_model`. In GRPO, groups of two complete a
+    prompt with six tokens and are rewarded for letters; with `beta` the reference model is loaded from a folder below
+    `output_dir`, as TRL wants it.
     """
     set_seed(options.setdefault("seed", 7))
     config_class, trainer_class = (getattr(package, f"{method.upper()}{kind}") for kind in ("Config", "Trainer"))

@@ -6,6 +6,7 @@ needs besides.
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -68,11 +69,13 @@ def launch(
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_models(folder)
-    command = [sys.executable]
-    if num_processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-        command += ["--num_processes", str(num_processes), "--main_process_port", str(free_port())]
-    command += [str(WORKER), config, str(folder), str(num_processes), *scenarios]
+    worker = [str(WORKER), config.removesuffix("_multi_node"), str(folder), str(num_processes), *scenarios]
+    if num_processes == 1:
+        command = [sys.executable, *worker]
+    elif config.endswith("_multi_node"):
+        command = on_two_machines(config, num_processes, worker)
+    else:
+        command = accelerate(config, num_processes, free_port(), worker)
     progress, output = folder / "progress", folder / "output.txt"
     progress.write_text("")
 
@@ -83,6 +86,24 @@ def launch(
     reports = {name: folder / f"{name}.json" for name in scenarios}
     outcomes = {name: json.loads(path.read_text()) for name, path in reports.items() if path.is_file()}
     return Launch(folder, failure, output.read_text(errors="replace"), outcomes)
+
+
+def accelerate(config: str, num_processes: int, port: int, worker: list[str], *options: str) -> list[str]:
+    """The command that starts `worker` with a recipe's config, unchanged but for the number of processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    return [*launcher, "--num_processes", str(num_processes), "--main_process_port", str(port), *options, *worker]
+
+
+def on_two_machines(config: str, num_processes: int, worker: list[str]) -> list[str]:
+    """A shell command that acts two machines: a launcher for each, which find each other by address."""
+    port = free_port()
+    first, second = (
+        shlex.join(
+            accelerate(config, num_processes, port, worker, "--machine_rank", rank, "--main_process_ip", "127.0.0.1")
+        )
+        for rank in "01"
+    )
+    return ["sh", "-c", f"{second} & {first}; status=$?; wait; exit $status"]
 
 
 def watch(

@@ -25,6 +25,8 @@ class Scenario:
         tied (`bool`, *optional*): The LM head shares the embeddings' weights.
         resume_from (`str`, *optional*): Continue a copy of this scenario's run, from its checkpoint after step 2;
             relative to the launch's folder.
+        parallelism (`dict`, *optional*): Sizes as `accelerate launch --parallelism_config_...` would set them; the
+            trainer must refuse them.
         mixed_precision (`str`, *optional*): As `accelerate launch --mixed_precision` would set it; the config's own
             `bf16` wants to see a GPU.
         options (`dict`, *optional*): For the config.
@@ -36,6 +38,7 @@ class Scenario:
     accumulation: int = 1
     tied: bool = False
     resume_from: str | None = None
+    parallelism: dict = field(default_factory=dict)
     mixed_precision: str = "no"
     options: dict = field(default_factory=dict)
 
@@ -58,6 +61,9 @@ SCENARIOS = {
     "one_probe_shared": Scenario("sft", num_probes=1, options=SHARED | {"probe_tokens_per_batch": 512}),
     "one_probe_padded": Scenario("sft", num_probes=1, options=PADDED | {"probe_tokens_per_batch": 512}),
     "bf16": Scenario("sft", mixed_precision="bf16"),
+    "context_parallel": Scenario("sft", parallelism={"CP_SIZE": "2"}),
+    "sequence_parallel": Scenario("sft", parallelism={"SP_SIZE": "2"}),
+    "tensor_parallel": Scenario("sft", parallelism={"TP_SIZE": "2"}),
     "tied": Scenario("sft", tied=True),
     "saved": Scenario("sft", options=SAVING),
     "resumed": Scenario("sft", options=SAVING, resume_from="saved"),

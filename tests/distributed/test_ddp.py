@@ -87,6 +87,10 @@ def test_a_run_of_two_processes_goes_on_with_one(folder, one, two):
     assert_same_course(one.folder / "saved", folder / "back/resumed_from_two")
 
 
+def test_the_processes_end_by_themselves(one, two):
+    assert (one.failure, two.failure) == (None, None)
+
+
 def test_the_command_line_starts_two_processes(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -24,6 +24,11 @@ SAME_COURSE = {
 WRAPPERS = {"fsdp2": ("FSDP", "FSDPLlamaForCausalLM"), "zero2": ("DEEPSPEED", "DeepSpeedEngine")}
 WRAPPERS["zero3"] = WRAPPERS["zero2"]
 CONFIGS = list(WRAPPERS)
+REFUSED = [
+    ("fsdp2", "context_parallel", "context parallelism (cp_size=2)"),
+    ("zero3", "sequence_parallel", "sequence parallelism (sp_size=2)"),
+    ("zero3", "tensor_parallel", "tensor parallelism (tp_size=2)"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def sharded(tmp_path_factory):
     def get(config):
         if config not in launches:
             extra = ["bf16"] if config == "fsdp2" else []
-            names = [*SAME_COURSE, "resumed", "grpo", *extra]
+            names = [*SAME_COURSE, "resumed", "grpo", *extra, *(name for where, name, _ in REFUSED if where == config)]
             launches[config] = launch(config, names, tmp_path_factory.mktemp(config), 2)
         return launches[config]
 
@@ -88,3 +93,14 @@ def test_fsdp_in_bf16_does_not_round_the_statistics(sharded):
     single = records(two.folder / "bf16")["eos_logp"].dropna().to_numpy().astype(np.float32)
     bf16 = (single.view(np.uint32) & 0xFFFF) == 0
     assert len(single) and bf16.mean() < 0.1
+
+
+@pytest.mark.parametrize(("config", "name", "given"), REFUSED)
+def test_processes_that_share_rows_are_refused(config, name, given, sharded):
+    refused = sharded(config).outcome(name)["refused"]
+    assert refused.startswith(f"probes cannot be scored under {given}") and refused.count(". ") == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_processes_end_by_themselves(config, sharded):
+    assert sharded(config).failure is None

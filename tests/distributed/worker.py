@@ -78,6 +78,8 @@ def run(name: str, config: str, folder: Path, num_processes: int, device_options
     scenario = SCENARIOS[name]
     output_dir = folder / name
     os.environ["ACCELERATE_MIXED_PRECISION"] = scenario.mixed_precision
+    if scenario.parallelism:
+        return {"refused": refusal(scenario, folder, name, num_processes, device_options)}
     checkpoint = None
     if scenario.resume_from:
         if int(os.environ.get("RANK", 0)) == 0:
@@ -106,6 +108,22 @@ def run(name: str, config: str, folder: Path, num_processes: int, device_options
         "share_held": share,
         "log": trainer.state.log_history,
     }
+
+
+def refusal(scenario, folder: Path, name: str, num_processes: int, device_options: dict) -> str:
+    """What the trainer says against sizes of parallelism that accelerate takes from the environment."""
+    from scenarios import make
+
+    sizes = {f"PARALLELISM_CONFIG_{size}": value for size, value in scenario.parallelism.items()}
+    os.environ.update(sizes | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
+    try:
+        make(scenario, folder, name, num_processes, **device_options)
+    except ValueError as error:
+        return str(error)
+    finally:
+        for variable in [*sizes, "ACCELERATE_USE_PARALLELISM_CONFIG"]:
+            del os.environ[variable]
+    raise AssertionError("the trainer took it")
 
 
 def main(config: str, folder: Path, num_processes: int, names: list[str]) -> None:

@@ -130,15 +130,17 @@ def main(config: str, folder: Path, num_processes: int, names: list[str]) -> Non
     is_main = int(os.environ.get("RANK", 0)) == 0
     device_options = prepare_device(config if num_processes > 1 else "single_gpu")
     for name in names:
+        if name == "hang":
+            # Processes may start seconds apart; the clock of this one starts when they have met.
+            (folder / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
+            PartialState(cpu=True)
         # Where each process stands goes to the output just before the launcher calls it a hang.
         faulthandler.dump_traceback_later(float(os.environ["SCENARIO_LIMIT"]) * 0.9)
         if is_main:
             (folder / "progress").write_text(name)
         if name == "hang":
             # The test of the time limit: process 1 never reaches the collective that process 0 waits in.
-            (folder / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
-            state = PartialState(cpu=True)
-            state.wait_for_everyone() if is_main else time.sleep(3600)
+            PartialState().wait_for_everyone() if is_main else time.sleep(3600)
         began = time.perf_counter()
         facts = run(name, config, folder, num_processes, device_options)
         if is_main:

@@ -1,5 +1,6 @@
 """Measuring for the benchmarks: CPU seconds and memory of a function in a fork, and paired ratios with an interval."""
 
+import ctypes
 import os
 import pickle
 import random
@@ -47,6 +48,7 @@ def in_fork(function: Callable[[], object], warm_up: Callable[[], object] = lamb
 
 
 def _run(function: Callable[[], object]) -> Run:
+    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed goes back, so that it hides nothing
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = _status("VmRSS"), time.process_time()
     result = function()

@@ -133,9 +133,9 @@ class ProbeEngine:
     def _run_prompts(self, model: nn.Module, prompts: Prompts, device: torch.device) -> PromptCache:
         cache = PromptCache()
         model(
-            input_ids=prompts.input_ids.to(device, non_blocking=True),
-            attention_mask=prompts.attention_mask.to(device, non_blocking=True),
-            position_ids=prompts.position_ids.to(device, non_blocking=True),
+            input_ids=_send(prompts.input_ids, device),
+            attention_mask=_send(prompts.attention_mask, device),
+            position_ids=_send(prompts.position_ids, device),
             past_key_values=cache,
             stats_request=prompts_only(prompts.input_ids.shape[1], self.float32),
         )
@@ -152,7 +152,7 @@ class ProbeEngine:
         """Statistics (N, S) and y* ids (N,) of one forward, as copies to the CPU that may still be under way."""
 
         def send(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+            return _send(tensor, device)
 
         extra_NE = None if stars is None else send(stars[self._token_index(batch)][:, None])
         target_N = send(batch.target_N)
@@ -259,6 +259,11 @@ class ProbeEngine:
         """Page-lock the frozen batches once, so that their copies to a GPU need not wait for each other."""
         if device.type == "cuda" and not self._pinned:
             self.groups, self._pinned = [_pinned(group) for group in self.groups], True
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device`, under way only where its source is sure to outlast it."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _pinned(group: BatchGroup) -> BatchGroup:

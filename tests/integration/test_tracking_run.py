@@ -41,7 +41,9 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert {f"squeeze/{name}" for name in METRICS} <= set(logged[-1])
     assert [entry[0] for entry in meta["timeline"]] == [0, 1, 2, 3, 6]
     assert [entry[1] for entry in meta["timeline"]] == [entry["probe/seconds"] for entry in logged]
-    assert meta["probe_seconds"] == pytest.approx(sum(entry["probe/seconds"] for entry in logged))
+    assert meta["setup_seconds"] > 0, "the check of the layout costs, too"
+    whole = meta["setup_seconds"] + sum(entry["probe/seconds"] for entry in logged)
+    assert meta["probe_seconds"] == pytest.approx(whole)
     assert meta["parts"] == [{"after_step": 0, "num_processes": 1}] and meta["lost_steps"] == []
     assert len(list((root / "records").iterdir())) == 1 and not (tmp_path / "run" / ".dynamics.lock").exists()
 

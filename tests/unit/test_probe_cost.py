@@ -41,10 +41,11 @@ def test_a_resumed_run_counts_on_from_its_checkpoint():
     train(ledger, clock, range(1, 13), 4, lambda step: 1.0, lambda step: 0.25)
     clock.time += 1000.0
     resumed = CostLedger(clock)
-    resumed.restart(8, ledger.timeline)
-    assert resumed.probe_seconds == pytest.approx(0.5) and resumed.train_seconds == pytest.approx(8.0)
+    resumed.restart(8, ledger.timeline, setup_seconds=0.125)
+    assert resumed.probe_seconds == pytest.approx(0.625) and resumed.train_seconds == pytest.approx(8.0)
     train(resumed, clock, range(9, 13), 4, lambda step: 1.0, lambda step: 0.25)
     assert resumed.timeline == [pytest.approx(entry) for entry in ledger.timeline]
+    assert resumed.setup_seconds == 0.125
 
 
 @pytest.mark.parametrize(("probe_seconds", "share"), [(0.2, 0.02), (1.0, 0.1)])

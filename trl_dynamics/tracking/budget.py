@@ -6,6 +6,8 @@ from trl_dynamics.tracking.cost import CostLedger
 
 # Until this step training time per step is not known well: first steps are slow, and would promise too much time.
 SETTLED_STEPS, UNSETTLED_TRUST = 10, 0.5
+# What closing the store and summing it up may take, in probes.
+CLOSING = 0.25
 
 
 def check_budget(share: float | None) -> None:
@@ -23,9 +25,10 @@ def is_affordable(
 ) -> bool:
     """Whether the probe that is due now is taken, such that all of the run's stay within `share` of training time.
 
-    Affordable are n = floor((share x projected training time - spent - one for the end) / median cost) of the m
+    Affordable are n = floor((share x projected training time - spent - what the end takes) / median cost) of the m
     scheduled probes from here to the one before the end; every (m / n)-th is taken, so that what is left out is left
-    out evenly. The first probe, which is the baseline, and the last are always taken.
+    out evenly. The end takes the last probe and a quarter of one to close the store. The first probe, which is the
+    baseline, and the last are always taken.
 
     Args:
         ledger ([`CostLedger`]): What probing and training took so far.
@@ -40,9 +43,13 @@ def is_affordable(
     if step == 0:
         return False
     trust = 1.0 if step >= SETTLED_STEPS else UNSETTLED_TRUST
-    training = trust * ledger.train_seconds * max_steps / step
+    trained = ledger.train_seconds
+    # Slow first steps would promise too much for all those that come: what the last stretch took counts too.
+    marked, _, until = ledger.timeline[-1]
+    recent = (trained - until) / (step - marked) if step > marked else trained / step
+    training = trust * (trained + min(recent, trained / step) * (max_steps - step))
     cost = median(costs[-5:])
-    ends = 1 if max_steps in scheduled else 0
+    ends = CLOSING + (1 if max_steps in scheduled else 0)
     affordable = int((share * training - ledger.probe_seconds - ends * cost) / cost)
     if affordable < 1:
         return False

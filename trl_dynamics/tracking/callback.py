@@ -81,11 +81,12 @@ class ProbeCallback(TrainerCallback):
             at_end=args.probe_at_end,
         )
         self._steps, self._warned = frozenset(steps), False
-        resumed = state.global_step > 0
+        resumed, began = state.global_step > 0, self.series.cost.now()
         self._settle_layout(self.series.recorded_plan() if resumed else None)
         self.series.meta["batch_plan"] = self.engine.batch_plan
         self.series.meta["schedule"] = {"steps": steps, "on_save": args.probe_on_save, "budget": args.probe_budget}
-        self.series.begin(state.global_step, state.stateful_callbacks.get(CHECKPOINT_KEY, {}) if resumed else {})
+        mark = state.stateful_callbacks.get(CHECKPOINT_KEY, {}) if resumed else {}
+        self.series.begin(state.global_step, mark, self.series.cost.now() - began)
         self._mark_checkpoints(state)
         self._scalars, self._running = None, True
         # A run that died between a checkpoint and its probe takes the probe when it comes back.

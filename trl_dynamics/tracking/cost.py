@@ -20,14 +20,16 @@ class CostLedger:
         self._clock = clock
         self.restart(0, [])
 
-    def restart(self, step: int, timeline: list[list[float]]) -> None:
+    def restart(self, step: int, timeline: list[list[float]], setup_seconds: float = 0.0) -> None:
         """Start the clock at `step`.
 
         Args:
             timeline (`list[list[float]]`): (step, seconds of this probe, seconds of training until then) of what was
                 taken before; entries after `step` are left out.
+            setup_seconds (`float`): What went before the first probe: the check of the layout.
         """
         self.timeline = [list(entry) for entry in timeline if entry[0] <= step]
+        self.setup_seconds = setup_seconds
         self._first, self._step = len(self.timeline), step
         self._train_before = self.timeline[-1][2] if self.timeline else 0.0
         self._probed_before = self.probe_seconds
@@ -35,8 +37,8 @@ class CostLedger:
 
     @property
     def probe_seconds(self) -> float:
-        """Seconds of probing so far."""
-        return sum(entry[1] for entry in self.timeline)
+        """Seconds of probing so far, preparations included."""
+        return self.setup_seconds + sum(entry[1] for entry in self.timeline)
 
     @property
     def train_seconds(self) -> float:

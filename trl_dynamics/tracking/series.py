@@ -74,12 +74,13 @@ class Series:
         """Whether the store holds records of this run; to be asked on the main process."""
         return self._is_open and self.store.has_records
 
-    def begin(self, step: int, mark: dict) -> None:
+    def begin(self, step: int, mark: dict, setup_seconds: float = 0.0) -> None:
         """Start a new series, or continue one after the checkpoint of `step`.
 
         Args:
             step (`int`): Optimiser steps done so far.
             mark (`dict`): What [`mark`] gave when the checkpoint was written, empty for a new run.
+            setup_seconds (`float`): What probing took before this call.
 
         Raises:
             ValueError: If there is nothing to continue, something else made it, or another run is writing there.
@@ -96,7 +97,9 @@ class Series:
         self.meta["run_id"] = position.run_id
         if step > 0:
             self._take_over(position.meta, step)
-        self.cost.restart(step, _timeline(position.meta, step))
+        self.cost.restart(
+            step, _timeline(position.meta, step), setup_seconds + position.meta.get("setup_seconds", 0.0)
+        )
         self._note_cost()
 
     def _take_over(self, earlier: dict, step: int) -> None:
@@ -204,7 +207,7 @@ class Series:
             self._is_open = True
 
     def _note_cost(self) -> None:
-        self.meta["timeline"] = self.cost.timeline
+        self.meta["timeline"], self.meta["setup_seconds"] = self.cost.timeline, self.cost.setup_seconds
         self.meta["probe_seconds"], self.meta["train_seconds"] = self.cost.probe_seconds, self.cost.train_seconds
 
     def _end(self) -> None:

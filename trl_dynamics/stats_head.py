@@ -64,6 +64,9 @@ def prompts_only(num_columns: int, float32: bool = False) -> StatsRequest:
 def install(model: nn.Module) -> None:
     """Wrap the forward of the causal LM in `model` (a PEFT wrapper is looked through); a second call does nothing.
 
+    A deep copy of the model has the head as well, and runs on its own weights. TRL's fused head below it does so in
+    fused calls alone: asked for logits, the copy of a trainer's model still runs the model that TRL patched.
+
     Raises:
         ValueError: If the model has no LM head to score with.
     """
@@ -72,20 +75,19 @@ def install(model: nn.Module) -> None:
         return
     if getattr(base, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"{type(base).__name__} has no LM head; per-token statistics need a causal language model")
-    inner = base.forward
 
     # The signature stays that of the class: `generate` validates its arguments against it.
     @functools.wraps(type(base).forward)
     def forward(self, *args, stats_request: StatsRequest | None = None, **kwargs):
         if stats_request is None:
-            return inner(*args, **kwargs)
+            # A deep copy rebinds the methods that it finds on the instance, not those that a function closes over.
+            return getattr(self, _ORIGINAL)(*args, **kwargs)
         # Accelerate puts its autocast into the model's forward, so that only in here it can be left again.
         off = torch.autocast(self.device.type, enabled=False) if stats_request.float32 else contextlib.nullcontext()
         with off:
             return _stats_forward(self, stats_request, *args, **kwargs)
 
-    # The instance attribute to restore, or None where the forward was the class' own.
-    setattr(base, _ORIGINAL, (base.__dict__.get("forward"),))
+    setattr(base, _ORIGINAL, base.forward)
     base.forward = types.MethodType(forward, base)
 
 
@@ -95,14 +97,16 @@ def is_installed(model: nn.Module) -> bool:
 
 
 def remove(model: nn.Module) -> None:
-    """Put back the forward that was there before [`install`]; does nothing when it is not installed."""
+    """Put back the forward that was there before [`install`]; does nothing when it is not installed.
+
+    Forwards that others have put around it since then go with it, accelerate's autocast among them.
+    """
     base = base_causal_lm(model)
     if not hasattr(base, _ORIGINAL):
         return
-    (original,) = getattr(base, _ORIGINAL)
-    if original is None:
-        del base.forward
-    else:
+    original = getattr(base, _ORIGINAL)
+    vars(base).pop("forward", None)
+    if base.forward != original:
         base.forward = original
     delattr(base, _ORIGINAL)
 

@@ -1,5 +1,6 @@
 """The stats head is put on an instance, leaves every other call as it was, and comes off again."""
 
+import copy
 import inspect
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from tiny import tiny_model
+from tiny_runs import PROBES, make_trainer
 from trl_dynamics import stats_head
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -70,6 +72,57 @@ def test_lora_and_prompt_learning_adapters():
         stats = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), stats_request=request())
         expected = torch.stack([logp[0, 1, 7], logp[1, 2, 12]])
         torch.testing.assert_close(stats["target_logp"], expected, atol=1e-5, rtol=0)
+
+
+def assert_a_copy_uses_its_own_weights(model, output) -> None:
+    """What `output` gives of a changed deep copy is what it gives of the model with the copy's weights."""
+    before = output(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    of_twin = output(twin)
+    assert torch.equal(output(model), before) and not torch.allclose(of_twin, before)
+    model.load_state_dict(twin.state_dict())
+    assert torch.equal(output(model), of_twin)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda model: model(input_ids=IDS).logits,
+        lambda model: model(input_ids=IDS, stats_request=request())["target_logp"],
+    ],
+    ids=["logits", "statistics"],
+)
+def test_a_deep_copy_uses_its_own_weights(output, lora):
+    model = tiny_model("llama")
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    stats_head.install(model)
+    assert_a_copy_uses_its_own_weights(model, output)
+
+
+def test_removal_from_a_deep_copy_leaves_the_original_as_it_is():
+    model = tiny_model("llama")
+    stats_head.install(model)
+    twin = copy.deepcopy(model)
+    stats_head.remove(twin)
+    assert not stats_head.is_installed(twin) and torch.equal(twin(IDS).logits, model(IDS).logits)
+    assert stats_head.is_installed(model) and "target_logp" in model(IDS, stats_request=request())
+
+
+def test_a_deep_copy_of_a_trainers_model_uses_its_own_weights_under_autocast(tmp_path):
+    """Accelerate has put its autocast around the head, TRL its fused head below."""
+    trainer = make_trainer("sft", tmp_path, probes=PROBES, max_steps=1, bf16=True)
+    trainer.train()
+    model = trainer.model.eval()
+    for output in (
+        lambda model: model(IDS, labels=IDS, fused_lm_head=True).log_probs,
+        lambda model: model(IDS, stats_request=request())["target_logp"],
+    ):
+        assert_a_copy_uses_its_own_weights(model, output)
 
 
 def test_a_model_without_a_head_is_refused():

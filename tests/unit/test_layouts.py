@@ -22,6 +22,17 @@ def many() -> EncodedProbes:
     return encode(ProbeSet(probes), tiny_tokenizer(), LengthLimits(max_prompt_length=15, max_length=38))
 
 
+def expected_positions(encoded: EncodedProbes) -> dict[int, list[tuple[int, int, bool]]]:
+    """Per item, what must be scored: (tokens before it, the token, whether it is the end of turn), in order."""
+    expected = {}
+    for index, item in enumerate(encoded.items):
+        start = len(item.prompt_ids)
+        expected[index] = [(start + k, target, False) for k, target in enumerate(item.response_ids)]
+        if item.eos_id is not None:
+            expected[index].append((start + len(item.response_ids), item.eos_id, True))
+    return expected
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 16, 1000])
 def test_every_response_token_is_scored_exactly_once(batch_size, side):
@@ -37,12 +48,7 @@ def test_every_response_token_is_scored_exactly_once(batch_size, side):
             assert tuple(ids[mask == 1].tolist()) == encoded.items[index].input_ids
             before = int(mask[: col + 1].sum())
             seen[int(index)].append((before, int(target), bool(is_eos)))
-    for index, item in enumerate(encoded.items):
-        start = len(item.prompt_ids)
-        expected = [(start + k, target, False) for k, target in enumerate(item.response_ids)]
-        if item.eos_id is not None:
-            expected.append((start + len(item.response_ids), item.eos_id, True))
-        assert seen[index] == expected
+    assert seen == expected_positions(encoded)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -133,12 +139,7 @@ def test_shared_prefix_scores_every_response_token_exactly_once(tokens):
                 assert before == item.input_ids[: len(before)] and item.input_ids[len(before)] == target
                 assert batch.position_ids[row, col] == len(before) - 1
                 seen[int(index)].append((len(before), int(target), bool(is_eos)))
-    for index, item in enumerate(encoded.items):
-        start = len(item.prompt_ids)
-        expected = [(start + k, target, False) for k, target in enumerate(item.response_ids)]
-        if item.eos_id is not None:
-            expected.append((start + len(item.response_ids), item.eos_id, True))
-        assert seen[index] == expected
+    assert seen == expected_positions(encoded)
 
 
 def test_each_prompt_runs_once_and_without_its_last_token():

@@ -4,7 +4,7 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -229,7 +229,8 @@ class _Selection:
 def _select(read: Iterable[Pair | str], num_probes: int, seed: int, select: str) -> _Selection:
     num_rows, keys, answers, reasons = 0, set(), set(), []
 
-    def usable():
+    def usable() -> Iterator[Pair]:
+        """Pairs that no earlier row has; counts all rows, collects reasons of the unusable and digests of answers."""
         nonlocal num_rows
         for item in read:
             num_rows += 1

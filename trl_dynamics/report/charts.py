@@ -22,6 +22,9 @@ MAX_POINTS = 5000
 MIN_SPAN, MIN_SPAN_MASS = 0.1, 0.02
 
 _TYPE_LEGEND = {"title": None, "orient": "right", "symbolType": "stroke", "symbolOpacity": 1}
+# What makes a learning path stand out: the pointer is near it, or it is chosen or rejected.
+_IN_FOCUS = {"param": "focus", "empty": False}
+_IS_MAIN = {"field": "response_type", "oneOf": list(style.MAIN_TYPES)}
 
 # Name of a measure -> its label, the column and whether it is a change since the start.
 MEASURES: dict[str, tuple[str, str, bool]] = {
@@ -40,45 +43,58 @@ def drawn_steps(summary: Summary) -> list[int]:
 def learning_paths(summary: Summary) -> dict:
     """Mean per response type over the steps; the band (chosen, rejected, the one in focus) is 10-90 % of probes."""
     types, steps = summary.types, drawn_steps(summary)
+    data = _all_measures(summary)
+    return chart(
+        data_rows(data[data["step"].isin(steps)]),
+        titled("Learning paths: mean log-probability per response type", len(steps), len(summary.steps)),
+        height=400,
+        params=[{"name": "measure", "value": "change_token"}, log_steps(steps)],
+        transform=[
+            {"calculate": "datum[measure]", "as": "value"},
+            {"calculate": "datum[measure + '_lo']", "as": "lo"},
+            {"calculate": "datum[measure + '_hi']", "as": "hi"},
+            *step_transform(),
+            {"filter": "isValid(datum.value)"},
+        ],
+        encoding={"x": step_axis(steps), "color": _type_color(types)},
+        layer=[_path_bands(), _path_lines(types, steps), _path_tooltips()],
+    )
+
+
+def _all_measures(summary: Summary) -> pd.DataFrame:
+    """A row per step and response type; per measure its mean and, as `_lo` and `_hi`, its 10-90 % band."""
     parts = []
     for name, (_, column, since_start) in MEASURES.items():
         bands = summary.bands(column, since_start=since_start).set_index(["step", "response_type"])
         parts.append(
             bands[["mean", "q10", "q90"]].rename(columns={"mean": name, "q10": f"{name}_lo", "q90": f"{name}_hi"})
         )
-    data = pd.concat(parts, axis=1).reset_index()
-    data = data[data["step"].isin(steps)]
-    pick = {"name": "pick", "select": {"type": "point", "fields": ["response_type"]}, "bind": "legend"}
-    focus = {
-        "name": "focus",
-        "select": {
-            "type": "point",
-            "fields": ["response_type"],
-            "on": "pointerover",
-            "clear": "pointerout",
-            "nearest": True,
-        },
-    }
-    in_focus = {"param": "focus", "empty": False}
+    return pd.concat(parts, axis=1).reset_index()
+
+
+def _path_bands() -> dict:
     picked = {"param": "pick", "empty": False}
-    main = {"field": "response_type", "oneOf": list(style.MAIN_TYPES)}
-    line_width = {
-        "condition": [{"test": in_focus, "value": 4}, {"test": main, "value": 2.8}],
-        "value": 1.5,
-    }
-    color = _type_color(types)
-    band = {
+    return {
         "mark": {"type": "area"},
         "encoding": {
             "y": {"field": "lo", "type": "quantitative"},
             "y2": {"field": "hi"},
             "opacity": {
-                "condition": [{"test": {"or": [in_focus, picked]}, "value": 0.22}, {"test": main, "value": 0.1}],
+                "condition": [
+                    {"test": {"or": [_IN_FOCUS, picked]}, "value": 0.22},
+                    {"test": _IS_MAIN, "value": 0.1},
+                ],
                 "value": 0,
             },
         },
     }
-    lines = {
+
+
+def _path_lines(types: list[str], steps: list[int]) -> dict:
+    """The lines; a click into the legend sets `pick`, which dims the other types."""
+    pick = {"name": "pick", "select": {"type": "point", "fields": ["response_type"]}, "bind": "legend"}
+    dashes = {"domain": types, "range": [style.type_dash(name) for name in types]}
+    return {
         "mark": {"type": "line", "point": dots(steps)},
         "encoding": {
             "y": {
@@ -87,20 +103,34 @@ def learning_paths(summary: Summary) -> dict:
                 "axis": {"title": "nats"} | zero_line(),
                 "scale": {"zero": False},
             },
-            "strokeWidth": line_width,
+            "strokeWidth": {
+                "condition": [{"test": _IN_FOCUS, "value": 4}, {"test": _IS_MAIN, "value": 2.8}],
+                "value": 1.5,
+            },
             "strokeDash": {
                 "field": "response_type",
                 "type": "nominal",
-                "scale": {"domain": types, "range": [style.type_dash(name) for name in types]},
+                "scale": dashes,
                 "legend": _TYPE_LEGEND,
             },
             "opacity": {"condition": {"param": "pick", "value": 1}, "value": 0.12},
         },
         "params": [pick],
     }
-    catch = {
+
+
+def _path_tooltips() -> dict:
+    """Points that are not seen, for the pointer to catch: the nearest one sets `focus` and has the numbers."""
+    select = {
+        "type": "point",
+        "fields": ["response_type"],
+        "on": "pointerover",
+        "clear": "pointerout",
+        "nearest": True,
+    }
+    return {
         "mark": {"type": "point", "opacity": 0, "size": 60},
-        "params": [focus],
+        "params": [{"name": "focus", "select": select}],
         "encoding": {
             "y": {"field": "value", "type": "quantitative"},
             "tooltip": [
@@ -112,21 +142,6 @@ def learning_paths(summary: Summary) -> dict:
             ],
         },
     }
-    return chart(
-        data_rows(data),
-        titled("Learning paths: mean log-probability per response type", len(steps), len(summary.steps)),
-        height=400,
-        params=[{"name": "measure", "value": "change_token"}, log_steps(steps)],
-        transform=[
-            {"calculate": "datum[measure]", "as": "value"},
-            {"calculate": "datum[measure + '_lo']", "as": "lo"},
-            {"calculate": "datum[measure + '_hi']", "as": "hi"},
-            *step_transform(),
-            {"filter": "isValid(datum.value)"},
-        ],
-        encoding={"x": step_axis(steps), "color": color},
-        layer=[band, lines, catch],
-    )
 
 
 def levels(summary: Summary) -> dict:

@@ -140,7 +140,7 @@
     const series = make("select"), sort = make("select"), which = make("select", "which");
     const search = make("input");
     search.type = "search";
-    search.placeholder = "search prompts";
+    search.placeholder = "search prompts and ids";
     const back = make("button", "", "←"), forth = make("button", "", "→");
     back.title = "previous probe";
     forth.title = "next probe";
@@ -170,7 +170,7 @@
     function list() {
       const wanted = search.value.toLowerCase();
       const key = orders[Number(sort.value)][1];
-      shown = current().probes.filter((p) => p.prompt.some((turn) => turn.text.toLowerCase().includes(wanted)));
+      shown = current().probes.filter((p) => [p.id, ...p.prompt.map((turn) => turn.text)].some((text) => text.toLowerCase().includes(wanted)));
       if (key) {
         const rank = (probe) => { const value = key(probe); return Number.isNaN(value) ? Infinity : value; };
         shown = shown.map((probe) => [rank(probe), probe]).sort((a, b) => (a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : 0)).map((pair) => pair[1]);
@@ -189,7 +189,7 @@
       back.disabled = index <= 0;
       forth.disabled = index < 0 || index >= shown.length - 1;
       if (index < 0) {
-        body.replaceChildren(make("p", "nothing", "No prompt contains this text."));
+        body.replaceChildren(make("p", "nothing", "No prompt and no id contains this text."));
         return;
       }
       const probe = shown[index];

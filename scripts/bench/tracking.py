@@ -31,6 +31,7 @@ from trl_dynamics import ProbeSet, stats_head
 from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, encode
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
 from trl_dynamics.tracking.engine import ProbeEngine
+from trl_dynamics.tracking.run import CPU_TOKENS
 
 GOALS = {
     "time_straightforward": ">= 3",
@@ -42,7 +43,6 @@ GOALS = {
 # The real model's context is short; the built one takes every probe as it is.
 LIMITS = {"stories": LengthLimits(384, 512, 512), "large": LengthLimits(context_length=1024)}
 BATCH_SIZES = (1, 2, 4, 8, 16)
-TOKENS = 1024
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,7 +164,7 @@ def compare(
 
     hand = {size: measure.in_fork(lambda size=size: by_hand(size), warm_up) for size in sizes}
     padded = {size: measure.in_fork(tracker(PaddedLayout(batch_size=size)), warm_up) for size in sizes}
-    shared = measure.in_fork(tracker(SharedPrefixLayout(tokens_per_batch=TOKENS)), warm_up)
+    shared = measure.in_fork(tracker(SharedPrefixLayout(tokens_per_batch=CPU_TOKENS)), warm_up)
     # Against the batch size that is best for time, for memory too.
     best = min(hand.values(), key=lambda run: run.seconds)
     batched = min((run for size, run in hand.items() if size > 1), key=lambda run: run.seconds)
@@ -173,7 +173,7 @@ def compare(
     for run in (shared, best_padded):
         worst = (torch.tensor(run.result) - reference).abs().max().item()
         assert worst < 1e-2, f"the ways disagree by {worst} nats"
-    layout = SharedPrefixLayout(tokens_per_batch=TOKENS)
+    layout = SharedPrefixLayout(tokens_per_batch=CPU_TOKENS)
     tokens = sum(group.num_tokens for group in layout.groups(encoded))
     rows = sum(len(item.input_ids) for item in encoded.items)
     print(f"\n{name}: {model.num_parameters() / 1e6:.1f}M parameters, vocabulary {model.config.vocab_size}")
@@ -198,7 +198,7 @@ def scaling(name: str, model: PreTrainedModel, encoded: EncodedProbes) -> dict[s
     half = EncodedProbes(encoded.items[: len(encoded.items) // 2])
     seconds = []
     for part in (half, encoded):
-        engine = ProbeEngine(part, SharedPrefixLayout(tokens_per_batch=TOKENS))
+        engine = ProbeEngine(part, SharedPrefixLayout(tokens_per_batch=CPU_TOKENS))
         runs = [measure.in_fork(lambda engine=engine: engine.score(model).columns["logp_sum"]) for _ in range(3)]
         seconds.append(statistics.median(run.seconds for run in runs) / engine.batch_plan["num_forward_tokens"])
     print(f"CPU seconds per token, whole set over half: {seconds[1] / seconds[0]:.2f}")

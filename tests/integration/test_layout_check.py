@@ -92,7 +92,7 @@ def test_the_layout_of_a_run_is_recorded(layout, tmp_path):
     make_trainer("dpo", tmp_path, probes=PROBES, max_steps=1, probe_layout=layout).train()
     plan = json.loads((tmp_path / "dynamics/meta.json").read_text())["batch_plan"]
     assert plan["layout"] == {"auto": "shared_prefix", "padded": "padded"}[layout]
-    assert plan["tokens_per_batch"] == 1024
+    assert plan["tokens_per_batch"] == 512
 
 
 def test_a_run_falls_back_by_itself(tmp_path, forgetful):

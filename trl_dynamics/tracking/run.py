@@ -11,7 +11,7 @@ from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.engine import ProbeEngine
 
 LIMITS = ("probe_max_prompt_length", "probe_max_length")
-CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 16384
+CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384
 VERSIONED = ("trl-dynamics", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed")
 
 

@@ -27,7 +27,7 @@ class ScoringArguments:
     probe_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens, padding included, in one forward while probing. Frozen for the run. None: 1024 on a "
+            "help": "Most tokens, padding included, in one forward while probing. Frozen for the run. None: 512 on a "
             "CPU, 16384 on an accelerator."
         },
     )

@@ -14,7 +14,7 @@ from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
 from trl_dynamics.probing.schema import Probe
 from trl_dynamics.tracking.engine import ProbeEngine
 
-FAMILIES = ("llama", "gpt_neox", "qwen2", "qwen3", "gemma2", "gemma3")
+FAMILIES = ("llama", "gpt_neox", "gpt2", "bloom", "qwen2", "qwen3", "gemma2", "gemma3")
 LAYOUTS = [
     *(PaddedLayout(size, padding_side=side) for size in (1, 3, 64) for side in ("right", "left")),
     PaddedLayout(tokens_per_batch=100),
@@ -58,8 +58,9 @@ def adapt(model, lora: bool):
     if not lora:
         return model
     torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    return model.eval()
+    transposed = model.config.model_type == "gpt2"
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, fan_in_fan_out=transposed)
+    return get_peft_model(model, config).eval()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

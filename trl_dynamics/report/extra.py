@@ -1,5 +1,6 @@
 """The packages of the `report` extra, asked for only when a page or a picture is made."""
 
+import importlib
 from types import ModuleType
 
 
@@ -16,11 +17,7 @@ def vl_convert() -> ModuleType:
     Raises:
         ReportExtraMissing: If it is not installed.
     """
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise ReportExtraMissing("vl-convert-python") from error
-    return vl_convert
+    return _imported("vl_convert", package="vl-convert-python")
 
 
 def jinja2() -> ModuleType:
@@ -29,8 +26,11 @@ def jinja2() -> ModuleType:
     Raises:
         ReportExtraMissing: If it is not installed.
     """
+    return _imported("jinja2", package="jinja2")
+
+
+def _imported(module: str, package: str) -> ModuleType:
     try:
-        import jinja2
+        return importlib.import_module(module)
     except ImportError as error:
-        raise ReportExtraMissing("jinja2") from error
-    return jinja2
+        raise ReportExtraMissing(package) from error

@@ -46,11 +46,6 @@ class RunLock:
         self.path = folder / LOCK_NAME
         self._descriptor: int | None = None
 
-    @property
-    def held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._descriptor is not None
-
     def acquire(self) -> None:
         """Take the lock, or keep it when it is held by this object already.
 

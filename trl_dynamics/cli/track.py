@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from trl_dynamics import stats_head
@@ -109,6 +109,8 @@ def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
     y* is that of the replayed run, or frozen at the first target; a target that tokenises the probes differently
     starts a baseline of its own. An interrupted call goes on where it stopped when it is given again.
     """
+    # Whoever asks first settles who the processes are, and only `Accelerator` would look at this variable by itself.
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     # One process looks at the files, for all: they may see them at different moments.
     targets, run = on_main(
         lambda: (find_targets(args.model_name_or_path, args.checkpoints), recorded_run(args) if args.replay else None)
@@ -178,7 +180,8 @@ class _Session:
         stats_head.install(model)
         settle_layout(engine, model, fallback, required=required)
         plan = engine.batch_plan["fingerprint"]
-        if self.run is not None and plan != self.run.meta["batch_plan"]["fingerprint"]:
+        replayed = self.run.meta["batch_plan"]["fingerprint"] if self.run is not None else plan
+        if plan != replayed and self.accelerator.is_main_process:
             logger.warning(
                 f"{target.path} is not scored in the batches of the run in {self.run.output_dir}: token by token the "
                 "numbers differ by rounding, and y* is frozen anew"
@@ -196,11 +199,11 @@ class _Session:
             if not self.store.has_baseline(model_index=target.model_index):
                 self.store.write_baseline(scores.star_ids, model_index=target.model_index)
             self.store.write_records(table, step=target.step, model_index=target.model_index)
+            logger.info(f"scored {target.model} at step {target.step}")
 
         on_main(write)
         self.baselines.setdefault(plan, scores.star_ids)
         self.meta["probe_seconds"] += time.perf_counter() - began
-        logger.info(f"scored {target.model} at step {target.step}")
 
     def finish(self) -> None:
         """Say in meta.json that all is done."""
@@ -259,7 +262,7 @@ def replay(args: TrackArguments, meta: dict, given: Collection[str]) -> dict:
             value = value.get(key) if isinstance(value, dict) else None
         settings[name] = getattr(args, name) if name in given or value is None else value
     settings["dtype"] = settings["dtype"] or "float32"
-    if meta:
+    if meta and PartialState().is_main_process:
         shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
         logger.info(f"scoring as the run did ({shown}); --replay False scores by the options alone")
     return settings

@@ -1,6 +1,7 @@
 """When records of two set-ups agree: bit by bit before the first update, within rounding after it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ KEYS = ["step", "probe_id", "response_type"]
 STEPS = [0, 1, 2, 4]
 
 
-def records(run: Path) -> pd.DataFrame:
-    """The records of a run of four steps, one row per key."""
+def records(run: Path, steps: Sequence[int] = STEPS) -> pd.DataFrame:
+    """The records of a run that was probed at `steps`, one row per key."""
     frame = trl_dynamics.load_records(run).drop(columns="run").set_index(KEYS).sort_index()
     assert frame.index.is_unique
-    assert sorted(frame.index.unique("step")) == STEPS
+    assert sorted(frame.index.unique("step")) == list(steps)
     return frame
 
 

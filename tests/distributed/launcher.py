@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from scenarios import save_models
+from scenarios import save_inputs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes/accelerate_configs"
@@ -68,7 +68,7 @@ def launch(
         scenario_limit (`float`, *optional*): Seconds that each scenario may take.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_models(folder)
+    save_inputs(folder)
     worker = [str(WORKER), config.removesuffix("_multi_node"), str(folder), str(num_processes), *scenarios]
     if num_processes == 1:
         command = [sys.executable, *worker]

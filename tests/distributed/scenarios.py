@@ -1,5 +1,6 @@
-"""What the worker can run, by name: training runs of seconds whose records are compared between set-ups."""
+"""What the worker can run, by name: runs of seconds whose records are compared between set-ups."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Scenario:
             trainer must refuse them.
         mixed_precision (`str`, *optional*): As `accelerate launch --mixed_precision` would set it; the config's own
             `bf16` wants to see a GPU.
+        full_disk_at (`int`, *optional*): The step at which the main process, and only that one, cannot write records.
         options (`dict`, *optional*): For the config.
     """
 
@@ -40,7 +42,22 @@ class Scenario:
     resume_from: str | None = None
     parallelism: dict = field(default_factory=dict)
     mixed_precision: str = "no"
+    full_disk_at: int | None = None
     options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """`trl-dynamics track` on the checkpoints of a run: the first one, then all, then all once more.
+
+    Args:
+        run (`str`): The run; relative to the launch's folder.
+        options (`tuple[str, ...]`, *optional*): Further flags.
+    """
+
+    run: str
+    options: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ("checkpoint-2", "checkpoint-*", "checkpoint-*")
 
 
 PADDED = {"probe_layout": "padded"}
@@ -67,8 +84,15 @@ SCENARIOS = {
     "tied": Scenario("sft", tied=True),
     "saved": Scenario("sft", options=SAVING),
     "resumed": Scenario("sft", options=SAVING, resume_from="saved"),
+    "full_disk": Scenario("sft", options=SHARED, full_disk_at=2),
+    "full_disk_stop": Scenario("sft", options=SHARED | {"probe_on_error": "stop"}, full_disk_at=2),
     "resumed_from_one": Scenario("sft", options=SAVING, resume_from="../one/saved"),
     "resumed_from_two": Scenario("sft", options=SAVING, resume_from="../ddp/saved"),
+}
+
+TRACKINGS = {
+    "tracked": Tracking("../one/saved"),
+    "tracked_uneven": Tracking("../one/saved", ("--probe_layout", "padded", "--probe_tokens_per_batch", "40")),
 }
 
 
@@ -80,8 +104,10 @@ def probes_of(scenario: Scenario) -> list[dict]:
     ]
 
 
-def save_models(folder: Path) -> None:
+def save_inputs(folder: Path) -> None:
     """What the scenarios load: a model that DeepSpeed splits while it is created draws other weights."""
+    rows = probes_of(SCENARIOS["saved"])
+    (folder / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, tied in (("model", False), ("model_tied", True)):
         tiny_model("llama", tie_word_embeddings=tied).save_pretrained(folder / name)
 

@@ -3,8 +3,9 @@
 import json
 import sys
 
+import pandas as pd
 import pytest
-from comparison import assert_consistent, assert_same_course, assert_same_start, batch_plan
+from comparison import assert_consistent, assert_same_course, assert_same_start, batch_plan, records
 from launcher import CONFIGS, free_port, launch, watch
 
 from tiny import tiny_model, tiny_tokenizer
@@ -26,6 +27,7 @@ SAME_COURSE = [
     "one_probe_padded",
     "saved",
 ]
+TRACKED = ["tracked", "tracked_uneven"]
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +37,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    return launch("single_gpu", [*SAME_COURSE, "grpo"], folder / "one", 1)
+    return launch("single_gpu", [*SAME_COURSE, "grpo", *TRACKED], folder / "one", 1)
 
 
 @pytest.fixture(scope="module")
 def two(folder, one):
-    return launch("ddp", [*SAME_COURSE, "grpo", "resumed_from_one"], folder / "ddp", 2)
+    # First what finds the processes by itself: training arguments may tell accelerate what they are.
+    return launch("ddp", [*TRACKED, *SAME_COURSE, "grpo", "full_disk", "resumed_from_one"], folder / "ddp", 2)
 
 
 @pytest.mark.parametrize("name", SAME_COURSE)
@@ -66,7 +69,13 @@ def test_grpo_samples_differently_from_the_same_start(one, two):
 
 @pytest.mark.parametrize(
     ("name", "num_groups"),
-    [("uneven_shared", 5), ("uneven_padded", 9), ("one_probe_shared", 1), ("one_probe_padded", 1)],
+    [
+        ("uneven_shared", 5),
+        ("uneven_padded", 9),
+        ("one_probe_shared", 1),
+        ("one_probe_padded", 1),
+        ("tracked_uneven", 9),
+    ],
 )
 def test_the_shares_of_two_processes_were_unequal(name, num_groups, two):
     two.outcome(name)
@@ -85,6 +94,52 @@ def test_a_run_of_two_processes_goes_on_with_one(folder, one, two):
     back = launch("single_gpu", ["resumed_from_two"], folder / "back", 1)
     back.outcome("resumed_from_two")
     assert_same_course(one.folder / "saved", folder / "back/resumed_from_two")
+
+
+def test_a_full_disk_of_the_main_process_costs_one_probe_and_nothing_else(two):
+    whole, lossy = two.outcome("sft"), two.outcome("full_disk")
+    assert lossy["steps"] == whole["steps"] == [4, 4]
+    assert losses(lossy) == losses(whole) and len(losses(whole)) == 2
+    kept, expected = records(two.folder / "full_disk", [0, 1, 4]), records(two.folder / "sft").drop(2, level="step")
+    pd.testing.assert_frame_equal(kept, expected, check_exact=True)
+    assert json.loads((two.folder / "full_disk/dynamics/meta.json").read_text())["lost_steps"] == [2]
+    assert two.output.count("Lost: ") == two.output.count("Lost: the records of step 2. Training goes on") == 1
+
+
+def losses(outcome: dict) -> list[tuple]:
+    """What was logged of training itself."""
+    entries = [entry for entry in outcome["log"] if "loss" in entry or "train_loss" in entry]
+    return [(entry["step"], entry.get("loss"), entry.get("grad_norm"), entry.get("train_loss")) for entry in entries]
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_two_processes_score_checkpoints_as_one_does(name, one, two):
+    ours, theirs = one.outcome(name), two.outcome(name)
+    assert (ours["num_processes"], ours["distributed_type"]) == (1, "NO")
+    assert (theirs["num_processes"], theirs["distributed_type"]) == (2, "MULTI_CPU")
+    # The second call takes the new checkpoint only, the third none.
+    assert (ours["loaded"], theirs["loaded"]) == ([[1], [1], [0]], [[1, 1], [1, 1], [0, 0]])
+    alone, together = (records(run.folder / name, [2, 4]) for run in (one, two))
+    pd.testing.assert_frame_equal(alone, together, check_exact=True)
+    for run, num_processes in ((one, 1), (two, 2)):
+        meta = json.loads((run.folder / name / "dynamics/meta.json").read_text())
+        assert (meta["num_processes"], meta["status"]) == (num_processes, "finished")
+        assert run.output.count(f"records: {run.folder / name}/dynamics\n") == 3
+
+
+def test_one_of_two_processes_tells_what_was_scored(one, two):
+    for run in (one, two):
+        for name in TRACKED:
+            run.outcome(name)
+        assert run.output.count("scored saved at step ") == 2 * len(TRACKED)
+        assert run.output.count("scoring as the run did") == 3 * len(TRACKED)
+        assert run.output.count("is not scored in the batches of the run in ") == 2
+
+
+def test_two_processes_score_checkpoints_as_training_did(one, two):
+    two.outcome("tracked")
+    recorded, tracked = records(one.folder / "saved").loc[[2, 4]], records(two.folder / "tracked", [2, 4])
+    pd.testing.assert_frame_equal(recorded.drop(columns="model"), tracked.drop(columns="model"), check_exact=True)
 
 
 def test_the_processes_end_by_themselves(one, two):

@@ -8,6 +8,8 @@ must be off. Most ways to get this wrong run one process, or plain data parallel
 scenario asserts what it ran as.
 """
 
+import contextlib
+import errno
 import faulthandler
 import gc
 import json
@@ -17,9 +19,11 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
 EXPECTED = {
@@ -73,8 +77,10 @@ def share_held(trainer, config: str) -> float:
 
 def run(name: str, config: str, folder: Path, num_processes: int, device_options: dict) -> dict:
     """One scenario on this process; returns what it ran as."""
-    from scenarios import SCENARIOS, make
+    from scenarios import SCENARIOS, TRACKINGS, make
 
+    if name in TRACKINGS:
+        return track(TRACKINGS[name], config, folder, name, num_processes)
     scenario = SCENARIOS[name]
     output_dir = folder / name
     os.environ["ACCELERATE_MIXED_PRECISION"] = scenario.mixed_precision
@@ -94,7 +100,9 @@ def run(name: str, config: str, folder: Path, num_processes: int, device_options
         # DeepSpeed does not split small parameters, which all of a tiny model's are.
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
-    trainer.train(resume_from_checkpoint=checkpoint)
+    disk_is_full = scenario.full_disk_at is not None
+    with full_disk(trainer, scenario.full_disk_at, folder / name) if disk_is_full else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
     share = share_held(trainer, config)
     if num_processes > 1 and config != "ddp":
         assert 1 / num_processes <= share < 0.6, f"a process holds {share:.2f} of the whole"
@@ -106,7 +114,57 @@ def run(name: str, config: str, folder: Path, num_processes: int, device_options
         "num_processes": accelerator.num_processes,
         "wrapper": type(trainer.model_wrapped).__name__,
         "share_held": share,
+        "steps": gather_object([trainer.state.global_step]),
         "log": trainer.state.log_history,
+    }
+
+
+@contextlib.contextmanager
+def full_disk(trainer, step: int, output_dir: Path):
+    """While training stands at `step`, the main process has no room for records; the others see nothing of it.
+
+    What a process raises is noted beside `output_dir` and waited for: the launcher would end those that are late.
+    """
+    from trl_dynamics.tracking import files
+
+    perform, accelerator = files.perform, trainer.accelerator
+
+    def broken(operation, path, action, *arguments):
+        if operation == "write" and accelerator.is_main_process and trainer.state.global_step == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return perform(operation, path, action, *arguments)
+
+    try:
+        with mock.patch.object(files, "perform", broken):
+            yield
+    except OSError as error:
+        output_dir.with_name(f"{output_dir.name}_error_{accelerator.process_index}").write_text(str(error))
+        accelerator.wait_for_everyone()
+        raise
+
+
+def track(tracking, config: str, folder: Path, name: str, num_processes: int) -> dict:
+    """The calls of `trl-dynamics track` on this process, and how many models each process loaded for each."""
+    from trl_dynamics.cli import track as command
+    from trl_dynamics.cli.main import main as command_line
+
+    flags = ["--model_name_or_path", str((folder / tracking.run).resolve()), "--output_dir", str(folder / name)]
+    flags += ["--probe_set", str(folder / "probes.jsonl"), *tracking.options]
+    # Nothing else tells accelerate to look for processes on a CPU; for training, its arguments do.
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    loaded = []
+    for checkpoints in tracking.calls:
+        with mock.patch.object(command, "_load", wraps=command._load) as load:
+            assert command_line(["track", *flags, "--checkpoints", checkpoints]) == 0
+        loaded.append(gather_object([load.call_count]))
+    del os.environ["ACCELERATE_USE_CPU"]
+    state = PartialState()
+    assert state.distributed_type == EXPECTED[config if num_processes > 1 else "single_gpu"], vars(state)
+    assert state.num_processes == num_processes
+    return {
+        "distributed_type": str(state.distributed_type.value),
+        "num_processes": state.num_processes,
+        "loaded": loaded,
     }
 
 

@@ -1,6 +1,7 @@
 """Paths, changes, bands and metrics as pivots of the whole frame: slow, obvious, and what the fast ones must equal."""
 
 import pandas as pd
+from synthetic_runs import VOCAB_SIZE
 
 THIRD_PARTIES_EXCEPT = ("chosen", "rejected", "chosen_initial")
 
@@ -34,7 +35,11 @@ def bands(frame, column, since_start):
 
 
 def of_chosen(frame, value):
-    rows = frame[frame["response_type"] == "chosen"]
+    return of_type(frame, "chosen", value)
+
+
+def of_type(frame, name, value):
+    rows = frame[frame["response_type"] == name]
     return pivot(rows.assign(value=value(rows)), "value").mean(axis=1)
 
 
@@ -48,6 +53,14 @@ def third_party_logp(frame):
     return by_type(change(pivot(frame, "logp_mean", types))).mean(axis=1)
 
 
+def residual(rows):
+    return (1 - 2 * rows["prob_mean"] + rows["sum_sq_mean"]).clip(lower=0) ** 0.5
+
+
+def normalizer(rows):
+    return (VOCAB_SIZE - 2 + VOCAB_SIZE * rows["sum_sq_mean"]) ** 0.5
+
+
 METRICS = {
     "argmax_logp": lambda f: of_chosen(f, lambda rows: rows["argmax_logp_sum"] / rows["num_tokens"]),
     "argmax_minus_chosen": lambda f: of_chosen(
@@ -58,6 +71,12 @@ METRICS = {
     "drained_mass": lambda f: -change(pivot(f, "rest_mass_mean", ["rejected"])).mean(axis=1),
     "margin": margin,
     "third_party_logp": third_party_logp,
+    "displacement": lambda f: change(pivot(f, "logp_mean", ["chosen"])).mean(axis=1),
+    "miss_chosen": lambda f: of_chosen(f, lambda rows: 1 - rows["prob_mean"]),
+    "residual_chosen": lambda f: of_chosen(f, residual),
+    "residual_rejected": lambda f: of_type(f, "rejected", residual),
+    "normalizer_chosen": lambda f: of_chosen(f, normalizer),
+    "normalizer_rejected": lambda f: of_type(f, "rejected", normalizer),
 }
 
 

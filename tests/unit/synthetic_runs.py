@@ -12,6 +12,7 @@ from trl_dynamics.tracking.store import DynamicsStore
 
 ALL_TYPES = tuple(RESPONSE_TYPES)
 STEPS = (0, 10, 20, 40, 80, 160, 320)
+VOCAB_SIZE = 50
 
 # Nats per token that a type has gained at the end of the run; a type that is not named does not move.
 Drift = dict[str, float] | Callable[[str, float], float]
@@ -81,7 +82,7 @@ def records(
                         "argmax_logp_sum": top * tokens,
                         "argmax_match_mean": 0.4,
                         "entropy_mean": 1.8 + entropy * t + wobble[3],
-                        "sum_sq_mean": 0.3,
+                        "sum_sq_mean": 0.2 + 0.5 * float(np.exp(logp)),
                         "topk_mass_mean": 0.8,
                         "star_logp_sum": -1.0 * tokens,
                         "rest_mass_mean": rest_now,
@@ -118,6 +119,7 @@ def meta(frame: pd.DataFrame, probes: ProbeSet, *, method: str = "dpo", **entrie
             "dtype": "float32",
             "attn_implementation": "sdpa",
             "num_parameters": 1234567,
+            "vocab_size": VOCAB_SIZE,
         },
         "layout": "shared_prefix",
         "batch_plan": {"num_items": 300, "num_batches": 12, "batch_size": 8, "fingerprint": "ab" * 32},

@@ -9,7 +9,7 @@ import pandas_reference as reference
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from synthetic_runs import SQUEEZED, STEPS, probe_set, records, write_run
+from synthetic_runs import SQUEEZED, STEPS, VOCAB_SIZE, probe_set, records, write_run
 
 from trl_dynamics.report.load import load_runs, split_series
 from trl_dynamics.tracking import aggregate, findings, metrics
@@ -38,7 +38,7 @@ def summarised(request, tmp_path):
 
     def make(frame):
         if request.param == "frame":
-            return aggregate.summarise(frame)
+            return aggregate.summarise(frame, VOCAB_SIZE)
         return aggregate.summarise_store(DynamicsStore(write_run(tmp_path / "run", frame)))["policy"]
 
     return make

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_runs import SQUEEZED, STEPS, records
+from synthetic_runs import SQUEEZED, STEPS, VOCAB_SIZE, records
 
 from trl_dynamics.tracking import metrics
 from trl_dynamics.tracking.aggregate import QUANTILES, summarise
@@ -73,13 +73,35 @@ REFERENCES = {
 }
 
 
+def looped(response_type, value):
+    return lambda frame, step: mean([value(row) for row in rows_of(frame, response_type)[step].values()])
+
+
+def residual(row):
+    return math.sqrt(1 - 2 * row["prob_mean"] + row["sum_sq_mean"])
+
+
+def normalizer(row):
+    return math.sqrt(VOCAB_SIZE - 2 + VOCAB_SIZE * row["sum_sq_mean"])
+
+
+REFERENCES |= {
+    "displacement": lambda f, s: looped_change(f, "chosen", "logp_mean", s),
+    "miss_chosen": looped("chosen", lambda row: 1 - row["prob_mean"]),
+    "residual_chosen": looped("chosen", residual),
+    "residual_rejected": looped("rejected", residual),
+    "normalizer_chosen": looped("chosen", normalizer),
+    "normalizer_rejected": looped("rejected", normalizer),
+}
+
+
 def test_every_metric_has_a_reference_here():
     assert set(REFERENCES) == set(metrics.METRICS)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_metric_equals_a_loop_over_rows(frame, name):
-    series = summarise(frame).metric(name)
+    series = summarise(frame, VOCAB_SIZE).metric(name)
     assert list(series.index) == list(STEPS)
     for step in STEPS:
         assert series[step] == pytest.approx(REFERENCES[name](frame, step), abs=1e-12)
@@ -121,10 +143,10 @@ def test_bands_are_quantiles_over_probes(frame):
 
 
 def test_scalars_are_the_last_values(frame):
-    scalars = metrics.scalars(frame)
+    scalars = metrics.scalars(frame, VOCAB_SIZE)
     assert scalars["probe/rejected/logp_mean"] == pytest.approx(summarise(frame).path()["rejected"].iloc[-1])
     for name in metrics.METRICS:
-        assert scalars[f"squeeze/{name}"] == pytest.approx(summarise(frame).metric(name).iloc[-1])
+        assert scalars[f"squeeze/{name}"] == pytest.approx(summarise(frame, VOCAB_SIZE).metric(name).iloc[-1])
     assert all(key == key.lower() and key.count("/") <= 2 for key in scalars)
 
 
@@ -149,7 +171,27 @@ def test_metrics_without_their_types_are_left_out():
         "argmax_minus_chosen",
         "entropy",
         "eos_logp",
+        "displacement",
+        "miss_chosen",
+        "residual_chosen",
     }
+
+
+def test_forces_are_those_of_a_distribution():
+    """Columns made from logits: the norms of the vector pi - e_y and of the matrix I - 1 pi^T."""
+    rng = np.random.default_rng(0)
+    frame = records(types=["chosen"], steps=[0], num_probes=4)
+    residuals, normalizers = [], []
+    for index in frame.index:
+        prob, label = np.exp(rng.standard_normal(VOCAB_SIZE)), int(rng.integers(VOCAB_SIZE))
+        prob /= prob.sum()
+        frame.loc[index, ["prob_mean", "sum_sq_mean"]] = prob[label], (prob**2).sum()
+        residuals.append(np.linalg.norm(prob - np.eye(VOCAB_SIZE)[label]))
+        normalizers.append(np.linalg.norm(np.eye(VOCAB_SIZE) - np.ones((VOCAB_SIZE, 1)) * prob))
+    summary = summarise(frame, VOCAB_SIZE)
+    assert summary.metric("residual_chosen")[0] == pytest.approx(np.mean(residuals), rel=1e-12)
+    assert summary.metric("normalizer_chosen")[0] == pytest.approx(np.mean(normalizers), rel=1e-12)
+    assert summarise(frame).metric("normalizer_chosen").empty, "without the vocabulary's size it cannot be known"
 
 
 def test_end_of_turn_is_left_out_where_every_response_was_cut():

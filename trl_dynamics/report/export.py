@@ -27,7 +27,7 @@ def export_png(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     series = split_series(runs)
     specs = {}
     for one in series:
-        charts = gallery.path_charts(one) | gallery.squeezing_charts(one)
+        charts = gallery.path_charts(one) | gallery.squeezing_charts(one) | gallery.force_charts(one)
         specs |= {f"{one.label}-{name}": _titled(spec, one.label) for name, spec in charts.items()}
     specs |= {f"training-{name}": spec for name, spec in gallery.scalar_charts(runs).items()}
     specs |= {f"comparison-{name}": spec for name, spec in gallery.comparison_charts(series).items()}

@@ -27,8 +27,16 @@ SCALARS = (
 )
 MAX_SCALARS = 12
 _NOT_SCALARS = ("step", "epoch")
-# argmax along chosen is drawn together with chosen.
-_PANEL_METRICS = tuple(name for name in METRICS if name not in ("argmax_logp",))
+# A and G of the force analysis, along the two answers that DPO trains on.
+_FORCES = (
+    "residual_chosen",
+    "residual_rejected",
+    "normalizer_chosen",
+    "normalizer_rejected",
+    "miss_chosen",
+)
+# argmax along chosen is drawn together with chosen, and displacement is chosen's own learning path.
+_PANEL_METRICS = tuple(name for name in METRICS if name not in ("argmax_logp", "displacement", *_FORCES))
 _COMPARED_TYPES = ("chosen", "rejected", "other_train")
 
 
@@ -48,6 +56,14 @@ def squeezing_charts(series: Series) -> dict[str, dict]:
         "rejected": charts.rejected_path(series.summary),
     }
     drawn |= {name: charts.metric(summaries, name) for name in _PANEL_METRICS}
+    return {name: spec for name, spec in drawn.items() if spec}
+
+
+def force_charts(series: Series) -> dict[str, dict]:
+    """Sizes of the residual and of the softmax normalisation; a single step has none."""
+    if len(series.steps) < 2:
+        return {}
+    drawn = {name: charts.metric({series.label: series.summary}, name) for name in _FORCES}
     return {name: spec for name, spec in drawn.items() if spec}
 
 

@@ -65,6 +65,48 @@ METRIC_TERMS: dict[str, Term] = {
         "nats",
         "constant or rising; falling means longer, perhaps endless answers",
     ),
+    "displacement": Term(
+        "displacement of chosen",
+        "How far chosen has moved since the start. Falling is benign while paraphrases hold, harmful when they fall.",
+        "mean over probes of logp_mean(now) − logp_mean(start)",
+        "nats per token, change since start",
+        "rising; falling is common in DPO and worth a look at the paraphrases",
+    ),
+    "miss_chosen": Term(
+        "probability off chosen",
+        "What the model gives to all tokens but the chosen one, averaged along the chosen response.",
+        "mean over probes of the mean over positions of 1 − π(chosen)",
+        "probability per position",
+        "falls",
+    ),
+    "residual_chosen": Term(
+        "force on chosen ‖G‖",
+        "Length of the gap between the prediction and the chosen token: how hard a step on chosen pulls.",
+        "mean over probes of the root mean square over positions of ‖π − e‖, ‖π − e‖² = 1 − 2π(chosen) + Σ π(v)²",
+        "no unit; 0 to √2",
+        "falls as chosen is learnt",
+    ),
+    "residual_rejected": Term(
+        "force on rejected ‖G‖",
+        "The same along rejected: how hard a negative gradient pushes, before DPO's β(1 − a).",
+        "as on chosen, along rejected",
+        "no unit; 0 to √2",
+        "not much above chosen; high where rejected is unlikely already, which is where pushing squeezes",
+    ),
+    "normalizer_chosen": Term(
+        "normaliser ‖A‖ on chosen",
+        "How strongly a change of the logits changes log-probabilities: the more peaked the distribution, the more.",
+        "mean over probes of the root mean square over positions of ‖I − 1πᵀ‖, ‖·‖² = V − 2 + V Σ π(v)²",
+        "no unit; √(V − 1) for a uniform distribution, √(2V − 2) for a certain one",
+        "rises slowly; fast on chosen and rejected alike means that everything becomes peaked",
+    ),
+    "normalizer_rejected": Term(
+        "normaliser ‖A‖ on rejected",
+        "The same along rejected.",
+        "as on chosen, along rejected",
+        "no unit",
+        "rises no faster than on chosen",
+    ),
 }
 
 TERMS: tuple[Term, ...] = (

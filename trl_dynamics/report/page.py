@@ -37,7 +37,8 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
     series = split_series(runs)
     sections = [_section(index, one) for index, one in enumerate(series)]
     scalars, comparison = gallery.scalar_charts(runs), gallery.comparison_charts(series)
-    specs = {key: spec for section in sections for key, spec in (section["paths"] | section["squeezing"]).items()}
+    drawn = [section["paths"] | section["squeezing"] | section["forces"] for section in sections]
+    specs = {key: spec for charts in drawn for key, spec in charts.items()}
     specs |= _keyed("scalar", scalars) | _keyed("compare", comparison)
     main_chart = next(iter(sections[0]["paths"].values()))
     environment = jinja2.Environment(
@@ -96,6 +97,7 @@ def _section(index: int, series: Series) -> dict:
         "nothing": nothing or (None if found else findings.summary_text(found, series.label)),
         "paths": _keyed(f"s{index}", gallery.path_charts(series)),
         "squeezing": _keyed(f"s{index}", gallery.squeezing_charts(series)),
+        "forces": _keyed(f"s{index}", gallery.force_charts(series)),
         "thinned": gallery.thinned_note(series),
         "third_parties": gallery.third_party_note(series),
         "changes": cards.change_rows(series),

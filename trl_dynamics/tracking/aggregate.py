@@ -153,15 +153,19 @@ class Summary:
         return table.reindex(index=pd.Index(self.steps, name="step"), columns=types)
 
 
-def summarise(records: pd.DataFrame | Summary) -> Summary:
+def summarise(records: pd.DataFrame | Summary, vocab_size: int | None = None) -> Summary:
     """A frame of records of one run and model, reduced; a summary is returned as it is.
+
+    Args:
+        records (`pandas.DataFrame` or [`Summary`]): Records of one run and one model, any order.
+        vocab_size (`int`, *optional*): Of the model, from meta.json; metrics that need it are left out without it.
 
     Raises:
         ValueError: If the frame holds several runs or models.
     """
     if isinstance(records, Summary):
         return records
-    tables = {table.step: table for table in split_frame(records)}
+    tables = {table.step: table for table in split_frame(records, vocab_size)}
     first = next(iter(tables.values()))
     return Summary([summarise_step(first, table) for table in tables.values()], first, tables.__getitem__)
 
@@ -172,11 +176,11 @@ def summarise_store(store: DynamicsStore) -> dict[str, Summary]:
     Raises:
         ValueError: If there are no records, a newer version wrote them, or a key is there twice.
     """
-    store.read_meta()  # refuses a newer schema
+    vocab_size = store.read_meta().get("model", {}).get("vocab_size")  # reading it refuses a newer schema
     try:
-        return _summarise_all(store)
+        return _summarise_all(store, vocab_size)
     except FileNotFoundError:
-        return _summarise_all(store)  # the run has just ended and merged its files
+        return _summarise_all(store, vocab_size)  # the run has just ended and merged its files
 
 
 def summarise_step(start: StepTable, now: StepTable) -> StepSummary:
@@ -244,10 +248,10 @@ def find_blocks(path: Path) -> Iterator[Block]:
         yield _joined(pending)
 
 
-def read_block(block: Block) -> list[StepTable]:
+def read_block(block: Block, vocab_size: int | None = None) -> list[StepTable]:
     """The steps of a block, ascending."""
     file = pq.ParquetFile(block.path, read_dictionary=["model", "probe_id", "response_type"])
-    return split(file.read_row_groups(list(block.groups), columns=list(COLUMNS), use_threads=False))
+    return split(file.read_row_groups(list(block.groups), columns=list(COLUMNS), use_threads=False), vocab_size)
 
 
 def _joined(blocks: list[Block]) -> Block:
@@ -266,15 +270,15 @@ def _blocks(store: DynamicsStore) -> dict[str, list[Block]]:
     return {model: sorted(own, key=lambda block: block.first_step) for model, own in by_model.items()}
 
 
-def _summarise_all(store: DynamicsStore) -> dict[str, Summary]:
-    return {model: _summarise(store, model, blocks) for model, blocks in _blocks(store).items()}
+def _summarise_all(store: DynamicsStore, vocab_size: int | None) -> dict[str, Summary]:
+    return {model: _summarise(store, model, blocks, vocab_size) for model, blocks in _blocks(store).items()}
 
 
-def _summarise(store: DynamicsStore, model: str, blocks: list[Block]) -> Summary:
-    first = read_block(blocks[0])[0]
+def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size: int | None) -> Summary:
+    first = read_block(blocks[0], vocab_size)[0]
 
     def reduce(block: Block) -> list[StepSummary]:
-        return [summarise_step(first, table) for table in read_block(block)]
+        return [summarise_step(first, table) for table in read_block(block, vocab_size)]
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         parts = sorted((part for found in pool.map(reduce, blocks) for part in found), key=lambda part: part.step)
@@ -282,16 +286,16 @@ def _summarise(store: DynamicsStore, model: str, blocks: list[Block]) -> Summary
 
     def read(step: int) -> StepTable:
         try:
-            return _read_step(blocks, step)
+            return _read_step(blocks, step, vocab_size)
         except FileNotFoundError:
-            return _read_step(_blocks(store)[model], step)
+            return _read_step(_blocks(store)[model], step, vocab_size)
 
     return Summary(parts, first, read)
 
 
-def _read_step(blocks: list[Block], step: int) -> StepTable:
+def _read_step(blocks: list[Block], step: int, vocab_size: int | None) -> StepTable:
     block = next(block for block in blocks if block.first_step <= step <= block.last_step)
-    return next(table for table in read_block(block) if table.step == step)
+    return next(table for table in read_block(block, vocab_size) if table.step == step)
 
 
 def _refuse_repeats(steps: Iterable[int]) -> None:

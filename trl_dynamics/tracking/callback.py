@@ -185,7 +185,7 @@ class ProbeCallback(TrainerCallback):
         frame = table.to_pandas()
         if baseline is not None and step not in baseline["step"].to_numpy():
             frame = pd.concat([baseline, frame], ignore_index=True)
-        return table, scores.star_ids, metrics.scalars(frame)
+        return table, scores.star_ids, metrics.scalars(frame, self.series.meta["model"]["vocab_size"])
 
     def _settle_layout(self, plan: dict | None) -> None:
         """Decide on the batches before the first scoring: those of the run that goes on, else what a check allows."""

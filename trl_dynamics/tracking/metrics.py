@@ -86,6 +86,71 @@ def entropy(start: StepTable, now: StepTable) -> float:
     return mean(now.row("chosen", "entropy_mean"))
 
 
+def displacement(start: StepTable, now: StepTable) -> float:
+    """How far chosen has moved since the start.
+
+    mean over probes of logp_mean(now) - logp_mean(start), on `chosen`.
+
+    Unit: nats per token. Healthy: rising. Falling is likelihood displacement (arXiv 2410.08847): benign while
+    paraphrases and other answers hold, harmful when they fall too.
+    """
+    return mean(now.row("chosen", PER_TOKEN) - start.row("chosen", PER_TOKEN))
+
+
+def residual_chosen(start: StepTable, now: StepTable) -> float:
+    """Length of the prediction gap ||pi - e_y|| along chosen, the force of an SFT step on it.
+
+    mean over probes of the root mean square over positions of ||pi - e_y||, whose square is
+    1 - 2 pi(y) + sum_v pi(v)^2; on `chosen` (arXiv 2407.10490, G of the AKG decomposition).
+
+    Unit: none, in [0, sqrt(2)]. Healthy: falls as chosen is learnt. Near 0: nothing is left to learn there.
+    """
+    return mean(_residual(now, "chosen"))
+
+
+def residual_rejected(start: StepTable, now: StepTable) -> float:
+    """Length of the prediction gap ||pi - e_y|| along rejected: the force of the negative gradient, without beta.
+
+    As [`residual_chosen`], on `rejected`.
+
+    Unit: none, in [0, sqrt(2)]. Healthy: not much above that of chosen. Near 1 or more with a low pi(y): the
+    rejected answer lies in a valley, and pushing it further down squeezes.
+    """
+    return mean(_residual(now, "rejected"))
+
+
+def miss_chosen(start: StepTable, now: StepTable) -> float:
+    """Probability that does not go to the chosen token.
+
+    mean over probes of the mean over positions of 1 - pi(y), on `chosen`.
+
+    Unit: probability per position. Healthy: falls.
+    """
+    return mean(1.0 - now.row("chosen", "prob_mean"))
+
+
+def normalizer_chosen(start: StepTable, now: StepTable) -> float:
+    """Size of the softmax normalisation ||A||_F along chosen, A = I - 1 pi^T: how strongly logits move log pi.
+
+    mean over probes of the root mean square over positions of ||A||_F, whose square is V - 2 + V sum_v pi(v)^2; on
+    `chosen` (arXiv 2407.10490, A of the AKG decomposition).
+
+    Unit: none, between sqrt(V - 1) for a uniform distribution and sqrt(2 V - 2) for a certain one. Healthy: rises
+    slowly. Rising fast on chosen and rejected alike: the whole distribution becomes peaky.
+    """
+    return mean(_normalizer(now, "chosen"))
+
+
+def normalizer_rejected(start: StepTable, now: StepTable) -> float:
+    """Size of the softmax normalisation ||A||_F along rejected.
+
+    As [`normalizer_chosen`], on `rejected`.
+
+    Unit: none. Healthy: rises no faster than along chosen.
+    """
+    return mean(_normalizer(now, "rejected"))
+
+
 def margin(start: StepTable, now: StepTable) -> float:
     """Growth of the preference margin since the start: DPO's reward margin over beta, if the start is pi_ref.
 
@@ -118,17 +183,30 @@ def gap_per_token(step: StepTable) -> np.ndarray:
     return gap / step.row("chosen", "num_tokens")
 
 
-def scalars(frame: pd.DataFrame) -> dict[str, float]:
+def _residual(step: StepTable, response_type: str) -> np.ndarray:
+    """Per probe, the root mean square of ||pi - e_y||; rounding may take a zero below 0."""
+    prob, sum_sq = (step.row(response_type, column) for column in ("prob_mean", "sum_sq_mean"))
+    return np.sqrt(np.maximum(1.0 - 2.0 * prob + sum_sq, 0.0))
+
+
+def _normalizer(step: StepTable, response_type: str) -> np.ndarray:
+    """Per probe, the root mean square of ||A||_F; NaN where the vocabulary's size is not known."""
+    size = np.nan if step.vocab_size is None else float(step.vocab_size)
+    return np.sqrt(size - 2.0 + size * step.row(response_type, "sum_sq_mean"))
+
+
+def scalars(frame: pd.DataFrame, vocab_size: int | None = None) -> dict[str, float]:
     """The last step's values for trackers: `probe/<type>/logp_mean` (nats per token) and `squeeze/<metric>`.
 
     A metric whose response types are missing is left out.
 
     Args:
         frame (`pandas.DataFrame`): Records of one run and one model; only the first and the last step matter.
+        vocab_size (`int`, *optional*): Of the model; without it the normaliser's size is left out.
     """
     steps = frame["step"]
     ends = [steps.min(), steps.max()]
-    tables = split_frame(frame[steps.isin(ends)] if steps.nunique() > 2 else frame)
+    tables = split_frame(frame[steps.isin(ends)] if steps.nunique() > 2 else frame, vocab_size)
     return step_scalars(tables[0], tables[-1])
 
 
@@ -148,4 +226,10 @@ METRICS: dict[str, Callable[[StepTable, StepTable], float]] = {
     "entropy": entropy,
     "margin": margin,
     "eos_logp": eos_logp,
+    "displacement": displacement,
+    "miss_chosen": miss_chosen,
+    "residual_chosen": residual_chosen,
+    "residual_rejected": residual_rejected,
+    "normalizer_chosen": normalizer_chosen,
+    "normalizer_rejected": normalizer_rejected,
 }

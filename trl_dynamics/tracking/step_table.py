@@ -22,8 +22,10 @@ COLUMNS = (
     "truncated",
     "logp_sum",
     "logp_mean",
+    "prob_mean",
     "argmax_logp_sum",
     "entropy_mean",
+    "sum_sq_mean",
     "rest_mass_mean",
     "eos_logp",
 )
@@ -38,15 +40,24 @@ class StepTable:
         step (`int`): The step.
         types (`list[str]`): Response types in the usual order.
         probe_ids (`pyarrow.StringArray`): The probes, each once.
+        vocab_size (`int` or `None`): Labels that the model's distributions are over, where it is known.
     """
 
-    def __init__(self, step: int, types: list[str], probe_ids: pa.Array, place: np.ndarray, rows: pa.Table):
-        self.step, self.types, self.probe_ids = step, types, probe_ids
+    def __init__(
+        self,
+        step: int,
+        types: list[str],
+        probe_ids: pa.Array,
+        place: np.ndarray,
+        rows: pa.Table,
+        vocab_size: int | None,
+    ):
+        self.step, self.types, self.probe_ids, self.vocab_size = step, types, probe_ids, vocab_size
         self._place, self._rows = place, rows
         self._values: dict[str, np.ndarray] = {}
 
     @classmethod
-    def of(cls, rows: pa.Table) -> "StepTable":
+    def of(cls, rows: pa.Table, vocab_size: int | None = None) -> "StepTable":
         """The rows of one model and step, in any order.
 
         Raises:
@@ -65,7 +76,7 @@ class StepTable:
                 f"the records hold the same key twice: step {step}, probe_id {probe_ids[probe].as_py()!r}, "
                 f"response_type {types[row]!r}"
             )
-        return cls(step, types, probe_ids, place, rows)
+        return cls(step, types, probe_ids, place, rows, vocab_size)
 
     def values(self, column: str) -> np.ndarray:
         """One column as float64 `values_TP`; not to be written to."""
@@ -95,10 +106,10 @@ class StepTable:
         row, probe = to_type[type_codes], to_probe[probe_codes]
         kept = (row >= 0) & (probe >= 0)
         place = (row.astype(np.int64) * len(probe_ids) + probe)[kept]
-        return StepTable(self.step, types, probe_ids, place, self._rows.filter(pa.array(kept)))
+        return StepTable(self.step, types, probe_ids, place, self._rows.filter(pa.array(kept)), self.vocab_size)
 
 
-def split(rows: pa.Table) -> list[StepTable]:
+def split(rows: pa.Table, vocab_size: int | None = None) -> list[StepTable]:
     """Rows of one model, in any order, as one table per step, by ascending step."""
     steps = rows["step"].to_numpy()
     if (np.diff(steps) < 0).any():
@@ -106,10 +117,12 @@ def split(rows: pa.Table) -> list[StepTable]:
         rows, steps = rows.take(pa.array(order)), steps[order]
     starts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist()] if len(steps) else []
     ends = [*starts[1:], len(steps)]
-    return [StepTable.of(rows.slice(start, end - start)) for start, end in zip(starts, ends, strict=True)]
+    return [StepTable.of(rows.slice(start, end - start), vocab_size) for start, end in zip(starts, ends, strict=True)]
 
 
-def split_frame(frame: pd.DataFrame, columns: Sequence[str] = COLUMNS) -> list[StepTable]:
+def split_frame(
+    frame: pd.DataFrame, vocab_size: int | None = None, columns: Sequence[str] = COLUMNS
+) -> list[StepTable]:
     """A frame of records as one table per step, by ascending step.
 
     Raises:
@@ -119,7 +132,7 @@ def split_frame(frame: pd.DataFrame, columns: Sequence[str] = COLUMNS) -> list[S
         if key in frame and frame[key].nunique() > 1:
             found = sorted(frame[key].unique())
             raise ValueError(f"metrics need the records of one {key}, got {found}; select one first")
-    return split(pa.Table.from_pandas(frame[list(columns)], preserve_index=False))
+    return split(pa.Table.from_pandas(frame[list(columns)], preserve_index=False), vocab_size)
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:

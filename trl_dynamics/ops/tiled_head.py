@@ -6,10 +6,13 @@ No tensor of shape (all positions, V) ever exists: a tile holds about `TILE_ELEM
 `ACCELERATOR_FACTOR` times as many), whatever N and V are.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from trl_dynamics.ops import squeeze
 
 TILE_ELEMENTS, ACCELERATOR_FACTOR = 1 << 20, 4
 
@@ -43,16 +46,25 @@ def token_stats(
     `argmax_logp`, `argmax_id`, `other_id` and `other_logp` (likeliest label besides the target), `entropy`, `sum_sq`
     (sum_v p_v^2), `topk_mass` (probability of the k likeliest labels), `extra_logp` (N, E) when asked for.
     """
-    num_vocab = head.weight_VD.shape[0]
-    factor = 1 if hidden_ND.device.type == "cpu" else ACCELERATOR_FACTOR
-    tile = max(1, factor * TILE_ELEMENTS // num_vocab)
     parts = []
-    # An empty request still yields one (empty) part, so that the outputs keep their dtypes.
-    for start in range(0, max(1, len(target_N)), tile):
-        rows = slice(start, start + tile)
-        logits_NV = head.logits(hidden_ND[rows])
+    for rows, logits_NV in _tiles(hidden_ND, head):
         parts.append(_tile_stats(logits_NV, target_N[rows], None if extra_NE is None else extra_NE[rows], top_k))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def squeeze_rows(hidden_ND: torch.Tensor, head: Head, label_N: torch.Tensor) -> squeeze.Rows:
+    """What [`squeeze.largest_share`] needs to know of each position; shapes: hidden (N, D), label (N,) int64."""
+    return squeeze.join([squeeze.keep_rows(logits_NV, label_N[rows]) for rows, logits_NV in _tiles(hidden_ND, head)])
+
+
+def _tiles(hidden_ND: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Positions and their logits, tile by tile."""
+    factor = 1 if hidden_ND.device.type == "cpu" else ACCELERATOR_FACTOR
+    tile = max(1, factor * TILE_ELEMENTS // head.weight_VD.shape[0])
+    # An empty request still yields one (empty) tile, so that the outputs keep their dtypes.
+    for start in range(0, max(1, len(hidden_ND)), tile):
+        rows = slice(start, start + tile)
+        yield rows, head.logits(hidden_ND[rows])
 
 
 def _tile_stats(

@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         "tracking.store",
         "tracking.metrics",
         "tracking.aggregate",
+        "tracking.comparison",
         "tracking.effects",
         "tracking.findings",
         "probing.schema",

@@ -7,6 +7,7 @@ from synthetic_runs import ALL_TYPES, SFT, SQUEEZED, STEPS, records
 
 from trl_dynamics.tracking import effects, findings
 from trl_dynamics.tracking.aggregate import summarise
+from trl_dynamics.tracking.comparison import compare
 
 DPO, SFT_META = {"method": "dpo"}, {"method": "sft"}
 
@@ -27,6 +28,11 @@ def test_squeezing_has_its_numbers_and_its_onset():
     assert found.evidence["third_party_change"] == pytest.approx(-0.8, abs=0.02)
     # Third parties lose 0.05 at 1/16 of the run, the gap gains it at 1/13, argmax at 1/10: step 40 of 320 is first.
     assert found.evidence["since_step"] == 40
+    assert (
+        "drained_mass" not in only(records(SQUEEZED, argmax=0.5, types=("chosen", "other_test")), "squeezing").evidence
+    )
+    drained = only(records(SQUEEZED, argmax=0.5, drained=0.1), "squeezing").evidence["drained_mass"]
+    assert drained == pytest.approx(0.1, abs=0.01)
     assert "moved +0.503 ± 0.004 nats per token" in found.text and "step 40" in found.text
 
 
@@ -63,6 +69,33 @@ def test_displacement_is_harmful_when_others_fall_too(victims):
     assert "displacement_harmful" in names(frame)
 
 
+def test_both_falling_is_answered_directly():
+    """The question of users: chosen and rejected both fall, is it broken?"""
+    benign = only(records({"chosen": -0.3, "rejected": -0.9}), "displacement_benign")
+    assert "chosen and rejected both fell" in benign.title and "no fault: DPO's loss asks for a margin" in benign.text
+    assert "paraphrases of chosen hold" in benign.text
+    harmful = only(records({"chosen": -0.3, "rejected": -0.9, "other_test": -1.5}), "displacement_harmful")
+    assert "chosen and rejected both fell" in harmful.title
+    assert "that does harm: other fluent answers fell with it" in harmful.text
+    assert harmful.evidence["rejected_change"] == pytest.approx(-0.9, abs=0.02)
+    assert "rejected" not in only(records({"chosen": -0.3, "other_test": -1.5}), "displacement_harmful").title
+
+
+def test_a_fall_that_feeds_likely_tokens_is_not_called_benign():
+    """Only shuffled words fall with chosen, but likely tokens collect what they lose: that is squeezing."""
+    frame = records({"chosen": -0.3, "chosen_permuted": -1.5, "other_test_permuted": -1.5}, argmax=0.4)
+    assert {"squeezing", "displacement_harmful"} <= names(frame) and "displacement_benign" not in names(frame)
+    assert "likely already" in only(frame, "displacement_harmful").text
+
+
+def test_remedies_fit_the_method():
+    frame = records(SQUEEZED, argmax=0.5)
+    for name in ("squeezing", "displacement_harmful"):
+        assert "squeeze_guard" in only(frame, name).remedy and 'sft_on="both"' in only(frame, name).remedy
+        for method in ("sft", "grpo", "track", "unheard_of"):
+            assert "dpop" not in only(frame, name, {"method": method}).remedy
+
+
 def test_displacement_from_a_peak_inside_the_run():
     frame = records(lambda name, t: 2.0 * t * (1 - t) + 0.2 * t if name == "chosen" else 0.0)
     found = only(frame, "displacement_benign")
@@ -93,6 +126,15 @@ def test_unrelated_pull_up_is_compared_with_held_out_answers():
     alone = records(SFT, types=["chosen", "rejected", "other_train"])
     assert "other_test" in only(alone, "unrelated_pull_up", SFT_META).remedy
     assert "unrelated_pull_up" not in names(records(SFT), DPO)
+
+
+def test_unrelated_pull_up_says_whether_it_goes_on():
+    early = records(lambda name, t: {"chosen": t, "other_train": min(t, 0.125)}.get(name, 0.0) * 4)
+    goes_on = records(lambda name, t: {"chosen": t, "other_train": t}.get(name, 0.0))
+    found = [only(frame, "unrelated_pull_up", SFT_META) for frame in (early, goes_on)]
+    assert ["keeps rising" in one.text for one in found] == [False, True]
+    # The middle of the seven steps is step 40, an eighth of the run.
+    assert found[1].evidence["other_train_change_late"] == pytest.approx(7 / 8, abs=0.02)
 
 
 def test_entropy_collapse_and_end_of_turn_loss():
@@ -187,10 +229,10 @@ def test_comparison_is_paired_at_the_last_common_step():
     strong = records(SQUEEZED, argmax=0.5, noise=0.05)
     half = records({name: value / 2 for name, value in SQUEEZED.items()}, argmax=0.5, noise=0.05, seed=1)
     half = half[half["step"] <= 160]
-    found = {f.name: f for f in findings.compare({"base": strong, "mild": half})}
+    found = {f.name: f for f in compare({"base": strong, "mild": half})}
     third = found["compare_third_parties"]
     # At step 160, half of the run: -0.4 against -0.2.
     assert third.evidence["third_parties_difference"] == pytest.approx(0.2, abs=0.02)
     assert "mild" in third.title and "higher than in base" in third.title and "step 160" in third.text
-    assert findings.compare({"base": strong, "again": records(SQUEEZED, argmax=0.5, noise=0.05, seed=2)}) == []
-    assert findings.compare({"base": strong, "other": half[half["step"] == STEPS[0]]}) == []
+    assert compare({"base": strong, "again": records(SQUEEZED, argmax=0.5, noise=0.05, seed=2)}) == []
+    assert compare({"base": strong, "other": half[half["step"] == STEPS[0]]}) == []

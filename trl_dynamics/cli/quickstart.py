@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from trl_dynamics.cli import dpo, sft
 from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.comparison import compare
 from trl_dynamics.tracking.store import open_store
 
 # recipes/quickstart holds the same settings as YAML.
@@ -65,7 +66,7 @@ def run(argv: list[str]) -> int:
         frames[path.name] = store.read_records()
         print(findings.summary_text(findings.find(frames[path.name], store.read_meta()), path.name))
     print("\nDPO after SFT on both answers, against DPO after SFT on chosen ones:")
-    compared = findings.compare({name: frames[name] for name in ("dpo", "dpo_after_sft_both")})
+    compared = compare({name: frames[name] for name in ("dpo", "dpo_after_sft_both")})
     print("\n".join(finding.text for finding in compared) or "no difference beyond two standard errors over probes")
     print(f"\nThe quickstart took {time.perf_counter() - began:.0f} s. Records: {output_dir}/*/dynamics/")
     _write_page(runs, output_dir / "report.html")

@@ -14,6 +14,7 @@ from trl_dynamics.report.load import Run, Series, load_runs, split_series
 from trl_dynamics.report.spec import VEGA_LITE
 from trl_dynamics.report.steps import is_log_spaced
 from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.comparison import compare
 
 TEMPLATE = "report.html.j2"
 # With more series than this their charts start folded up.
@@ -119,7 +120,7 @@ def _compared(first: Series, others: list[Series]) -> dict:
     summaries = {one.label: one.summary for one in (first, *others) if not apart.get(one.label)}
     return {
         "reference": first.label,
-        "findings": findings.compare(summaries),
+        "findings": compare(summaries),
         "compared": [label for label in summaries if label != first.label],
         "left_out": {label: reason for label, reason in apart.items() if reason},
     }

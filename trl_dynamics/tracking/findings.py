@@ -3,15 +3,15 @@
 A finding says only what the records support; what counts as a change is defined in [`tracking.effects`].
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pandas as pd
 
 from trl_dynamics.probing.schema import REPHRASE, group_of
 from trl_dynamics.tracking.aggregate import Summary, summarise
-from trl_dynamics.tracking.effects import COUNTS, MIN_EFFECT, Changes, bystander_types, clustered_effect
-from trl_dynamics.tracking.metrics import PER_SEQUENCE, third_party_types
+from trl_dynamics.tracking.effects import COUNTS, MIN_EFFECT, Changes, Effect, bystander_types
+from trl_dynamics.tracking.metrics import PER_SEQUENCE
 
 # From here on a squeeze or a harmful displacement is an alert, nats per token.
 ALERT_EFFECT = 0.25
@@ -26,28 +26,15 @@ INFO, WARNING, ALERT = "info", "warning", "alert"
 SEVERITIES = (ALERT, WARNING, INFO)
 
 
-# Name, severity, title, meaning and remedy of each kind of displacement.
-_HARMFUL = (
-    "displacement_harmful",
-    WARNING,
-    "harmful displacement: chosen fell and took similar answers along",
-    "The meaning you prefer is losing, not only its wording.",
-    "Stop earlier, lower the learning rate, add an SFT term on chosen, or try DPOP or a larger beta.",
-)
-_BENIGN = (
-    "displacement_benign",
-    INFO,
-    "benign displacement: chosen fell, its paraphrases and other answers hold on average",
-    "Common in DPO, whose loss only asks for a margin.",
-    "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
-)
-_UNCLEAR = (
-    "displacement",
-    WARNING,
-    "chosen lost probability",
-    "The probe set has no other fluent answers, so the records cannot tell whether this is harmful.",
-    "Add paraphrases and unrelated answers to the probe set to tell the two apart.",
-)
+# What holds chosen up and keeps probability from being squeezed, per training method.
+REMEDIES = {
+    "dpo": "Stop earlier or lower the learning rate. Damp the push on rejected tokens that are unlikely already "
+    "(gate_dpo, squeeze_guard) or use rejected answers that the model gives itself; hold chosen up (dpop_lambda, or "
+    'loss_type=["sigmoid", "sft"]); or first run SFT on chosen and rejected together (sft_on="both", extended SFT).',
+    "sft": "Stop earlier or lower the learning rate, and check that chosen is the kind of answer you train on.",
+    "grpo": "Stop earlier, lower the learning rate or raise beta, and check what the reward pays for.",
+    "track": "Use an earlier checkpoint, or train less, or at a lower learning rate.",
+}
 
 
 @dataclass(frozen=True)
@@ -96,61 +83,14 @@ def summary_text(findings: list[Finding], run_name: str) -> str:
     return "\n".join(f"{run_name}: {f.severity}: {f.title}. {f.text}" for f in findings)
 
 
-def compare(runs: Mapping[str, pd.DataFrame | Summary]) -> list[Finding]:
-    """Where runs differ from the first one, at the last step that both recorded, paired by probe.
-
-    Args:
-        runs (`Mapping[str, pandas.DataFrame | Summary]`): Records of one model per entry, all of the same probe set;
-            the first entry is what the others are compared with.
-    """
-    (reference, base), *others = ((name, summarise(records)) for name, records in runs.items())
-    found = []
-    for name, other in others:
-        common = sorted(set(base.steps) & set(other.steps))
-        if common and common[-1] > max(base.steps[0], other.steps[0]):
-            found += _differences(name, other.changes(end=common[-1]), reference, base.changes(end=common[-1]))
-    return found
-
-
-def _differences(name: str, ours: Changes, reference: str, theirs: Changes) -> list[Finding]:
-    quantities = {
-        "chosen": ("chosen", ours.delta(["chosen"]), theirs.delta(["chosen"])),
-        "rejected": ("rejected", ours.delta(["rejected"]), theirs.delta(["rejected"])),
-        "third_parties": (
-            "the third parties",
-            ours.delta(third_party_types(ours.types)),
-            theirs.delta(third_party_types(theirs.types)),
-        ),
-        "gap": ("the gap argmax minus chosen", ours.gap_delta(), theirs.gap_delta()),
-    }
-    found = []
-    for key, (label, mine, other) in quantities.items():
-        difference = clustered_effect(mine - other)
-        if not (difference.up() or difference.down()):
-            continue
-        higher = "higher" if difference.mean > 0 else "lower"
-        was, now = clustered_effect(other), clustered_effect(mine)
-        found.append(
-            Finding(
-                f"compare_{key}",
-                INFO,
-                f"{name}: {label} {abs(difference.mean):.2f} nats per token {higher} than in {reference}",
-                f"By step {ours.end}, since the start, {label} moved {now} nats per token in {name} and {was} in "
-                f"{reference}; paired difference {difference} over {difference.num_probes} probes.",
-                {f"{key}_difference": difference.mean, f"{key}_change": now.mean, f"{key}_reference": was.mean},
-                f"paired difference of the changes since the start at the last common step of at least {MIN_EFFECT} "
-                f"nats per token; {COUNTS}.",
-            )
-        )
-    return found
-
-
 def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Mass moves to tokens that are likely already, and nobody who was asked for gets it."""
     third, since = changes.third_parties, summary.squeezed_since()
     if since is None:
         return None
     severe = changes.gap.mean >= ALERT_EFFECT or -third.mean >= ALERT_EFFECT
+    drained = summary.metric("drained_mass")
+    cause = "Off-policy rejected answers, which the model finds unlikely, are the usual cause. "
     return Finding(
         "squeezing",
         ALERT if severe else WARNING,
@@ -164,13 +104,13 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
             "gap_change": changes.gap.mean,
             "third_party_change": third.mean,
             "since_step": float(since),
+            **({"drained_mass": float(drained.iloc[-1])} if len(drained) else {}),
         },
         f"argmax along chosen rises by at least {MIN_EFFECT} nats per token, the gap argmax minus chosen widens by at "
         f"least {MIN_EFFECT} and third parties fall by at least {MIN_EFFECT}, start to end; {COUNTS}. Alert from "
         f"{ALERT_EFFECT} nats per token of gap or third-party loss.",
-        f"Use the checkpoint before step {since}, lower the learning rate or raise beta, add an SFT term on chosen "
-        '(loss_type=["sigmoid", "sft"]), or first run SFT on chosen and rejected together (extended SFT). Off-policy '
-        "rejected answers that the model finds unlikely are the usual cause.",
+        f"Use the checkpoint before step {since}. {cause if method == 'dpo' else ''}"
+        f"{REMEDIES.get(method, REMEDIES['track'])}",
     )
 
 
@@ -183,38 +123,73 @@ def displacement(summary: Summary, changes: Changes, method: str) -> Finding | N
         window, since = summary.changes(start=peak), f"its peak (against the start it stands at {changes.chosen})"
         if peak in (changes.start, changes.end) or not window.chosen.down(standard_errors=PEAK_STANDARD_ERRORS):
             return None
-    others, paraphrases = window.bystanders, window.of_types(_paraphrases_of_chosen(summary.types))
-    known = {"other fluent answers": others, "paraphrases of chosen": paraphrases}
-    numbers = ", ".join(f"{name} {effect}" for name, effect in known.items() if effect.known)
-    if not numbers:
-        verdict = _UNCLEAR
-    elif others.down() or paraphrases.down():
-        severe = -window.chosen.mean >= ALERT_EFFECT or -others.mean >= ALERT_EFFECT
-        verdict = (_HARMFUL[0], ALERT if severe else WARNING, *_HARMFUL[2:])
-    else:
-        verdict = _BENIGN
-    name, severity, title, meaning, remedy = verdict
-    best = f"Chosen was highest at step {peak}. " if severity != INFO and peak > changes.start else ""
-    moved = f"; over the same steps {numbers}" if numbers else ""
+    others = {
+        "other fluent answers": window.bystanders,
+        "paraphrases of chosen": window.of_types(_paraphrases_of_chosen(summary.types)),
+    }
+    others = {label: effect for label, effect in others.items() if effect.known}
+    name, severity, title, meaning, remedy = _verdict(window, others, summary.squeezed_since() is not None, method)
+    shown = {"rejected": window.rejected} | others if window.rejected.known else others
+    numbers = "".join(f", {label} {effect}" for label, effect in shown.items())
     falling = window.falling(bystander_types(summary.types))
-    meaning = f"Types that fell by themselves: {', '.join(falling)}. {meaning}" if falling else meaning
+    alone = f" Types that fell by themselves: {', '.join(falling)}." if falling else ""
+    best = f"Chosen was highest at step {peak}. " if severity != INFO and peak > changes.start else ""
     return Finding(
         name,
         severity,
         title,
-        f"From step {window.start} to {window.end} chosen moved {window.chosen} nats per token from {since}{moved}. "
-        f"{meaning}",
+        f"{meaning} From step {window.start} to {window.end} chosen moved {window.chosen} nats per token from "
+        f"{since}{numbers}.{alone}",
         {
             "chosen_change": window.chosen.mean,
             "from_step": float(window.start),
-            **{f"{name.replace(' ', '_')}_change": effect.mean for name, effect in known.items() if effect.known},
+            **{f"{label.replace(' ', '_')}_change": effect.mean for label, effect in shown.items()},
         },
         f"chosen ends at least {MIN_EFFECT} nats per token below its start, or below a peak strictly inside the run "
         f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Harmful if bystanders (third parties except "
-        f"shuffled words) or paraphrases of chosen fall over the same steps by {MIN_EFFECT}, benign if neither does; "
-        f"{COUNTS}.",
+        f"shuffled words) or paraphrases of chosen fall over the same steps by {MIN_EFFECT}, or squeezing is found; "
+        f"benign if none of it; {COUNTS}.",
         best + remedy,
     )
+
+
+def _verdict(
+    window: Changes, others: dict[str, Effect], squeezed: bool, method: str
+) -> tuple[str, str, str, str, str]:
+    """Whether a fall of chosen harms, as (name, severity, title, why, remedy of the finding)."""
+    who = "chosen and rejected both fell" if window.rejected.down() else "chosen fell"
+    fell = [label for label, effect in others.items() if effect.down()]
+    if fell or squeezed:
+        severe = -window.chosen.mean >= ALERT_EFFECT or -window.bystanders.mean >= ALERT_EFFECT
+        severity, remedy = ALERT if severe else WARNING, REMEDIES.get(method, REMEDIES["track"])
+        if fell:
+            title = f"harmful displacement: {who} and took similar answers along"
+            why = f"{' and '.join(fell)} fell with it, so what you prefer is losing, not only its wording"
+        else:
+            title = f"harmful displacement: {who}, and likely tokens gained"
+            why = "other fluent answers hold, but what was lost went to tokens that were likely already"
+        return "displacement_harmful", severity, title, f"{_capital(who)}, and that does harm: {why}.", remedy
+    if not others:
+        return (
+            "displacement",
+            WARNING,
+            f"{who}: benign or harmful cannot be told",
+            "The probe set has no other fluent answers, so the records cannot tell whether this is harmful.",
+            "Add paraphrases and unrelated answers to the probe set to tell the two apart.",
+        )
+    asked = ": DPO's loss asks for a margin only" if method == "dpo" else ""
+    return (
+        "displacement_benign",
+        INFO,
+        f"benign displacement: {who}, other answers hold",
+        f"{_capital(who)}, and by itself that is no fault{asked}. On average {' and '.join(others)} hold, so what is "
+        "lost is this wording.",
+        "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def margin_by_rejection(summary: Summary, changes: Changes, method: str) -> Finding | None:
@@ -240,7 +215,7 @@ def margin_by_rejection(summary: Summary, changes: Changes, method: str) -> Find
         f"the margin rises, per token by at least {MIN_EFFECT} nats, rejected falls by at least {MIN_EFFECT} and "
         f"chosen does not rise by {MIN_EFFECT}; not for SFT; {COUNTS}.",
         "Do not select checkpoints by reward margin or accuracy alone; watch chosen and the third parties, and "
-        "consider an SFT term on chosen.",
+        'consider a term that holds chosen up (dpop_lambda, or loss_type=["sigmoid", "sft"]).',
     )
 
 
@@ -250,28 +225,29 @@ def unrelated_pull_up(summary: Summary, changes: Changes, method: str) -> Findin
     if method != "sft" or not (changes.chosen.up() and other.up()):
         return None
     excess = changes.difference("other_train", "other_test")
-    specific = excess.up()
-    control = ""
+    late = summary.changes(start=summary.steps[len(summary.steps) // 2]).of_types(["other_train"])
+    specific, control = excess.up(), ""
     if excess.known:
-        meaning = "more than style" if specific else "no more than style can explain"
+        meaning = "more than style: facts of other questions are pulled up" if specific else "what style can explain"
         control = f" That is {excess} against held-out answers given the same prompts: {meaning}."
+    going = f" In the second half of the run it moved {late}" + (": it keeps rising." if late.up() else ".")
     return Finding(
         "unrelated_pull_up",
         WARNING if specific else INFO,
         "answers to other training prompts rise too" + (" (hallucination signature)" if specific else ""),
         f"While chosen moved {changes.chosen} nats per token, the answers of other training prompts, put under the "
-        f"wrong prompt, moved {other}.{control}",
+        f"wrong prompt, moved {other}.{control}{going}",
         {
             "chosen_change": changes.chosen.mean,
             "other_train_change": other.mean,
+            "other_train_change_late": late.mean,
             **({"other_train_minus_other_test": excess.mean} if excess.known else {}),
         },
         f"SFT only: chosen and other_train both rise by at least {MIN_EFFECT} nats per token; a warning if "
         f"other_train rises by {MIN_EFFECT} more than other_test does, else info; {COUNTS}.",
-        "Fewer epochs or a lower learning rate; check facts in samples. Put other_test into the probe set to separate "
-        "style from facts."
-        if not excess.known
-        else "Fewer epochs or a lower learning rate; check facts in samples.",
+        "Fewer epochs or a lower learning rate; ask the model some of these questions and check its facts. The "
+        "finding means something only if the answers in other_train were trained on under their own prompts."
+        + ("" if excess.known else " Put other_test into the probe set to separate style from facts."),
     )
 
 
@@ -289,8 +265,8 @@ def entropy_collapse(summary: Summary, changes: Changes, method: str) -> Finding
         f"{-changes.entropy.mean / before:.0%} of what there was. Samples will be alike and may repeat.",
         {"entropy_start": before, "entropy_end": after},
         f"entropy on chosen falls by at least {ENTROPY_COLLAPSE:.0%} of its start; {COUNTS}.",
-        "Stop earlier, lower the learning rate or use fewer epochs; in GRPO add an entropy bonus or raise "
-        "epsilon_high.",
+        "Stop earlier, lower the learning rate or use fewer epochs"
+        + ("; add an entropy bonus (entropy_coef) or raise epsilon_high." if method == "grpo" else "."),
     )
 
 

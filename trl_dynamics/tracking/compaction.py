@@ -1,4 +1,4 @@
-"""Many small record files as a few large ones, copied step by step: memory is that of one step.
+"""Many small files of records or samples as a few large ones, copied step by step: memory is that of one step.
 
 Files are never changed. What is copied lands in a new file; the old ones go once the manifest has the new one.
 """
@@ -11,15 +11,18 @@ import pyarrow.parquet as pq
 
 from trl_dynamics.tracking import files
 from trl_dynamics.tracking.manifest import Part
-from trl_dynamics.tracking.records import RECORD_SCHEMA, VALUE_COLUMNS
+from trl_dynamics.tracking.records import RECORDS, SAMPLE_VALUE_COLUMNS, SAMPLES, SCHEMAS, VALUE_COLUMNS
 
 # Dictionaries pay for keys only; measured values keep their bytes apart, so that exponents compress: a third less on
 # disk than pyarrow's defaults, and written in a quarter of the time.
 _WRITER_OPTIONS = {
-    "compression": "zstd",
-    "compression_level": 1,
-    "use_dictionary": [name for name in RECORD_SCHEMA.names if name not in VALUE_COLUMNS],
-    "column_encoding": dict.fromkeys(VALUE_COLUMNS, "BYTE_STREAM_SPLIT"),
+    kind: {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": [name for name in SCHEMAS[kind].names if name not in (*values, "token_ids", "text")],
+        "column_encoding": dict.fromkeys(values, "BYTE_STREAM_SPLIT"),
+    }
+    for kind, values in ((RECORDS, VALUE_COLUMNS), (SAMPLES, SAMPLE_VALUE_COLUMNS))
 }
 
 
@@ -46,8 +49,10 @@ class _Pieces:
         return b"".join(pieces)
 
 
-def write_part(folder: Path, name: str, model_index: int, tables: Iterator[tuple[int, pa.Table]]) -> Part:
-    """Write (step, records) pairs, ascending, as one file with a row group per step.
+def write_part(
+    root: Path, name: str, model_index: int, tables: Iterator[tuple[int, pa.Table]], kind: str = RECORDS
+) -> Part:
+    """Write (step, rows) pairs, ascending, as one file of `kind` with a row group per step.
 
     Raises:
         OSError: If it cannot be written; nothing is left of it then.
@@ -59,39 +64,44 @@ def write_part(folder: Path, name: str, model_index: int, tables: Iterator[tuple
         file.write(payload)
         return len(payload)
 
-    with files.new_file(folder / name) as file:
-        with pq.ParquetWriter(pieces, RECORD_SCHEMA, **_WRITER_OPTIONS) as writer:
+    with files.new_file(root / kind / name) as file:
+        with pq.ParquetWriter(pieces, SCHEMAS[kind], **_WRITER_OPTIONS[kind]) as writer:
             for step, table in tables:
-                writer.write_table(table.cast(RECORD_SCHEMA), row_group_size=len(table))
+                writer.write_table(table.cast(SCHEMAS[kind]), row_group_size=len(table))
                 steps.append(step)
                 rows.append(len(table))
                 num_bytes += pass_on()
         num_bytes += pass_on()
-    return Part(name, model_index, tuple(steps), tuple(rows), num_bytes)
+    return Part(name, model_index, tuple(steps), tuple(rows), num_bytes, kind)
 
 
-def read_steps(folder: Path, part: Part, steps: set[int] | None = None) -> Iterator[tuple[int, pa.Table]]:
-    """The records of a part, step by step; of `steps` only, where given."""
-    with pq.ParquetFile(folder / part.file) as file:
+def read_steps(
+    root: Path, part: Part, steps: set[int] | None = None, columns: list[str] | None = None
+) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of a part, step by step; of `steps` and with `columns` only, where given."""
+    schema = SCHEMAS[part.kind]
+    schema = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    with pq.ParquetFile(root / part.kind / part.file) as file:
         for index, step in enumerate(part.steps):
             if steps is None or step in steps:
                 # A file of a single step may have its rows in several groups.
-                table = file.read() if len(part.steps) == 1 else file.read_row_group(index)
-                yield step, table.cast(RECORD_SCHEMA)
+                one = len(part.steps) == 1
+                table = file.read(columns) if one else file.read_row_group(index, columns)
+                yield step, table.select(schema.names).cast(schema)
 
 
-def merge(folder: Path, name: str, parts: list[Part]) -> Part:
-    """Copy the parts of one model, in ascending order of steps, into one new file."""
-    tables = (pair for part in parts for pair in read_steps(folder, part))
-    return write_part(folder, name, parts[0].model_index, tables)
+def merge(root: Path, name: str, parts: list[Part]) -> Part:
+    """Copy the parts of one kind and model, in ascending order of steps, into one new file."""
+    tables = (pair for part in parts for pair in read_steps(root, part))
+    return write_part(root, name, parts[0].model_index, tables, parts[0].kind)
 
 
 def groups(parts: tuple[Part, ...], target_bytes: int) -> list[list[Part]]:
-    """Which neighbouring parts of a model to merge: together at most `target_bytes`, groups of one left out."""
+    """Which neighbouring parts of a kind and model to merge: at most `target_bytes` in all, groups of one left out."""
     found: list[list[Part]] = []
     for part in parts:
         last = found[-1] if found else None
-        fits = last and last[0].model_index == part.model_index
+        fits = last and last[0].order[:2] == part.order[:2]
         if fits and sum(other.num_bytes for other in last) + part.num_bytes <= target_bytes:
             last.append(part)
         else:

@@ -1,6 +1,6 @@
 """The manifest: which files hold which steps. Readers trust it and nothing else.
 
-part   one parquet file of one model: its steps ascending, one row group per step
+part   one parquet file of one kind (records or samples) and one model: its steps ascending, one row group per step
 """
 
 import json
@@ -8,21 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trl_dynamics.tracking.records import SCHEMA_VERSION
+from trl_dynamics.tracking.records import RECORDS, SCHEMA_VERSION
 
 MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of records, which never changes.
+    """One file of records or samples, which never changes.
 
     Args:
-        file (`str`): Its name in `records/`.
+        file (`str`): Its name in the folder of its kind.
         model_index (`int`): The model whose records it holds.
         steps (`tuple[int, ...]`): Ascending, one row group each.
         rows (`tuple[int, ...]`): Rows per step.
         num_bytes (`int`): Size of the file.
+        kind (`str`, *optional*): `"records"` or `"samples"`, which is also the folder that it lies in.
     """
 
     file: str
@@ -30,15 +31,16 @@ class Part:
     steps: tuple[int, ...]
     rows: tuple[int, ...]
     num_bytes: int
+    kind: str = RECORDS
 
     @property
-    def order(self) -> tuple[int, int]:
-        return self.model_index, self.steps[0]
+    def order(self) -> tuple[str, int, int]:
+        return self.kind, self.model_index, self.steps[0]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Every part of a store, in order of (model index, first step).
+    """Every part of a store, in order of (kind, model index, first step).
 
     Args:
         parts (`tuple[Part, ...]`): What is there.
@@ -52,9 +54,13 @@ class Manifest:
     def names(self) -> set[str]:
         return {part.file for part in self.parts}
 
-    def steps(self, model_index: int = 0) -> list[int]:
+    def of_kind(self, kind: str) -> tuple[Part, ...]:
+        """The parts of a kind, in order of (model index, first step)."""
+        return tuple(part for part in self.parts if part.kind == kind)
+
+    def steps(self, model_index: int = 0, kind: str = RECORDS) -> list[int]:
         """Steps of a model, ascending."""
-        return sorted(step for part in self.parts if part.model_index == model_index for step in part.steps)
+        return sorted(step for part in self.of_kind(kind) if part.model_index == model_index for step in part.steps)
 
     def new_name(self, model_index: int, step: int, *, taken: int = 0) -> str:
         """A file name that was never used in this store; `taken` names were given out since the manifest was read."""
@@ -75,6 +81,7 @@ class Manifest:
         lines = [
             json.dumps(
                 {
+                    "kind": part.kind,
                     "file": part.file,
                     "model_index": part.model_index,
                     "steps": part.steps,
@@ -100,7 +107,14 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(text)
         refuse_newer(path, content["schema_version"])
         parts = tuple(
-            Part(row["file"], row["model_index"], tuple(row["steps"]), tuple(row["rows"]), row["bytes"])
+            Part(
+                row["file"],
+                row["model_index"],
+                tuple(row["steps"]),
+                tuple(row["rows"]),
+                row["bytes"],
+                row.get("kind", RECORDS),  # version 2 had no other kind
+            )
             for row in content["parts"]
         )
         return Manifest(parts, content["serial"])
@@ -123,10 +137,10 @@ def refuse_newer(path: Path, version: int) -> None:
         )
 
 
-def damage(folder: Path, part: Part) -> str | None:
-    """What is wrong with the file of a part, None if it is there in full length."""
+def damage(root: Path, part: Part) -> str | None:
+    """What is wrong with the file of a part below `root`, None if it is there in full length."""
     try:
-        size = (folder / part.file).stat().st_size
+        size = (root / part.kind / part.file).stat().st_size
     except FileNotFoundError:
         return "is missing"
     return None if size == part.num_bytes else f"has {size} bytes instead of {part.num_bytes}"

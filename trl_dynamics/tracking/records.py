@@ -1,13 +1,18 @@
-"""The one written schema: a record is one response of one probe, scored once by one model at one step.
+"""The two written schemas. A record is one response of one probe, scored once by one model at one step; a sample is
+the greedy answer of one model to one probe's prompt at one step.
 
 Everything is in nats. A response's own tokens are counted without the end-of-turn token, which has a column of
-its own. Rows are keyed by (model, step, probe_id, response_type); readers add `run`.
+its own. Records are keyed by (model, step, probe_id, response_type), samples by (model, step, probe_id); readers add
+`run`.
 """
 
 import pyarrow as pa
 
-# Of the store. 1: a file per step, all of them counted. 2: the manifest says which files count.
-SCHEMA_VERSION = 2
+# Of the store. 1: a file per step, all of them counted. 2: the manifest says which files count. 3: it also lists files
+# of samples.
+SCHEMA_VERSION = 3
+
+RECORDS, SAMPLES = "records", "samples"
 
 KEY_COLUMNS = ("model", "step", "probe_id", "response_type")
 # What the engine measures per response, and what each value means.
@@ -38,14 +43,47 @@ RECORD_SCHEMA = pa.schema(
     metadata={"trl_dynamics_schema_version": str(SCHEMA_VERSION)},
 )
 
+SAMPLE_KEY_COLUMNS = ("model", "step", "probe_id")
+# What is measured per greedy answer, and what each value means.
+SAMPLE_VALUE_COLUMNS: dict[str, str] = {
+    "logp_sum": "log pi(answer | prompt) under the model that wrote it, summed over the answer's own tokens",
+    "logp_mean": "logp_sum / num_tokens; NaN for an empty answer",
+    "eos_logp": "log pi of the end-of-turn token that ended the answer; NaN where it was cut",
+    "distinct_1": "distinct tokens / tokens; NaN for an empty answer",
+    "distinct_2": "distinct pairs of neighbouring tokens / all pairs; NaN below 2 tokens",
+    "distinct_3": "distinct triples of neighbouring tokens / all triples; NaN below 3 tokens",
+    "longest_repeat": "tokens of the longest run that stands at two places of the answer, which may overlap",
+    "repeat_share": "share of tokens in a run that stands right after itself; NaN for an empty answer",
+}
 
-def to_table(columns: dict[str, list]) -> pa.Table:
-    """Columns as a table in the written schema.
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("probe_id", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("ended", pa.bool_(), nullable=False),
+        *(pa.field(name, pa.float64(), nullable=False) for name in SAMPLE_VALUE_COLUMNS),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ],
+    metadata={"trl_dynamics_schema_version": str(SCHEMA_VERSION)},
+)
+
+SCHEMAS = {RECORDS: RECORD_SCHEMA, SAMPLES: SAMPLE_SCHEMA}
+
+
+def to_table(columns: dict[str, list], kind: str = RECORDS) -> pa.Table:
+    """Columns as a table in a written schema.
+
+    Args:
+        columns (`dict[str, list]`): Values by name.
+        kind (`str`, *optional*): `"records"` or `"samples"`.
 
     Raises:
         ValueError: If a column is missing or not part of the schema.
     """
-    expected = RECORD_SCHEMA.names
+    expected = SCHEMAS[kind].names
     if set(columns) != set(expected):
-        raise ValueError(f"records need exactly the columns {expected}, got {sorted(columns)}")
-    return pa.table({name: columns[name] for name in expected}, schema=RECORD_SCHEMA)
+        raise ValueError(f"{kind} need exactly the columns {expected}, got {sorted(columns)}")
+    return pa.table({name: columns[name] for name in expected}, schema=SCHEMAS[kind])

@@ -4,8 +4,9 @@
     dynamics/config.yaml          resolved arguments of the run
     dynamics/probe_set/           copy of the probe set that was scored
     dynamics/baseline.parquet     per-token y* ids, frozen when the first records were taken
-    dynamics/manifest.json        which files of records/ hold which steps; readers trust nothing else
+    dynamics/manifest.json        which files of records/ and samples/ hold which steps; readers trust nothing else
     dynamics/records/*.parquet    one file per (model, step), merged into a few at the end of the run
+    dynamics/samples/*.parquet    the same for greedy answers, where the run was asked for any
     dynamics/trainer_log.json     the trainer's own log lines
     dynamics/report.html          the page, once made
     .dynamics.lock                beside it while a run is writing
@@ -30,7 +31,15 @@ from trl_dynamics.tracking import files
 from trl_dynamics.tracking.identity import refuse_other_series
 from trl_dynamics.tracking.lock import RunLock
 from trl_dynamics.tracking.manifest import MANIFEST_NAME, Manifest, damage, refuse_newer
-from trl_dynamics.tracking.records import KEY_COLUMNS, RECORD_SCHEMA, SCHEMA_VERSION
+from trl_dynamics.tracking.records import (
+    KEY_COLUMNS,
+    RECORDS,
+    SAMPLE_KEY_COLUMNS,
+    SAMPLE_SCHEMA,
+    SAMPLES,
+    SCHEMA_VERSION,
+    SCHEMAS,
+)
 from trl_dynamics.tracking.shards import TARGET_BYTES, Shards
 
 FOLDER = "dynamics"
@@ -50,7 +59,7 @@ class DynamicsStore:
         self.output_dir = Path(output_dir)
         self.root = self.output_dir / FOLDER
         self._shards = Shards(self.root, lambda: self.read_meta()["schema_version"] if self.exists else None)
-        self.records_dir = self._shards.folder
+        self.records_dir = self.root / RECORDS
         self._lock = RunLock(self.output_dir)
 
     def open(self) -> None:
@@ -81,7 +90,7 @@ class DynamicsStore:
 
     @property
     def has_records(self) -> bool:
-        return bool(self._shards.manifest().parts)
+        return bool(self._shards.manifest().of_kind(RECORDS))
 
     def record_files(self) -> list[Path]:
         """The parquet files of the records, in order of (model index, first step); every row in them counts.
@@ -91,11 +100,11 @@ class DynamicsStore:
         Raises:
             ValueError: If one is missing or damaged, with the way out.
         """
-        return self._shards.consistent(lambda manifest: [self.records_dir / part.file for part in manifest.parts])
+        return self._shards.consistent(lambda manifest: [*map(self._shards.path, manifest.of_kind(RECORDS))])
 
-    def recorded_steps(self, model_index: int = 0) -> list[int]:
-        """Steps at which a model has records, ascending."""
-        return self._shards.manifest().steps(model_index)
+    def recorded_steps(self, model_index: int = 0, kind: str = RECORDS) -> list[int]:
+        """Steps at which a model has records, or samples, ascending."""
+        return self._shards.manifest().steps(model_index, kind)
 
     def create(self, probe_set: ProbeSet, meta: dict, config: dict) -> None:
         """Start a new store; one that is already there is moved aside, never overwritten.
@@ -160,7 +169,7 @@ class DynamicsStore:
         return earlier
 
     def drop_after(self, step: int) -> None:
-        """Drop the records of later steps, and the frozen y* when none are left.
+        """Drop the records and samples of later steps, and the frozen y* when none are left.
 
         Raises:
             ValueError: If a file of steps that stay is missing or damaged.
@@ -180,19 +189,24 @@ class DynamicsStore:
         self.check_resume(probe_set, plan_fingerprint, meta)
         self.drop_after(step)
 
-    def write_records(self, table: pa.Table, *, step: int, model_index: int = 0) -> Path:
-        """Write the records of one step, replacing those it may have; returns their file.
+    def write_records(
+        self, table: pa.Table, *, step: int, model_index: int = 0, samples: pa.Table | None = None
+    ) -> Path:
+        """Write the records of one step, and the greedy answers taken with them, replacing all that the step may have;
+        returns the records' file. Both count from the same moment on.
 
         Raises:
-            ValueError: If the table is empty, of another step, or not in the written schema.
+            ValueError: If a table is empty, of another step, or not in the written schema.
             OSError: If it cannot be written; nothing changed then.
         """
-        if table.schema != RECORD_SCHEMA:
-            raise ValueError(f"records do not have the written schema: {table.schema}")
-        if set(table["step"].to_pylist()) != {step}:
-            raise ValueError(f"expected records of step {step}, got steps {sorted(set(table['step'].to_pylist()))}")
+        tables = {RECORDS: table} | ({} if samples is None else {SAMPLES: samples})
+        for kind, rows in tables.items():
+            if rows.schema != SCHEMAS[kind]:
+                raise ValueError(f"{kind} do not have the written schema: {rows.schema}")
+            if set(rows["step"].to_pylist()) != {step}:
+                raise ValueError(f"expected {kind} of step {step}, got steps {sorted(set(rows['step'].to_pylist()))}")
         with files.explained(self.records_dir):
-            return self._shards.add(table, step, model_index)
+            return self._shards.add(table, step, model_index, samples)
 
     def read_records(self, steps: set[int] | None = None) -> pd.DataFrame:
         """All records, or those of `steps`, as a frame in order of (model index, step), without a `run` column.
@@ -200,21 +214,24 @@ class DynamicsStore:
         Raises:
             ValueError: If there are none, or a file is missing or damaged.
         """
-        if self.exists:
-            self.read_meta()  # refuses a newer schema
-        tables = self._shards.consistent(lambda manifest: self._shards.tables(manifest, steps))
-        if not tables:
+        frame = self._read(RECORDS, steps, KEY_COLUMNS)
+        if frame is None:
             raise ValueError(f"no records in {self.records_dir}; run with a probe set first (probe_set=...)")
-        frame = pa.concat_tables(tables).to_pandas()
-        repeated = frame.duplicated(list(KEY_COLUMNS))
-        if repeated.any():
-            raise ValueError(
-                f"{self.records_dir} holds the same key twice: {frame[repeated].iloc[0][list(KEY_COLUMNS)].to_dict()}"
-            )
         return frame
 
+    def read_samples(self, steps: set[int] | None = None, columns: list[str] | None = None) -> pd.DataFrame:
+        """Greedy answers as [`read_records`] reads records, with the keys and `columns` only where these are given; no
+        rows where none were taken.
+
+        Raises:
+            ValueError: If a file is missing or damaged.
+        """
+        wanted = [*SAMPLE_KEY_COLUMNS, *columns] if columns is not None else SAMPLE_SCHEMA.names
+        frame = self._read(SAMPLES, steps, SAMPLE_KEY_COLUMNS, wanted)
+        return SAMPLE_SCHEMA.empty_table().select(wanted).to_pandas() if frame is None else frame
+
     def compact(self, target_bytes: int = TARGET_BYTES) -> None:
-        """Merge the records into few files of at most about `target_bytes`, with a row group per step.
+        """Merge records, and samples, into few files of at most about `target_bytes`, with a row group per step.
 
         Safe against a crash at any moment; needs memory for one step and disk space for one file.
 
@@ -227,11 +244,11 @@ class DynamicsStore:
 
     def drop_damaged(self) -> list[tuple[int, int]]:
         """Give up files that are missing or damaged; returns the (model index, step) that are lost with them."""
-        bad = [part for part in self._shards.manifest().parts if damage(self.records_dir, part)]
+        bad = [part for part in self._shards.manifest().parts if damage(self.root, part)]
         names = {part.file for part in bad}
         with files.explained(self.records_dir):
             self._shards.drop(lambda part, _: part.file in names)
-        return [(part.model_index, step) for part in bad for step in part.steps]
+        return sorted({(part.model_index, step) for part in bad for step in part.steps})
 
     def write_meta(self, meta: dict) -> None:
         with files.explained(self.root):
@@ -294,6 +311,21 @@ class DynamicsStore:
                 return file.read()["star_ids"].to_pylist()
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path} is damaged ({error}): {lost}. Copy it again from a backup") from error
+
+    def _read(
+        self, kind: str, steps: set[int] | None, keys: tuple[str, ...], columns: list[str] | None = None
+    ) -> pd.DataFrame | None:
+        if self.exists:
+            self.read_meta()  # refuses a newer schema
+        tables = self._shards.consistent(lambda manifest: self._shards.tables(manifest, steps, kind, columns))
+        if not tables:
+            return None
+        frame = pa.concat_tables(tables).to_pandas()
+        repeated = frame.duplicated(list(keys))
+        if repeated.any():
+            first = frame[repeated].iloc[0][list(keys)].to_dict()
+            raise ValueError(f"{self.root / kind} holds the same key twice: {first}")
+        return frame
 
     def _baseline_path(self, model_index: int) -> Path:
         return self.root / ("baseline.parquet" if model_index == 0 else f"baseline-m{model_index:03d}.parquet")

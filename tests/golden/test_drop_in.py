@@ -17,6 +17,8 @@ from tiny_runs import PAIRS, PROBES, completions, letter_share, make_trainer
 from trl_dynamics import stats_head
 
 METHODS = ("sft", "dpo", "grpo")
+# Losses that are overridden, and left to TRL while no option of ours is on.
+PASSED_ON = {"sft": "SFTTrainer.compute_loss"}
 PACKAGE = str(Path(trl_dynamics.__file__).parent)
 
 
@@ -88,14 +90,18 @@ def test_without_a_probe_set_nothing_is_added(method, tmp_path):
     with our_calls(ours) as calls:
         counts = work_of(ours)
     assert counts == work_of(theirs) and counts["optimizer step"] == 4 and counts["backward"] == 8
-    # Once per run, not per step: `train` is passed on.
-    assert calls == Counter({(0, "DynamicsMixin.train"): 1})
+    # Calls that are passed on: `train` once per run, the loss once per forward.
+    expected = Counter({(0, "DynamicsMixin.train"): 1})
+    if method in PASSED_ON:
+        expected.update({(step, PASSED_ON[method]): 2 for step in range(4)})
+    assert calls == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_between_probes_a_step_costs_one_look_at_the_schedule(method, tmp_path):
-    """Besides that, the model's forward passes its arguments on to the one that it replaced."""
+    """Besides that, the model's forward and the loss pass their arguments on to those that they replaced."""
     num_steps, schedule = 8, {"probe_every": 0, "probe_log_spaced": False}
+    schedule |= {"gauge_every": 0} if method == "dpo" else {}
     trainer = make_trainer(method, tmp_path, probes=PROBES, max_steps=num_steps, **schedule)
     with our_calls(trainer) as calls:
         trainer.train()
@@ -104,6 +110,8 @@ def test_between_probes_a_step_costs_one_look_at_the_schedule(method, tmp_path):
     for step in range(1, num_steps):
         found = {name: count for (at, name), count in calls.items() if at == step}
         assert found.pop("install.<locals>.forward") > 0
+        assert method not in PASSED_ON or found.pop(PASSED_ON[method]) == 1
+        assert found.pop("DPOTrainer._compute_loss", 1) == 1
         assert found == {"ProbeCallback.on_step_end": 1, "ProbeCallback._is_due": 1}
 
 

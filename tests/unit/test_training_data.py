@@ -1,13 +1,22 @@
 """Training rows: preference pairs as completions, blank answers, prompts cut to a number of tokens."""
 
 import json
+import random
 
 import pytest
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from tiny import tiny_tokenizer
-from trl_dynamics.trainers.data import check_answers, is_preference, limit_prompts, preference_to_completion
+from trl_dynamics.trainers.data import (
+    SFT_ON,
+    check_answers,
+    is_preference,
+    limit_prompts,
+    other_rows,
+    preference_to_completion,
+)
+from trl_dynamics.trainers.sides import SIDE_COLUMN
 
 PAIRS = [{"prompt": f"{i}?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(5)]
 IMPLICIT = [{"chosen": f"Q: {i}? A: yes", "rejected": f"Q: {i}? A: no"} for i in range(5)]
@@ -33,6 +42,7 @@ LAYOUTS = {
     "explicit": (PAIRS, PAIRS),
     "implicit": (IMPLICIT, SPLIT_IMPLICIT),
     "chat": (CHATS, CHATS),
+    "prompt beside implicit chat": ([row | {"prompt": "?"} for row in IMPLICIT_CHATS], CHATS),
     "implicit chat": (IMPLICIT_CHATS, CHATS),
     "other columns": ([row | {"score": 1.0, "completion": "old"} for row in PAIRS], PAIRS),
 }
@@ -52,7 +62,9 @@ def test_preference_to_completion(layout, streaming):
     assert isinstance(chosen, IterableDataset) == isinstance(both, IterableDataset) == streaming
     assert list(chosen) == [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
     assert list(both) == [
-        {"prompt": row["prompt"], "completion": row[side]} for row in pairs for side in ("chosen", "rejected")
+        {"prompt": row["prompt"], "completion": row[side], SIDE_COLUMN: mark}
+        for row in pairs
+        for mark, side in ((1, "chosen"), (2, "rejected"))
     ]
 
 
@@ -68,6 +80,76 @@ def test_is_preference(streaming):
     assert not is_preference(as_dataset([{"prompt": "?", "completion": "x"}], streaming))
     assert not is_preference(as_dataset([{"prompt": "?", "chosen": "x"}], streaming))
     assert not is_preference(as_dataset([PAIRS[0] | {"input_ids": [1]}], streaming))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_controls_have_as_many_rows_as_both(layout):
+    rows, pairs = LAYOUTS[layout]
+    twice = preference_to_completion(as_dataset(rows, False), "chosen_twice")
+    assert list(twice) == [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs for _ in range(2)]
+    if layout == "implicit":
+        return  # Its chosen answers are all the same.
+    other = preference_to_completion(as_dataset(rows, False), "chosen_and_other").to_list()
+    assert [row[SIDE_COLUMN] for row in other] == [1, 2] * 5
+    assert [row["prompt"] for row in other] == [row["prompt"] for row in pairs for _ in range(2)]
+    assert [row["completion"] for row in other[::2]] == [row["chosen"] for row in pairs]
+    swapped = [row["completion"] for row in other[1::2]]
+    assert all(answer != row["chosen"] for answer, row in zip(swapped, pairs, strict=True))
+    assert sorted(map(str, swapped)) == sorted(str(row["chosen"]) for row in pairs)
+
+
+def test_other_answers_need_the_whole_data():
+    with pytest.raises(ValueError, match="'chosen_and_other'.*the data is a stream"):
+        preference_to_completion(as_dataset(PAIRS, True), "chosen_and_other")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("num_rows", [2, 3, 8, 101])
+def test_other_rows_are_a_permutation_that_gives_every_row_something_else(num_rows, seed):
+    draw = random.Random(seed)
+    prompts = [index // 2 if index < num_rows // 2 else -index for index in range(num_rows)]
+    draw.shuffle(prompts)
+    answers = [draw.randrange(num_rows) if num_rows > 8 else index for index in range(num_rows)]
+    others = other_rows(prompts, answers)
+    assert sorted(others) == list(range(num_rows)) and others == other_rows(prompts, answers)
+    for row, other in enumerate(others):
+        assert prompts[row] != prompts[other] and answers[row] != answers[other]
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "a", "b"]])
+def test_too_few_other_prompts_are_refused(prompts):
+    with pytest.raises(ValueError, match=f"no answer of another prompt for row 0 of {len(prompts)}"):
+        other_rows(prompts, list(range(len(prompts))))
+
+
+@pytest.mark.parametrize("sft_on", SFT_ON)
+def test_columns_that_the_chat_template_sees_are_kept(sft_on):
+    extra = [{"tools": f"[{i}]", "chat_template_kwargs": {"enable_thinking": i % 2 == 0}} for i in range(5)]
+    data = Dataset.from_list([row | more | {"score": 1.0} for row, more in zip(CHATS, extra, strict=True)])
+    rows = preference_to_completion(data, sft_on).to_list()
+    assert [{name: row[name] for name in extra[0]} for row in rows] == [more for more in extra for _ in SFT_ON[sft_on]]
+    assert "score" not in rows[0]
+
+
+def test_pairs_with_images_are_refused():
+    with pytest.raises(ValueError, match="these pairs have images"):
+        preference_to_completion(Dataset.from_list([row | {"image": "x"} for row in PAIRS]), "both")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known columns", "unknown columns"])
+def test_looking_at_a_stream_leaves_all_of_it(known):
+    """Rows are read when they are needed; without known columns the first one is, and the stream starts anew."""
+    read = []
+
+    def generate():
+        for row in PAIRS:
+            read.append(row)
+            yield row
+
+    features = Dataset.from_list(PAIRS).features if known else None
+    stream = IterableDataset.from_generator(generate, features=features)
+    assert is_preference(stream) and read == ([] if known else PAIRS[:1])
+    assert [row["completion"] for row in preference_to_completion(stream, "chosen")] == [r["chosen"] for r in PAIRS]
 
 
 BLANKS = {

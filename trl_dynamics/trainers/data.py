@@ -2,44 +2,133 @@
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
-from trl import extract_prompt
+from trl import maybe_extract_prompt
 
 from trl_dynamics.probing.schema import is_blank
+from trl_dynamics.trainers.sides import SIDE_COLUMN
 
 logger = get_logger(__name__)
 
 PREFERENCE_COLUMNS = ("chosen", "rejected")
+# What the rows of one pair answer, in order, by the value of `sft_on`.
+SFT_ON = {
+    "chosen": ("chosen",),
+    "both": ("chosen", "rejected"),
+    "chosen_twice": ("chosen", "chosen"),
+    "chosen_and_other": ("chosen", "other"),
+}
+# Columns besides prompt and answer that change how TRL tokenises a row.
+_KEPT_COLUMNS = ("tools", "chat_template_kwargs")
+# Streams are looked into several times before training, one batch at a time.
+_STREAM_BATCH = 16
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """Names of the columns; a stream that does not know its own is asked for its first row, and starts anew."""
+    names = getattr(dataset, "column_names", None)
+    return list(next(iter(dataset)).keys()) if names is None else names
 
 
 def is_preference(dataset: Dataset | IterableDataset) -> bool:
     """Whether rows have chosen and rejected and are not tokenised yet."""
-    columns = next(iter(dataset)).keys()
-    return set(PREFERENCE_COLUMNS) <= set(columns) and "input_ids" not in columns
+    names = column_names(dataset)
+    return set(PREFERENCE_COLUMNS) <= set(names) and "input_ids" not in names
+
+
+def sides_of(sft_on: str) -> tuple[str, ...]:
+    """The sides that SFT tells apart, in order; none where all rows are chosen answers."""
+    sides = tuple(dict.fromkeys(SFT_ON[sft_on]))
+    return sides if len(sides) > 1 else ()
 
 
 def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) -> Dataset | IterableDataset:
-    """Preference rows as prompt/completion rows.
+    """Preference rows as prompt/completion rows, those of one pair next to each other.
+
+    Where the rows have several sides, `SIDE_COLUMN` holds which one a row is: 1, 2, ... as in `sides_of`.
 
     Args:
         dataset: Rows with chosen and rejected, with an explicit or an implicit prompt.
-        sft_on (`str`): `"chosen"` gives one row per pair, `"both"` two, chosen first, rejected right after it.
+        sft_on (`str`): A key of `SFT_ON`. `"chosen"` gives one row per pair; `"both"` two, chosen first; the others
+            are controls of `"both"`, with as many rows: `"chosen_twice"` gives chosen twice, `"chosen_and_other"` the
+            chosen answer, then another prompt's chosen answer as `other_rows` says.
+
+    Raises:
+        ValueError: If rows have images, or `"chosen_and_other"` is asked for of a stream or of data without enough
+            other prompts.
     """
-    first = next(iter(dataset))
-    sides = ("chosen",) if sft_on == "chosen" else PREFERENCE_COLUMNS
+    names = column_names(dataset)
+    if {"image", "images"} & set(names):
+        raise ValueError(
+            f"sft_on={sft_on!r} makes SFT rows of text pairs, and these pairs have images; make prompt/completion "
+            "rows of them beforehand"
+        )
+    if sft_on == "chosen_and_other" and not isinstance(dataset, Dataset):
+        raise ValueError(
+            "sft_on='chosen_and_other' pairs each prompt with another one's answer and needs all rows at once, but "
+            "the data is a stream; load it without streaming"
+        )
+    answers, sides = SFT_ON[sft_on], sides_of(sft_on)
+    kept = [name for name in _KEPT_COLUMNS if name in names]
 
     def split(batch: dict[str, list]) -> dict[str, list]:
         pairs = range(len(batch["prompt"]))
-        return {
-            "prompt": [batch["prompt"][index] for index in pairs for _ in sides],
-            "completion": [batch[side][index] for index in pairs for side in sides],
-        }
+        rows = {name: [batch[name][index] for index in pairs for _ in answers] for name in ("prompt", *kept)}
+        rows["completion"] = [batch[answer][index] for index in pairs for answer in answers]
+        if sides:
+            rows[SIDE_COLUMN] = [sides.index(answer) + 1 for _ in pairs for answer in answers]
+        return rows
 
     with PartialState().main_process_first():
-        if "prompt" not in first:
-            dataset = dataset.map(extract_prompt)
-        return dataset.map(split, batched=True, remove_columns=list(first.keys() | {"prompt"}))
+        if "prompt" not in names or _repeats_prompt(next(iter(dataset))):
+            dataset = dataset.map(maybe_extract_prompt)
+        if "other" in answers:
+            dataset = _with_other(dataset)
+        used = list({*names, "prompt", *answers} - set(kept))
+        batch_size = 1000 if isinstance(dataset, Dataset) else _STREAM_BATCH
+        return dataset.map(split, batched=True, batch_size=batch_size, remove_columns=used)
+
+
+def other_rows(prompts: list, answers: list) -> list[int]:
+    """For each row another row, with another prompt and another answer; each row once, always the same ones.
+
+    The rows half of the data away, and where these have the same prompt or answer, two rows swap theirs.
+
+    Raises:
+        ValueError: If a row has nobody to swap with.
+    """
+    num_rows = len(prompts)
+    others = [(index + num_rows // 2) % num_rows for index in range(num_rows)]
+
+    def fits(row: int, other: int) -> bool:
+        return prompts[row] != prompts[other] and answers[row] != answers[other]
+
+    for row in range(num_rows):
+        if fits(row, others[row]):
+            continue
+        following = ((row + step) % num_rows for step in range(1, num_rows))
+        swap = next((s for s in following if fits(row, others[s]) and fits(s, others[row])), None)
+        if swap is None:
+            raise ValueError(
+                f"sft_on='chosen_and_other' finds no answer of another prompt for row {row} of {num_rows}; it needs "
+                "data of which no prompt and no chosen answer makes up more than half"
+            )
+        others[row], others[swap] = others[swap], others[row]
+    return others
+
+
+def _with_other(dataset: Dataset) -> Dataset:
+    """Rows with one more column: another row's chosen answer."""
+    others = other_rows(dataset["prompt"][:], dataset["chosen"][:])
+    column = dataset.select(others).select_columns(["chosen"]).rename_column("chosen", "other")
+    without = dataset.remove_columns("other") if "other" in dataset.column_names else dataset
+    return concatenate_datasets([without, column], axis=1)
+
+
+def _repeats_prompt(row: dict) -> bool:
+    """Whether there is a prompt as text besides chats that begin with it."""
+    return isinstance(row["prompt"], str) and isinstance(row["chosen"], list)
 
 
 def check_answers(
@@ -75,7 +164,9 @@ def check_answers(
     return dataset.select([index for index in range(len(dataset)) if index not in rows])
 
 
-def limit_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Dataset:
+def limit_prompts(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
+) -> Dataset | IterableDataset:
     """Cut plain prompts to their last tokens, special tokens such as BOS included in the count.
 
     The cut is made in the text, where a token begins, so that TRL tokenises the row as it would any other.
@@ -83,7 +174,7 @@ def limit_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prom
     Raises:
         ValueError: If prompts are chats, which cannot be cut without breaking their template, or no text fits.
     """
-    if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], str):
+    if "prompt" not in column_names(dataset) or not isinstance(next(iter(dataset))["prompt"], str):
         raise ValueError(
             "max_prompt_length cuts plain text prompts only; these rows have chat messages or no prompt column. "
             "Shorten or filter them beforehand, or leave max_prompt_length out"

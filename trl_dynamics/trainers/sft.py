@@ -1,11 +1,17 @@
-"""SFTTrainer: TRL's, with probe tracking, and preference data turned into SFT rows."""
+"""SFTTrainer: TRL's, with probe tracking, and preference data turned into SFT rows whose sides are told apart."""
 
+import copy
+
+import torch
 import trl
 from accelerate.logging import get_logger
+from transformers.utils import ModelOutput
 
 from trl_dynamics.trainers.config import SFTConfig
-from trl_dynamics.trainers.data import is_preference, preference_to_completion
+from trl_dynamics.trainers.data import column_names, is_preference, preference_to_completion, sides_of
 from trl_dynamics.trainers.mixin import DynamicsMixin
+from trl_dynamics.trainers.recorder import Recorder
+from trl_dynamics.trainers.sides import LABEL_ROW, LABEL_SIDE, SIDE_COLUMN, SideCollator, mark_labels, side_sums
 
 logger = get_logger(__name__)
 
@@ -13,11 +19,21 @@ logger = get_logger(__name__)
 class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
     """Drop-in replacement for [`trl.SFTTrainer`]; without a probe set and preference data it does what that does.
 
+    Rows with chosen and rejected answers are trained on as `args.sft_on` says. With two sides (`"both"`,
+    `"chosen_and_other"`) the log has, for training and evaluation, `nll/chosen` and `nll/rejected` (or `nll/other`):
+    the mean of -log p over the side's labels, in nats per token, whatever the loss; and `mean_token_accuracy/...`.
+    Means are over all tokens since the last log line, or of the whole evaluation, and of all processes. With
+    `completion_only_loss=False` the prompt's tokens are labels of both sides. Packing and padding-free batches keep
+    the sides apart; context and sequence parallelism train, but log no sides.
+
     Args:
-        model, args, train_dataset, ...: As in [`trl.SFTTrainer`]. Rows with chosen and rejected answers are trained
-            on as `args.sft_on` says.
+        model, args, train_dataset, ...: As in [`trl.SFTTrainer`]. With a `formatting_func` or
+            `dataset_kwargs={"skip_prepare_dataset": True}`, rows are left to it.
         probe_set ([`ProbeSet`], `str`, `datasets.Dataset` or `list[dict]`, *optional*): What to track; takes
             precedence over `args.probe_set`.
+
+    Raises:
+        ValueError: If `sft_on` cannot be had with `formatting_func` or with the data.
     """
 
     _tag_names = [*trl.SFTTrainer._tag_names, "trl-dynamics"]
@@ -27,17 +43,71 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             args = SFTConfig(f"{name.split('/')[-1]}-SFT")
         self._sft_on = getattr(args, "sft_on", "chosen")
+        self._sides = sides_of(self._sft_on)
+        self._side_sums: dict[str, torch.Tensor] = {}
+        skips = bool((getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
+        self._keeps_pairs = skips or kwargs.get("formatting_func") is not None
+        if self._keeps_pairs and self._sft_on != "chosen":
+            raise ValueError(
+                f"sft_on={self._sft_on!r} makes rows of preference pairs, but formatting_func or skip_prepare_dataset "
+                "leaves no pairs to it; leave one of the two out"
+            )
         if train_dataset is not None:
             train_dataset = self._as_completions(train_dataset, "train")
         super().__init__(model, args, data_collator, train_dataset, *more, **kwargs)
+        if self._sides:
+            self.data_collator = SideCollator(self.data_collator)
         self._start_tracking(probe_set, "sft")
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         dataset = self._as_completions(dataset, dataset_name)
+        if self._sides and SIDE_COLUMN in column_names(dataset):
+            # First to labels of whole rows; what cuts, packs and shuffles them comes after the sides are in them.
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, None, dataset_name)
+            dataset = mark_labels(dataset)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _as_completions(self, dataset, dataset_name: str):
-        if not is_preference(dataset):
+        if self._keeps_pairs:
             return dataset
-        logger.info(f"{dataset_name} data holds preference pairs: training on sft_on={self._sft_on!r}")
-        return preference_to_completion(dataset, self._sft_on)
+        names = column_names(dataset)
+        if is_preference(dataset):
+            logger.info(f"{dataset_name} data holds preference pairs: rows are made as sft_on={self._sft_on!r} says")
+            return preference_to_completion(dataset, self._sft_on)
+        if self._sft_on != "chosen" and not {SIDE_COLUMN, "input_ids"} & set(names):
+            logger.warning(f"{dataset_name} data has no pairs of chosen and rejected: sft_on={self._sft_on!r} is idle")
+        return dataset
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """TRL's loss; where labels have sides, their means go to the metrics."""
+        side_BT, row_BT = inputs.pop(LABEL_SIDE, None), inputs.pop(LABEL_ROW, None)
+        # Context and sequence parallelism hand out parts of sequences, with labels that are shifted already.
+        if side_BT is None or "shift_labels" in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        recorder = Recorder(model)
+        loss = super().compute_loss(recorder, inputs, *args, **kwargs)
+        self._add_sides(recorder.output, side_BT[:, 1:], row_BT if row_BT is None else row_BT[:, 1:])
+        return loss
+
+    @torch.no_grad()
+    def _add_sides(self, output: ModelOutput, side_BT: torch.Tensor, row_BT: torch.Tensor | None) -> None:
+        # Learned prompts come before the row's own tokens.
+        parts = (part.detach()[:, -side_BT.shape[1] :] for part in (output.log_probs, output.is_top1))
+        sums_RS3 = side_sums(*parts, side_BT, row_BT, len(self._sides))
+        mode = "train" if self.model.training else "eval"
+        if mode == "eval" and self.accelerator.even_batches:
+            # Rows that fill up the last batch of an evaluation are dropped; each process has as many of them.
+            sums_S3 = self.accelerator.gather_for_metrics(sums_RS3).sum(0)
+        else:
+            sums_S3 = self.accelerator.reduce(sums_RS3.sum(0))
+        metrics, sums_S3 = self._metrics[mode], sums_S3.double().cpu()
+        # TRL averages the values of a metric and forgets them at each log line; this one value is the average.
+        if any(f"nll/{side}" in metrics for side in self._sides):
+            sums_S3 = sums_S3 + self._side_sums[mode]
+        self._side_sums[mode] = sums_S3
+        for side, (nll, num_top1, count) in zip(self._sides, sums_S3.tolist(), strict=True):
+            if count:
+                metrics[f"nll/{side}"] = [nll / count]
+                metrics[f"mean_token_accuracy/{side}"] = [num_top1 / count]

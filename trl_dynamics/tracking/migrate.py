@@ -1,7 +1,7 @@
 """Stores of earlier schema versions. Version 1 had no manifest: every file of that name in records/ counted.
 
-Version 2 had no samples: its manifest is read as one that lists records only. What is written to either becomes today's
-version, which earlier releases refuse: they would rewrite the manifest without the samples.
+Version 2 had no samples: its manifest is read as one that lists records only. What is written to either becomes
+today's version, which earlier releases refuse: they would rewrite the manifest without the samples.
 """
 
 import re

@@ -13,6 +13,8 @@ from tiny_runs import PROBES, make_trainer
 TIMINGS = ("_runtime", "_per_second", "step_time")
 # What the tracker adds to the log: lines of its own, and values in evaluation lines.
 OWN = ("probe/", "squeeze/", "eval_probe/", "eval_squeeze/")
+# What the gauge adds to lines of TRL's own.
+ADDED = ("squeeze_risk/",)
 
 
 @dataclass
@@ -45,6 +47,9 @@ def trace(method: str, arm: str, output_dir, **options) -> Trace:
     losses = _record_losses(trainer)
     trainer.train()
     assert trainer.state.global_step == 20
+    # With a probe set, the gauge reads along in every DPO step.
+    gauged = any(key.startswith(ADDED) for entry in trainer.state.log_history for key in entry)
+    assert gauged == (probed and method == "dpo")
     state = trainer.optimizer.state_dict()["state"]
     return Trace(
         losses,
@@ -89,7 +94,8 @@ def _log(trainer) -> list[str]:
     lines = []
     for entry in trainer.state.log_history:
         if not any(key.startswith(OWN) for key in entry) or any(key.startswith("eval_") for key in entry):
-            lines.append(str({k: v for k, v in entry.items() if not k.endswith(TIMINGS) and not k.startswith(OWN)}))
+            kept = {k: v for k, v in entry.items() if not k.endswith(TIMINGS) and not k.startswith(OWN + ADDED)}
+            lines.append(str(kept))
     return lines
 
 

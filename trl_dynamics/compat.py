@@ -54,8 +54,10 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback  # n
 from transformers import Trainer as HFTrainer  # noqa: E402
 from transformers.cache_utils import Cache, DynamicLayer  # noqa: E402
 from trl import RichProgressCallback  # noqa: E402
-from trl.trainer.utils import maybe_gather_lm_head_ctx  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx  # noqa: E402
 
+# What TRL's DPO asks its fused head for, and what its loss and metrics read.
+DPO_HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 DISPLAYS = (PrinterCallback, ProgressCallback, RichProgressCallback)
 
 
@@ -144,6 +146,14 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal LM whose forward runs backbone and head: the model itself, or the one inside a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def add_sum_sq_to_head(base: PreTrainedModel) -> None:
+    """Put a fused head over the one of TRL's DPO whose output also has `log_sum_sq_probs`; the rest is the same bits.
+
+    Calls without `fused_lm_head=True` go to the forward that was there.
+    """
+    add_fused_lm_head(base, outputs=(*DPO_HEAD_OUTPUTS, "log_sum_sq_probs"))
 
 
 def log_apart(trainer: HFTrainer, scalars: dict[str, float]) -> None:

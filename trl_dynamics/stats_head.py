@@ -10,6 +10,7 @@ import contextlib
 import functools
 import types
 from collections import UserDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,23 @@ def remove(model: nn.Module) -> None:
     delattr(base, _ORIGINAL)
 
 
+@contextlib.contextmanager
+def whole_head(base: nn.Module, hidden_ND: torch.Tensor) -> Iterator[Head]:
+    """The LM head, whole on this process whatever shards it; only valid inside the model's own root forward.
+
+    Args:
+        base (`nn.Module`): The causal language model.
+        hidden_ND (`torch.Tensor`): Final hidden states that the head is for.
+    """
+    factor, softcap = logit_transform(base)
+    with full_head_weights(base.get_output_embeddings()) as (weight_VD, bias_V):
+        if not torch.is_autocast_enabled(hidden_ND.device.type):
+            # Where half-precision weights are scored in float32, the hidden states are wider than the head.
+            weight_VD = weight_VD.to(hidden_ND.dtype)
+            bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
+        yield Head(weight_VD, bias_V, factor, softcap)
+
+
 def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> TokenStats:
     # PEFT wrappers hand over None for every argument of a causal LM, labels included; the backbone knows none of them.
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -124,13 +142,7 @@ def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> T
         return TokenStats()
     shift = hidden_BTD.shape[1] - request.num_columns
     hidden_ND = hidden_BTD[request.rows_N, request.cols_N + shift].to(device)
-    factor, softcap = logit_transform(base)
     extra_NE = None if request.extra_NE is None else request.extra_NE.to(hidden_ND.device)
-    with full_head_weights(lm_head) as (weight_VD, bias_V):
-        if not torch.is_autocast_enabled(hidden_ND.device.type):
-            # Where half-precision weights are scored in float32, the hidden states are wider than the head.
-            weight_VD = weight_VD.to(hidden_ND.dtype)
-            bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
-        head = Head(weight_VD, bias_V, factor, softcap)
+    with whole_head(base, hidden_ND) as head:
         stats = token_stats(hidden_ND, head, request.target_N.to(hidden_ND.device), extra_NE, request.top_k)
     return TokenStats(stats | {"hidden_ND": hidden_ND} if request.return_hidden else stats)

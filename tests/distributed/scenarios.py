@@ -66,7 +66,8 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 SCENARIOS = {
     "sft": Scenario("sft", options=SHARED),
     "sft_padded": Scenario("sft", options=PADDED),
-    "dpo": Scenario("dpo", options=SHARED),
+    # Log lines of every step, for the gauge's sake, which a probe set turns on.
+    "dpo": Scenario("dpo", options=SHARED | {"logging_steps": 1}),
     "dpo_padded": Scenario("dpo", options=PADDED),
     "grpo": Scenario("grpo"),
     "sft_lora": Scenario("sft", lora=True),

@@ -60,6 +60,20 @@ def test_two_processes_record_what_one_records(name, one, two):
         assert line == pytest.approx(other, abs=1e-3)
 
 
+def test_two_processes_gauge_what_one_gauges(one, two):
+    """Answers differ in length, so that each process counts tokens of its own number."""
+    alone, together = (gauged(run.outcome("dpo")) for run in (one, two))
+    assert len(alone) == 4 and len(alone[0]) == 6
+    for line, other in zip(alone, together, strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def gauged(outcome: dict) -> list[dict]:
+    """The squeezing risk of every step."""
+    lines = [{k: v for k, v in entry.items() if k.startswith("squeeze_risk/")} for entry in outcome["log"]]
+    return [line for line in lines if line]
+
+
 def test_grpo_samples_differently_from_the_same_start(one, two):
     for run in (one, two):
         run.outcome("grpo")

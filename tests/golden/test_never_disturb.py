@@ -1,4 +1,4 @@
-"""Probing never disturbs: training is bit for bit that of TRL's own trainers, with a probe set and without one.
+"""Probing and the gauge never disturb: training is bit for bit TRL's own, with a probe set and without one.
 
 Losses of every micro-step, log lines, weights, optimiser state, module modes and random-number states after 20 steps
 are compared, in one process with one thread, from a fresh model and a fresh seed per run. Dropout is on everywhere;

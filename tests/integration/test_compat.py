@@ -79,6 +79,55 @@ def test_base_causal_lm_looks_through_adapters(tmp_path):
     assert compat.base_causal_lm(tiny_model()).__class__.__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_sum_sq_is_added_to_the_head_of_dpo_and_changes_nothing_else(lora, tmp_path):
+    trainer = make_trainer("dpo", tmp_path, lora=lora, gauge_every=0)
+    model, ids = trainer.model.eval(), torch.tensor([[5, 6, 7, 8, 9]])
+
+    def forward() -> tuple:
+        output = model(ids, labels=ids, fused_lm_head=True)
+        return output, torch.autograd.grad(output.log_probs.sum(), [p for p in model.parameters() if p.requires_grad])
+
+    plain, gradients = forward()
+    assert plain.log_sum_sq_probs is None and all(plain[name] is not None for name in compat.DPO_HEAD_OUTPUTS)
+    with torch.no_grad():
+        logp = model(ids).logits.double()[:, :-1].log_softmax(-1)
+    compat.add_sum_sq_to_head(compat.base_causal_lm(model))
+    ours, same_gradients = forward()
+    for name in (*compat.DPO_HEAD_OUTPUTS, "loss", "label_mask"):
+        assert torch.equal(plain[name], ours[name]), name
+    assert all(torch.equal(*pair) for pair in zip(gradients, same_gradients, strict=True))
+    assert not ours.log_sum_sq_probs.requires_grad
+    torch.testing.assert_close(ours.log_sum_sq_probs.double(), logp.mul(2).logsumexp(-1), atol=1e-5, rtol=0)
+    assert model(ids).logits.shape == (1, 5, 260)
+
+
+def test_dpo_still_computes_its_loss_as_the_recorder_expects(tmp_path):
+    """One fused call of the model it is given, loss types read from the trainer, the reference from its own module."""
+    import inspect
+
+    import trl
+
+    assert list(inspect.signature(trl.DPOTrainer._compute_loss).parameters) == [
+        "self",
+        "model",
+        "inputs",
+        "return_outputs",
+    ]
+    trainer = make_trainer("dpo", tmp_path, gauge_every=0)
+    inputs, calls = next(iter(trainer.get_train_dataloader())), []
+
+    def model(*args, **kwargs):
+        calls.append(kwargs.get("fused_lm_head"))
+        return trainer.model(*args, **kwargs)
+
+    trainer.ref_model.register_forward_hook(lambda module, args, output: calls.append(type(output).__name__))
+    assert trainer._compute_loss(model, inputs, False) > 0
+    assert calls == [True, "FusedCausalLMOutput"]
+    trainer.loss_types, trainer.loss_weights = [], []
+    assert trainer._compute_loss(model, inputs, False) == 0
+
+
 def test_log_apart_keeps_training_metrics_and_flags(tmp_path):
     class Tracker(TrainerCallback):
         seen: list = []

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 import trl
 
+from trl_dynamics.trainers.data import SFT_ON
+from trl_dynamics.trainers.squeeze_arguments import SqueezeArguments
+
 
 @dataclass
 class ScoringArguments:
@@ -93,6 +96,13 @@ class ProbeArguments(ScoringArguments):
             "left out evenly to keep to it. Probes that `probe_on_evaluate` asks for are always taken. None: no limit."
         },
     )
+    probe_alerts: bool = field(
+        default=True,
+        metadata={
+            "help": "Tell a warning or alert among the findings, once, as soon as it holds at two probing steps in a "
+            "row: on the console, and in wandb and trackio where `report_to` names them."
+        },
+    )
     probe_on_error: str = field(
         default="warn",
         metadata={
@@ -108,27 +118,33 @@ class SFTConfig(ProbeArguments, trl.SFTConfig):
 
     Args:
         sft_on (`str`, *optional*, defaults to `"chosen"`):
-            Which answers of preference data to train on: `"chosen"`, or `"both"` for extended SFT (arXiv 2407.10490,
-            section 4.3). Data without chosen and rejected columns is not touched.
+            What to train on where data has pairs; data without chosen and rejected columns is not touched.
+            `"chosen"`: the chosen answers. `"both"`: extended SFT (arXiv 2407.10490, section 4.3), chosen and
+            rejected, so two rows per pair and twice the steps per epoch. Two controls of `"both"` have as many rows,
+            so that more steps do not pass for its effect: `"chosen_twice"` (each chosen row twice) and
+            `"chosen_and_other"` (chosen, and another prompt's chosen answer put under this prompt; needs map-style
+            data). Packing puts rows together by length: compare packed runs at equal `max_steps`.
     """
 
     sft_on: str = field(
         default="chosen",
         metadata={
-            "help": "Which answers of preference data to train on: 'chosen', or 'both' for extended SFT.",
-            "choices": ["chosen", "both"],
+            "help": "What to train on where data has pairs: 'chosen', or 'both' for extended SFT (chosen and rejected,"
+            " logged apart). Controls with as many rows as 'both': 'chosen_twice', and 'chosen_and_other' (the chosen "
+            "answer, then another prompt's).",
+            "choices": list(SFT_ON),
         },
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sft_on not in ("chosen", "both"):
-            raise ValueError(f"sft_on is {self.sft_on!r}, expected 'chosen' or 'both'")
+        if self.sft_on not in SFT_ON:
+            raise ValueError(f"sft_on is {self.sft_on!r}, expected one of {', '.join(SFT_ON)}")
 
 
 @dataclass
-class DPOConfig(ProbeArguments, trl.DPOConfig):
-    """[`trl.DPOConfig`] with probing."""
+class DPOConfig(SqueezeArguments, ProbeArguments, trl.DPOConfig):
+    """[`trl.DPOConfig`] with probing, the gauge of the squeezing risk and interventions against it."""
 
 
 @dataclass

@@ -1,25 +1,39 @@
-"""DPOTrainer: TRL's, with probe tracking."""
+"""DPOTrainer: TRL's, with probe tracking, the gauge of the squeezing risk and interventions against it."""
 
 import trl
 
 from trl_dynamics.trainers.config import DPOConfig
+from trl_dynamics.trainers.interventions import SqueezeLoss, build_loss, squeeze_options
 from trl_dynamics.trainers.mixin import DynamicsMixin
 
 
 class DPOTrainer(DynamicsMixin, trl.DPOTrainer):
-    """Drop-in replacement for [`trl.DPOTrainer`]; without a probe set it does what that does.
+    """Drop-in replacement for [`trl.DPOTrainer`]; without a probe set and options of ours it does what that does.
 
     Args:
         model, ref_model, args, train_dataset, ...: As in [`trl.DPOTrainer`].
         probe_set ([`ProbeSet`], `str`, `datasets.Dataset` or `list[dict]`, *optional*): What to track; takes
             precedence over `args.probe_set`.
+
+    Raises:
+        ValueError: If options of [`SqueezeArguments`] contradict each other or `loss_type`, before anything is loaded.
     """
 
     _tag_names = [*trl.DPOTrainer._tag_names, "trl-dynamics"]
+    _squeeze_loss: SqueezeLoss | None = None
 
     def __init__(self, model, ref_model=None, args=None, *more, probe_set=None, **kwargs):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
+        options = squeeze_options(args)
         super().__init__(model, ref_model, args, *more, **kwargs)
+        tracked = probe_set is not None or getattr(self.args, "probe_set", None) is not None
+        # Before the stats head, which passes other calls on to the forward that it finds.
+        self._squeeze_loss = build_loss(self, options, tracked=tracked)
         self._start_tracking(probe_set, "dpo")
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if self._squeeze_loss is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        return self._squeeze_loss(super()._compute_loss, model, inputs, return_outputs)

@@ -25,6 +25,8 @@ from trl_dynamics.trainers.recording import (
     watch_gradient,
 )
 
+# What a batch holds for the loss and not for the model.
+LOSS_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 PAIR_OPTIONS = ("dpop_lambda", "dpo_shift", "cal_dpo")
 
 
@@ -95,19 +97,17 @@ def build_loss(trainer, options: SqueezeArguments, *, tracked: bool) -> "Squeeze
         tracked (`bool`): Whether the run tracks a probe set, which turns the gauge on by default.
     """
     every = int(tracked) if options.gauge_every is None else options.gauge_every
-    gauge = Gauge(trainer, every, options.gauge_valley_prob) if every else None
+    exchanged = any(getattr(options, name) is not None for name in PAIR_OPTIONS)
+    if not (every or exchanged or options.gate_dpo is not None):
+        return None
+    loss_head.install(trainer.model)
     weighers: list[TokenWeigher] = []
     if options.gate_dpo is not None:
         weighers.append(Gate(options.gate_dpo, options.gate_alpha, options.gate_tau))
-    pair_loss = (
-        PairLoss(trainer, options) if any(getattr(options, name) is not None for name in PAIR_OPTIONS) else None
-    )
-    if gauge is None and pair_loss is None and not weighers:
-        return None
-    loss_head.install(trainer.model)
+    gauge = Gauge(trainer, every, options.gauge_valley_prob) if every else None
     if gauge is not None:
         trainer.add_callback(gauge)
-    return SqueezeLoss(trainer, pair_loss, weighers, gauge)
+    return SqueezeLoss(trainer, PairLoss(trainer, options) if exchanged else None, weighers, gauge)
 
 
 class PairLoss:
@@ -228,4 +228,5 @@ class SqueezeLoss:
             None if log_sum_sq is None else log_sum_sq[:, columns],
             num_pairs=len(mask_BT) // 2,
             num_accumulated=self.trainer.current_gradient_accumulation_steps,
+            model_inputs={name: value for name, value in inputs.items() if name not in LOSS_KEYS},
         )

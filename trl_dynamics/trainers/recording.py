@@ -8,7 +8,7 @@ the output's `log_probs` see d loss / d ln p_t of every token in the backward, w
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -24,7 +24,8 @@ class TokenForward:
 
     Shapes: (B, T). `logp_BT` (nats) is 0 outside completions, which `mask_BT` marks; `rejected_mask_BT` marks the
     completions of the rejected rows. `log_sum_sq_BT` is ln sum_v p_v^2, where it was asked for. `num_pairs` is P,
-    `num_accumulated` the number of micro-batches of this process that make up the optimiser step.
+    `num_accumulated` the number of micro-batches of this process that make up the optimiser step, `model_inputs` what
+    the policy was called with, besides labels and switches, to run these rows once more.
     """
 
     logp_BT: torch.Tensor
@@ -32,6 +33,7 @@ class TokenForward:
     log_sum_sq_BT: torch.Tensor | None
     num_pairs: int
     num_accumulated: int = 1
+    model_inputs: dict = field(default_factory=dict)
 
     @property
     def rejected_mask_BT(self) -> torch.Tensor:

@@ -111,6 +111,48 @@ def encode(
 
 
 @dataclass(frozen=True)
+class EncodedPrompt:
+    """The prompt of one probe as token ids, for the model to answer."""
+
+    probe_id: str
+    input_ids: tuple[int, ...]
+    cut: bool
+
+
+def encode_prompts(
+    probe_set: ProbeSet, tokenizer: PreTrainedTokenizerBase, limits: LengthLimits = LengthLimits()
+) -> tuple[EncodedPrompt, ...]:
+    """Tokenise every prompt alone, as a user who waits for an answer would; see [`encode`] for the arguments.
+
+    Raises:
+        ValueError: If a chat prompt meets a tokenizer without a chat template, or a prompt has no token.
+    """
+    encoded = []
+    for probe in probe_set:
+        response_type = order_types(probe.responses)[0]
+        ids = list(_both_ids(probe, response_type, tokenizer)[0])
+        # Some tokenizers close every text with EOS, behind which nothing is left to say.
+        if not probe.is_conversational and ids and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+        if not ids:
+            raise ValueError(f"the prompt of probe {probe.probe_id!r} has no token, so it cannot be answered")
+        kept = cut_prompt(ids, limits.max_prompt_length, tokenizer.bos_token_id)
+        encoded.append(EncodedPrompt(probe.probe_id, tuple(kept), len(kept) < len(ids)))
+    return tuple(encoded)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
+    """The text of an answer without special tokens.
+
+    It is decoded behind its prompt, because some tokenizers drop the space before the first token of a text.
+    """
+    before = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
+    text = tokenizer.decode([*prompt_ids, *answer_ids], skip_special_tokens=True)
+    alone = not text.startswith(before)
+    return tokenizer.decode(list(answer_ids), skip_special_tokens=True) if alone else text[len(before) :]
+
+
+@dataclass(frozen=True)
 class Seam:
     """Tokens that join a prompt's end to a response's start: the prompt's alone, and those in their place with the
     response behind it."""

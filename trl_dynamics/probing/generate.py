@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from trl_dynamics.probing.encode import cut_prompt
+from trl_dynamics.probing.encode import answer_text, cut_prompt
 from trl_dynamics.probing.schema import Prompt
 
 # How many of the last tokens are read for a stop string after each step.
@@ -213,10 +213,7 @@ class LocalModel:
     def _read(self, request: Request, prompt: list[int], row: list[int], limit: int) -> Answer:
         end = next((index for index, token in enumerate(row) if token in self._ends), None)
         ids = row if end is None else row[:end]
-        # Decoded behind the prompt, because some tokenizers drop the space before the first token of a text.
-        before = self.tokenizer.decode(prompt, skip_special_tokens=True)
-        text = self.tokenizer.decode(prompt + ids, skip_special_tokens=True)
-        text = text[len(before) :] if text.startswith(before) else self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = answer_text(self.tokenizer, prompt, ids)
         stops = [text.index(stop) for stop in request.sampling.stop if stop in text]
         text = text[: min(stops)] if stops else text
         finish = "stop" if stops or end is not None or len(row) < limit else "length"

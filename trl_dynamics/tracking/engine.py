@@ -87,6 +87,17 @@ class ProbeEngine:
             "fingerprint": digest.hexdigest(),
         }
 
+    @property
+    def processes(self) -> tuple[int, int]:
+        """How many processes share the work, and which one this is."""
+        return (self.accelerator.num_processes, self.accelerator.process_index) if self.accelerator else (1, 0)
+
+    @contextlib.contextmanager
+    def scoring(self, model: nn.Module) -> Iterator[torch.device]:
+        """How every forward of a probe runs: evaluation mode, no gradient, the engine's precision; on which device."""
+        with evaluating(model), torch.no_grad(), self._precision(model):
+            yield device_of(model, self.accelerator)
+
     def score(self, model: nn.Module, star_ids: list[list[int]] | None = None) -> Scores:
         """Score every response; all processes call this together and all get the whole result.
 
@@ -101,24 +112,24 @@ class ProbeEngine:
         """
         if not is_installed(model):
             raise ValueError("the model has no stats head; call trl_dynamics.stats_head.install(model) first")
-        device = _device_of(model, self.accelerator)
+        device = device_of(model, self.accelerator)
         self._pin(device)
         sums = torch.zeros(len(self.encoded.items), len(_SUMS) + 2, dtype=torch.float64)
         stars, fresh = self._flat_stars(star_ids), star_ids is None
-        with _evaluating(model), torch.no_grad(), self._precision(model):
+        with self.scoring(model):
             forwards = self._forwards(model, None if fresh else stars, device)
             for batch, values_NS, ids_N in _one_behind(forwards, device):
                 self._accumulate(batch, values_NS, sums)
                 if fresh:
                     own_N = ~batch.is_eos_mask_N
                     stars[self._token_index(batch)[own_N]] = ids_N[own_N]
-        sums = self._all_sum(sums, device)
-        stars = self._all_sum(stars, device) if fresh else stars
+        sums = self.all_sum(sums, device)
+        stars = self.all_sum(stars, device) if fresh else stars
         return Scores(self._columns(sums), self._nested_stars(stars))
 
     def _forwards(self, model: nn.Module, stars: torch.Tensor | None, device: torch.device) -> Iterator[tuple]:
         """Run this process's share; yields each batch with its statistics, on their way to the CPU."""
-        world, rank = (self.accelerator.num_processes, self.accelerator.process_index) if self.accelerator else (1, 0)
+        world, rank = self.processes
         for first in range(0, len(self.groups), world):
             turn = self.groups[first : first + world]
             # A process without a group of its own in the last turn repeats one, and one with fewer batches its last.
@@ -244,7 +255,7 @@ class ProbeEngine:
     def _nested_stars(self, stars: torch.Tensor) -> list[list[int]]:
         return [ids.tolist() for ids in stars.split(torch.diff(self._token_start_I).tolist())]
 
-    def _all_sum(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def all_sum(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Sum over processes; each entry is non-zero on one of them only, so the result is exact."""
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return values
@@ -296,7 +307,7 @@ def _arrived(result: tuple, event: torch.Event | None) -> tuple:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode, and its parameters sharded, as they were after."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -311,5 +322,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                 module.reshard()
 
 
-def _device_of(model: nn.Module, accelerator) -> torch.device:
+def device_of(model: nn.Module, accelerator) -> torch.device:
     return accelerator.device if accelerator else next(model.parameters()).device

@@ -5,10 +5,11 @@ import datetime
 import enum
 
 from trl_dynamics import compat
-from trl_dynamics.probing.encode import LengthLimits, encode
+from trl_dynamics.probing.encode import LengthLimits, encode, encode_prompts
 from trl_dynamics.probing.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.engine import ProbeEngine
+from trl_dynamics.tracking.sampling import GreedySampler, Reading
 
 LIMITS = ("probe_max_prompt_length", "probe_max_length")
 CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384
@@ -28,19 +29,11 @@ def build_engine(
         accelerator ([`~accelerate.Accelerator`], *optional*): Processes that share the work.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    config = model.config.get_text_config()
-    limits = LengthLimits(
-        args.probe_max_prompt_length, args.probe_max_length, getattr(config, "max_position_embeddings", None)
-    )
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    encoded = encode(probe_set, tokenizer, limits, ends)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    encoded = encode(probe_set, tokenizer, _limits(model, args), _end_ids(model))
+    pad_id = _pad_id(tokenizer)
     if args.probe_dtype not in (None, "float32"):
         raise ValueError(f"probe_dtype is {args.probe_dtype!r}, expected 'float32' or none")
-    on_cpu = accelerator is None or accelerator.device.type == "cpu"
-    tokens = args.probe_tokens_per_batch
-    tokens = (CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS) if tokens is None else tokens
+    tokens = _tokens_per_batch(args, accelerator)
     engine = ProbeEngine(
         encoded,
         choose_layout(model, args.probe_layout, tokens, pad_id),
@@ -49,6 +42,52 @@ def build_engine(
         float32=args.probe_dtype == "float32",
     )
     return engine, PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens)
+
+
+def build_sampler(model, processing_class, probe_set: ProbeSet, args, engine: ProbeEngine) -> GreedySampler | None:
+    """What lets `model` answer some of the probes' prompts greedily; None where `probe_samples` asks for none.
+
+    The prompts are those of `probe_samples` probes, the same ones at every step, chosen by a hash of their ids.
+    Answers end at the tokenizer's EOS, at the model's own, and at whatever ends a scored response.
+
+    Args:
+        model, processing_class, probe_set, args: As for [`build_engine`].
+        engine ([`ProbeEngine`]): That of the same run.
+    """
+    if args.probe_samples is None or args.probe_samples == 0:
+        return None
+    if args.probe_samples < 0 or args.probe_samples != int(args.probe_samples):
+        raise ValueError(f"probe_samples is {args.probe_samples}, expected a number of probes, or none")
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    limits = _limits(model, args)
+    ends = {tokenizer.eos_token_id, *_end_ids(model), *(item.eos_id for item in engine.encoded.items)} - {None}
+    return GreedySampler(
+        encode_prompts(probe_set.sample(args.probe_samples), tokenizer, limits),
+        Reading(tokenizer, frozenset(ends), _pad_id(tokenizer), limits.context_length),
+        args.probe_sample_tokens,
+        engine,
+        _tokens_per_batch(args, engine.accelerator),
+    )
+
+
+def _limits(model, args) -> LengthLimits:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return LengthLimits(args.probe_max_prompt_length, args.probe_max_length, context)
+
+
+def _end_ids(model) -> list[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _pad_id(tokenizer) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _tokens_per_batch(args, accelerator) -> int:
+    on_cpu = accelerator is None or accelerator.device.type == "cpu"
+    default = CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS
+    return default if args.probe_tokens_per_batch is None else args.probe_tokens_per_batch
 
 
 def recorded_layout(plan: dict, args, fallback: PaddedLayout) -> Layout:

@@ -63,6 +63,16 @@ class ScoringArguments:
         },
     )
     probe_top_k: int = field(default=10, metadata={"help": "How many labels the top-k probability mass covers."})
+    probe_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Let the model answer the prompts of so many probes greedily at every probing step, the same ones "
+            "each time, chosen by a hash of their ids. None: no answers."
+        },
+    )
+    probe_sample_tokens: int = field(
+        default=64, metadata={"help": "Most new tokens of an answer that `probe_samples` asks for."}
+    )
 
 
 @dataclass

@@ -2,29 +2,31 @@
 
 import logging
 
-import pandas as pd
 import pyarrow as pa
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_dynamics.compat import log_apart
 from trl_dynamics.probing.layouts import PaddedLayout
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.tracking import metrics
+from trl_dynamics.tracking import alerts, metrics
 from trl_dynamics.tracking.budget import check_budget, is_affordable
 from trl_dynamics.tracking.cost import MAX_SHARE
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
-from trl_dynamics.tracking.records import to_table
+from trl_dynamics.tracking.records import SAMPLES, to_table
 from trl_dynamics.tracking.run import recorded_layout
+from trl_dynamics.tracking.samples import sample_scalars
+from trl_dynamics.tracking.sampling import GreedySampler
 from trl_dynamics.tracking.schedule import probe_steps
 from trl_dynamics.tracking.series import Series
+from trl_dynamics.tracking.step_table import StepTable
 from trl_dynamics.tracking.store import DynamicsStore
 
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "policy"
-OWN_KEYS = ("probe/", "squeeze/")
+OWN_KEYS = ("probe/", "squeeze/", "samples/")
 # Under this name a checkpoint's trainer_state.json says which records are its own.
 CHECKPOINT_KEY = "trl_dynamics"
 
@@ -40,6 +42,7 @@ class ProbeCallback(TrainerCallback):
         meta (`dict`): What produced the numbers; schedule, cost and status are added here.
         config (`dict`): Resolved arguments, written as config.yaml.
         fallback ([`PaddedLayout`]): For a model that turns out not to allow the engine's layout.
+        sampler ([`GreedySampler`], *optional*): Answers prompts whenever the probes are scored.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class ProbeCallback(TrainerCallback):
         meta: dict,
         config: dict,
         fallback: PaddedLayout,
+        sampler: GreedySampler | None = None,
     ):
         check_budget(trainer.args.probe_budget)
         self.trainer, self.engine, self.config, self.fallback = trainer, engine, config, fallback
+        self.sampler = sampler
         meta["model"] |= model_identity(trainer.model)
         self.series = Series(store, probe_set, meta, config, trainer.accelerator, trainer.args.probe_on_error)
         self._steps: frozenset[int] = frozenset()
@@ -152,18 +157,21 @@ class ProbeCallback(TrainerCallback):
         if self._running and self._scalars is not None and self._scalars[0] == state.global_step:
             return self._scalars[1]
         # Before and after training there is no series to add to, and the weights may be those of any step.
-        return self._measure(state.global_step)[2]
+        return self._measure(state.global_step)[-1] | self._answer(state.global_step)[1]
 
     def _probe(self, state: TrainerState) -> None:
         step, series = state.global_step, self.series
         if step in series.steps:
             return
         began = series.cost.now()
-        table, star_ids, scalars = self._measure(step)
+        rows, star_ids, table, scalars = self._measure(step)
+        samples, answered = self._answer(step)
+        scalars |= answered
         if series.baseline is None:
-            series.baseline, series.star_ids = table.to_pandas(), star_ids
+            series.baseline, series.star_ids = table, star_ids
             series.meta["baseline_step"] = step
-        series.add(table, step)
+        series.add(rows, step, samples)
+        news = series.look(table) if state.is_world_process_zero else []
         self._mark_checkpoints(state)
         seconds = series.cost.now() - began
         series.cost.add(step, seconds)
@@ -172,20 +180,32 @@ class ProbeCallback(TrainerCallback):
         self._write_progress(state)
         if state.is_world_process_zero:
             logger.info(console_line(step, scalars))
+            # After meta.json says so: a run that dies here and comes back does not tell it again.
+            if self.trainer.args.probe_alerts:
+                alerts.tell(news, step, self.trainer.args.report_to)
             self._warn_of_cost(state)
 
-    def _measure(self, step: int) -> tuple[pa.Table, list[list[int]], dict[str, float]]:
-        """Records of the model as it is, its y* ids, and the scalars against the baseline."""
+    def _measure(self, step: int) -> tuple[pa.Table, list[list[int]], StepTable, dict[str, float]]:
+        """Records of the model as it is, its y* ids, the records once more as a table, and its scalars."""
         if not self._settled:
             self._settle_layout(None)
         baseline = self.series.baseline
         scores = self.engine.score(self.trainer.model, self.series.star_ids)
         num_rows = len(scores.columns["probe_id"])
-        table = to_table({"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows} | scores.columns)
-        frame = table.to_pandas()
-        if baseline is not None and step not in baseline["step"].to_numpy():
-            frame = pd.concat([baseline, frame], ignore_index=True)
-        return table, scores.star_ids, metrics.scalars(frame, self.series.meta["model"]["vocab_size"])
+        rows = to_table({"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows} | scores.columns)
+        table = StepTable.of(rows, self.series.meta["model"]["vocab_size"])
+        start = table if baseline is None or baseline.step == step else baseline
+        return rows, scores.star_ids, table, metrics.step_scalars(start, table)
+
+    def _answer(self, step: int) -> tuple[pa.Table | None, dict[str, float]]:
+        """Greedy answers of the model as it is with their scalars, where any were asked for."""
+        if self.sampler is None:
+            return None, {}
+        columns = self.sampler.sample(self.trainer.model)
+        num_rows = len(columns["probe_id"])
+        keys = {"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows}
+        rows = to_table(keys | columns, SAMPLES)
+        return rows, sample_scalars(rows.drop_columns(["token_ids", "text"]).to_pandas())
 
     def _settle_layout(self, plan: dict | None) -> None:
         """Decide on the batches before the first scoring: those of the run that goes on, else what a check allows."""

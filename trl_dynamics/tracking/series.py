@@ -16,7 +16,10 @@ from accelerate.utils import broadcast_object_list
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import summarise_store
+from trl_dynamics.tracking.alerts import Watch
 from trl_dynamics.tracking.cost import CostLedger
+from trl_dynamics.tracking.findings import Finding
+from trl_dynamics.tracking.step_table import StepTable, split_frame
 from trl_dynamics.tracking.store import DynamicsStore
 
 logger = logging.getLogger(__name__)
@@ -64,7 +67,9 @@ class Series:
         self.accelerator, self.on_error = accelerator, on_error
         self.cost = CostLedger()
         self.star_ids: list[list[int]] | None = None
-        self.baseline: pd.DataFrame | None = None
+        self.baseline: StepTable | None = None
+        self.watch = Watch(meta["method"])
+        self._latest: pd.DataFrame | None = None
         self.steps: set[int] = set()
         self._is_open, self._failing = False, set()
         self._prepare: Callable[[], None] = lambda: None
@@ -86,17 +91,19 @@ class Series:
             ValueError: If there is nothing to continue, something else made it, or another run is writing there.
         """
         self._is_open, self._failing = False, set()
-        for name in ("decisions", "resumed_at", "baseline_step"):
+        for name in ("decisions", "resumed_at", "baseline_step", "alerts"):
             self.meta.pop(name, None)
         part = {"after_step": step, "num_processes": self.accelerator.num_processes}
         self.meta |= {"run_id": mark.get("run_id"), "status": "running", "parts": [part], "lost_steps": []}
         self.cost.restart(step, [])
         self._note_cost()
         position = self._on_main(lambda: self._begin(step, mark))
-        self.star_ids, self.baseline, self.steps = position.star_ids, position.baseline, position.steps
+        self.star_ids, self.steps = position.star_ids, position.steps
+        self.baseline = None if position.baseline is None else self.table(position.baseline)
         self.meta["run_id"] = position.run_id
         if step > 0:
             self._take_over(position.meta, step)
+        self._begin_watch()
         self.cost.restart(
             step, _timeline(position.meta, step), setup_seconds + position.meta.get("setup_seconds", 0.0)
         )
@@ -104,7 +111,7 @@ class Series:
 
     def _take_over(self, earlier: dict, step: int) -> None:
         """What meta.json said as of the checkpoint's step."""
-        self.meta |= {name: earlier[name] for name in ("created", "baseline_step") if name in earlier}
+        self.meta |= {name: earlier[name] for name in ("created", "baseline_step", "alerts") if name in earlier}
         # Each part of a run says how many processes took its records.
         self.meta["parts"] = [p for p in earlier.get("parts", []) if p["after_step"] < step] + self.meta["parts"]
         self.meta["lost_steps"] = [lost for lost in earlier.get("lost_steps", []) if lost <= step]
@@ -112,18 +119,38 @@ class Series:
         if "decisions" in earlier:
             self.meta["decisions"] = [choice for choice in earlier["decisions"] if choice["step"] <= step]
 
+    def _begin_watch(self) -> None:
+        """What was told stays told, whatever step the run goes on from; what fires at its last records is seen."""
+        self.watch = Watch(self.meta["method"], [alert["name"] for alert in self.meta.get("alerts", [])])
+        if self.baseline is not None and self.accelerator.is_main_process:
+            self.watch.add(self.baseline)
+            if self._latest is not None:
+                self.watch.add(self.table(self._latest))
+        self._latest = None
+
+    def table(self, records: pd.DataFrame) -> StepTable:
+        """Records of one step of this run, as metrics and findings take them."""
+        return split_frame(records, self.meta["model"]["vocab_size"])[0]
+
+    def look(self, table: StepTable) -> list[Finding]:
+        """Findings that stand with the records of this step and were not told before; for the main process."""
+        found = self.watch.add(table)
+        news = [{"name": finding.name, "severity": finding.severity, "step": table.step} for finding in found]
+        self.meta["alerts"] = [*self.meta.get("alerts", []), *news]
+        return found
+
     def mark(self) -> dict:
         """What a checkpoint keeps, to tell on a resume whether the records in its place are its own."""
         return {"run_id": self.meta["run_id"], "has_store": self._is_open}
 
-    def add(self, table: pa.Table, step: int) -> None:
-        """Write the records of one step, y* before the first ones."""
+    def add(self, table: pa.Table, step: int, samples: pa.Table | None = None) -> None:
+        """Write the records of one step, and greedy answers if any were taken; y* before the first ones."""
 
         def write() -> None:
             self._reopen()
             if not self.store.has_baseline():
                 self.store.write_baseline(self.star_ids)
-            self.store.write_records(table, step=step)
+            self.store.write_records(table, step=step, samples=samples)
             self.meta["lost_steps"] = [lost for lost in self.meta["lost_steps"] if lost != step]
             if "records" in self._failing:
                 logger.warning(f"probe records are written again, from step {step} on")
@@ -198,6 +225,7 @@ class Series:
         run_id, steps = earlier.get("run_id", ""), {other for other in self.store.recorded_steps() if other <= step}
         if not steps:
             return Position(run_id, None, None, steps, {k: v for k, v in earlier.items() if k != "baseline_step"})
+        self._latest = self.store.read_records({max(steps)}) if len(steps) > 1 else None
         return Position(run_id, self.store.read_baseline(), self.store.read_records({min(steps)}), steps, earlier)
 
     def _reopen(self) -> None:

@@ -1,0 +1,96 @@
+"""Alerts: a finding that stands while a run is still training is told once, on the console and where trackers can.
+
+A finding stands when its rule fires at two probing steps in a row, each against the start; information alone is never
+an alert. Only what is in memory is looked at: the start, the step before and this one.
+"""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.aggregate import StepSummary, Summary, summarise_step
+from trl_dynamics.tracking.findings import ALERT, INFO, Finding
+from trl_dynamics.tracking.step_table import StepTable
+
+logger = logging.getLogger(__name__)
+
+
+class Watch:
+    """Looks at every probing step as it comes.
+
+    Args:
+        method (`str`): How the run trains; decides which rules apply.
+        told (`Iterable[str]`, *optional*): Names of findings that this run has told already.
+    """
+
+    def __init__(self, method: str, told: Iterable[str] = ()):
+        self.method, self.told = method, set(told)
+        self._kept: list[tuple[StepTable, StepSummary]] = []
+        self._held: set[str] = set()
+
+    def add(self, table: StepTable) -> list[Finding]:
+        """Findings that fire at this step as at the one before and were not told yet, the most severe first."""
+        start = self._kept[0][0] if self._kept else table
+        self._kept = [*self._kept, (table, summarise_step(start, table))]
+        tables = {kept.step: kept for kept, _ in self._kept}
+        summary = Summary([part for _, part in self._kept], start, tables.__getitem__)
+        firing = [f for f in findings.find(summary, {"method": self.method}) if f.severity != INFO]
+        standing = [f for f in firing if f.name in self._held - self.told]
+        self._held = {finding.name for finding in firing}
+        self.told |= {finding.name for finding in standing}
+        self._kept = [self._kept[0], *self._kept[1:][-1:]]
+        return standing
+
+
+def tell(found: list[Finding], step: int, report_to: Iterable[str]) -> None:
+    """Warn of findings on the console, and raise alerts in the trackers of `report_to` that take them.
+
+    A tracker is imported only if `report_to` names it and it is installed. One that has no alerts or no active run is
+    left out in silence; one that fails is warned about, and training goes on.
+
+    Args:
+        found (`list[Finding]`): What stands since `step`.
+        step (`int`): The probing step.
+        report_to (`Iterable[str]`): Names of trackers, as in `TrainingArguments`.
+    """
+    senders = {name: SENDERS[name] for name in report_to if name in SENDERS} if found else {}
+    trackers = {name: module for name in senders if (module := _imported(name)) is not None}
+    for finding in found:
+        text = f"At step {step}, as at the probing step before: {finding.title}. {finding.text}"
+        logger.warning(f"{finding.severity}: {text}")
+        for name, module in trackers.items():
+            try:
+                senders[name](module, finding, f"{text} What to do: {finding.remedy}")
+            except Exception as error:  # whatever a tracker's service may raise is no reason to end a training run
+                logger.warning(f"{name} did not take the alert {finding.name!r}: {error}")
+
+
+def title(finding: Finding) -> str:
+    """The finding's name in words: W&B takes titles of less than 64 characters and drops repeated ones."""
+    return finding.name.replace("_", " ")
+
+
+def _imported(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    except Exception as error:  # its import may fail in any way
+        logger.warning(f"no alerts go to {name}, which cannot be imported: {error}")
+        return None
+
+
+def _to_wandb(wandb: ModuleType, finding: Finding, text: str) -> None:
+    if wandb.run is not None:
+        wandb.run.alert(title=title(finding), text=text, level="ERROR" if finding.severity == ALERT else "WARN")
+
+
+def _to_trackio(trackio: ModuleType, finding: Finding, text: str) -> None:
+    if hasattr(trackio, "alert"):
+        levels = trackio.AlertLevel
+        level = levels.ERROR if finding.severity == ALERT else levels.WARN
+        trackio.alert(title=title(finding), text=text, level=level)
+
+
+SENDERS: dict[str, Callable[[ModuleType, Finding, str], None]] = {"wandb": _to_wandb, "trackio": _to_trackio}

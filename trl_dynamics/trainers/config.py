@@ -113,13 +113,6 @@ class ProbeArguments(ScoringArguments):
             "row: on the console, and in wandb and trackio where `report_to` names them."
         },
     )
-    probe_alerts: bool = field(
-        default=True,
-        metadata={
-            "help": "Tell a warning or alert among the findings, once, as soon as it holds at two probing steps in a "
-            "row: on the console, and in wandb and trackio where `report_to` names them."
-        },
-    )
     probe_on_error: str = field(
         default="warn",
         metadata={

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from trl_dynamics.probing.schema import RESPONSE_TYPES, Probe, ProbeSet
-from trl_dynamics.tracking.records import RECORD_SCHEMA, to_table
+from trl_dynamics.tracking.records import RECORD_SCHEMA, SAMPLE_SCHEMA, to_table
 from trl_dynamics.tracking.store import DynamicsStore
 
 ALL_TYPES = tuple(RESPONSE_TYPES)
@@ -153,14 +153,26 @@ def trainer_log(steps: Sequence[int], method: str) -> list[dict]:
     return [*lines, {"step": int(steps[-1]), "train_loss": 0.6, "train_runtime": 300.0}]
 
 
-def write_run(folder: Path, frame: pd.DataFrame, *, method: str = "dpo", prompt: str | None = None, **entries) -> Path:
-    """Write `frame` as the store of a run in `folder`, one shard per model and step."""
+def write_run(
+    folder: Path,
+    frame: pd.DataFrame,
+    *,
+    method: str = "dpo",
+    prompt: str | None = None,
+    answers: pd.DataFrame | None = None,
+    **entries,
+) -> Path:
+    """Write `frame`, and greedy `answers` of its steps, as a run's store in `folder`, one shard per model and step."""
     probes = probe_set(frame, prompt=prompt) if prompt else probe_set(frame)
     store = DynamicsStore(folder)
     store.create(probes, meta(frame, probes, method=method, **entries), {"learning_rate": 1e-6, "beta": 0.1})
     store.write_trainer_log(trainer_log(sorted(frame["step"].unique()), method))
-    for index, (_, rows) in enumerate(frame.groupby("model", sort=False)):
+    for index, (model, rows) in enumerate(frame.groupby("model", sort=False)):
         for step, shard in rows.groupby("step"):
             columns = {name: shard[name].tolist() for name in RECORD_SCHEMA.names}
-            store.write_records(to_table(columns), step=int(step), model_index=index)
+            samples = None
+            if answers is not None:
+                own = answers[(answers["model"] == model) & (answers["step"] == step)]
+                samples = to_table({name: own[name].tolist() for name in SAMPLE_SCHEMA.names}, "samples")
+            store.write_records(to_table(columns), step=int(step), model_index=index, samples=samples)
     return folder

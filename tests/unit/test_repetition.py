@@ -44,7 +44,7 @@ def slow_repeat_share(ids):
 
 def slow_distinct_share(ids, n):
     seen, total = [], 0
-    for start, run in runs(ids):
+    for _, run in runs(ids):
         if len(run) == n:
             total += 1
             if run not in seen:

@@ -17,8 +17,8 @@ from trl_dynamics import stats_head
 from trl_dynamics.cli import sources
 from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.layout_check import settle_layout
-from trl_dynamics.tracking.records import to_table
-from trl_dynamics.tracking.run import LIMITS, build_engine, changed_fields, describe_run
+from trl_dynamics.tracking.records import SAMPLES, to_table
+from trl_dynamics.tracking.run import LIMITS, build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ScoringArguments
 
@@ -33,6 +33,8 @@ _REPLAYED = {
     "probe_layout": ("batch_plan", "layout"),
     "probe_tokens_per_batch": ("batch_plan", "tokens_per_batch"),
     "probe_top_k": ("top_k",),
+    "probe_samples": ("samples", "num_probes"),
+    "probe_sample_tokens": ("samples", "max_new_tokens"),
     **{name: ("limits", name) for name in LIMITS},
 }
 
@@ -177,6 +179,7 @@ class _Session:
         began = time.perf_counter()
         model, tokenizer = _load(target.path, args, self.accelerator.device)
         engine, fallback = build_engine(model, tokenizer, probe_set, args, self.accelerator)
+        sampler = build_sampler(model, tokenizer, probe_set, args, engine)
         stats_head.install(model)
         settle_layout(engine, model, fallback, required=required)
         plan = engine.batch_plan["fingerprint"]
@@ -189,16 +192,22 @@ class _Session:
         scores = engine.score(model, self.baselines.get(plan))
         num_rows = len(scores.columns["probe_id"])
         table = to_table({"model": [target.model] * num_rows, "step": [target.step] * num_rows} | scores.columns)
+        samples = None
+        if sampler is not None:
+            answers = sampler.sample(model)
+            num_rows = len(answers["probe_id"])
+            keys = {"model": [target.model] * num_rows, "step": [target.step] * num_rows}
+            samples = to_table(keys | answers, SAMPLES)
         is_first = "batch_plan" not in self.meta
         if is_first:
-            self.meta |= describe_run(model, probe_set, engine, "track", args) | self.meta
+            self.meta |= describe_run(model, probe_set, engine, "track", args, sampler) | self.meta
 
         def write() -> None:
             if is_first:
                 self.store.create(probe_set, self.meta, changed_fields(args))
             if not self.store.has_baseline(model_index=target.model_index):
                 self.store.write_baseline(scores.star_ids, model_index=target.model_index)
-            self.store.write_records(table, step=target.step, model_index=target.model_index)
+            self.store.write_records(table, step=target.step, model_index=target.model_index, samples=samples)
             logger.info(f"scored {target.model} at step {target.step}")
 
         on_main(write)

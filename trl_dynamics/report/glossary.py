@@ -109,6 +109,73 @@ METRIC_TERMS: dict[str, Term] = {
     ),
 }
 
+# Keys are the names of tracking.samples.SAMPLE_METRICS.
+SAMPLE_TERMS: dict[str, Term] = {
+    "distinct_2": Term(
+        "distinct-2",
+        "How varied the model's own answers are: different pairs among all pairs of neighbouring tokens.",
+        "mean over probes of distinct pairs / pairs",
+        "share, 0 to 1",
+        "above 0.9 for answers of some dozen tokens; below a half the answers are loops",
+    ),
+    "longest_repeat": Term(
+        "longest repeat",
+        "The longest run of tokens that an answer says twice; the two may overlap.",
+        "mean over probes of max { l : the same l tokens stand at two places }",
+        "tokens",
+        "a few; near the answer's length it is a loop",
+    ),
+    "repeat_share": Term(
+        "immediate repetition",
+        "Tokens of an answer in a run that stands right after itself, such as “very very”.",
+        "mean over probes of tokens in such runs / tokens",
+        "share, 0 to 1",
+        "below 0.1; near 1 the answers are loops",
+    ),
+    "length": Term(
+        "length of answers",
+        "Tokens of an answer, without the end-of-turn token.",
+        "mean over probes of tokens",
+        "tokens, at most probe_sample_tokens",
+        "near that of the training answers; at the limit answers never end",
+    ),
+    "ended": Term(
+        "answers that end",
+        "Answers that the model ended by itself; the others were cut.",
+        "mean over probes of [ended]",
+        "share, 0 to 1",
+        "constant or rising, if the limit leaves room for a usual answer",
+    ),
+    "greedy_logp": Term(
+        "greedy log-probability",
+        "How sure the model is of what it says itself, reading its own tokens; argmax along chosen reads chosen.",
+        "mean over probes of Σ max_v log π(v | prompt, own tokens) / tokens",
+        "nats per token",
+        "rises slowly; loops are nearly certain once they have begun, so near 0 is a warning",
+    ),
+    "greedy_logp_sum": Term(
+        "greedy log-probability of the answer",
+        "The same, summed over the answer.",
+        "mean over probes of Σ max_v log π(v | prompt, own tokens)",
+        "nats per answer",
+        "moves with the length of the answers",
+    ),
+    "distinct_1": Term(
+        "distinct-1",
+        "Different tokens among all tokens of an answer.",
+        "mean over probes of distinct tokens / tokens",
+        "share, 0 to 1",
+        "constant at about equal length",
+    ),
+    "distinct_3": Term(
+        "distinct-3",
+        "Different triples among all triples of neighbouring tokens.",
+        "mean over probes of distinct triples / triples",
+        "share, 0 to 1",
+        "near 1",
+    ),
+}
+
 TERMS: tuple[Term, ...] = (
     Term("probe set", "A fixed set of prompts, each with responses of several types, scored again and again."),
     Term("probe", "One prompt of the probe set with its responses."),
@@ -139,5 +206,7 @@ TERMS: tuple[Term, ...] = (
         "squeezing",
         "Pushing an unlikely response down lifts the token that is likeliest already and lowers everything else.",
     ),
+    Term("greedy answer", "What the model says to a probe's prompt, the likeliest token at every step."),
     *METRIC_TERMS.values(),
+    *SAMPLE_TERMS.values(),
 )

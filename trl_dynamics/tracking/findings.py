@@ -19,6 +19,9 @@ ALERT_EFFECT = 0.25
 ENTROPY_COLLAPSE = 0.5
 # End-of-turn log-probability, nats.
 MIN_EOS_FALL = 0.5
+# Greedy answers: shares of distinct pairs of tokens, and tokens of the longest run said twice. Longer answers repeat
+# a little more by themselves.
+MIN_DISTINCT_FALL, ALERT_DISTINCT_FALL, MIN_REPEAT_GROWTH = 0.1, 0.3, 3.0
 # A peak is the best of many steps: noise alone puts it about two standard errors above the rest.
 PEAK_STANDARD_ERRORS = 4.0
 
@@ -286,6 +289,37 @@ def end_of_turn_loss(summary: Summary, changes: Changes, method: str) -> Finding
     )
 
 
+def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | None:
+    """The model's own greedy answers become repetitive."""
+    samples = summary.samples
+    if samples is None or len(samples.steps) < 2:
+        return None
+    distinct, repeat = samples.change("distinct_2"), samples.change("longest_repeat")
+    if not (distinct.down(MIN_DISTINCT_FALL) and repeat.up(MIN_REPEAT_GROWTH)):
+        return None
+    loops, lengths, ends = (samples.value(name) for name in ("repeat_share", "length", "ended"))
+    return Finding(
+        "degeneration",
+        ALERT if -distinct.mean >= ALERT_DISTINCT_FALL else WARNING,
+        "degeneration: the model's own answers repeat themselves",
+        f"From step {samples.steps[0]} to {samples.steps[-1]} the share of distinct token pairs in greedy answers "
+        f"moved {distinct}, the longest run that an answer says twice {repeat} tokens. Of their tokens {loops[0]:.0%} "
+        f"stood in immediate repetitions at the start and {loops[1]:.0%} do now; answers have {lengths[1]:.0f} tokens "
+        f"(before {lengths[0]:.0f}), and {ends[1]:.0%} end by themselves (before {ends[0]:.0%}).",
+        {
+            "distinct_2_change": distinct.mean,
+            "longest_repeat_change": repeat.mean,
+            "repeat_share_start": loops[0],
+            "repeat_share_end": loops[1],
+            "num_answers": float(distinct.num_probes),
+        },
+        f"greedy answers, first to last step: distinct-2 falls by at least {MIN_DISTINCT_FALL} and the longest repeat "
+        f"grows by at least {MIN_REPEAT_GROWTH:g} tokens; {COUNTS}. Alert from {ALERT_DISTINCT_FALL} of distinct-2.",
+        f"Read the answers in the probe explorer, and use a checkpoint from before. {REMEDIES[method]} Decoding "
+        "options (a repetition penalty, sampling) hide it without mending it.",
+    )
+
+
 def improvement(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Chosen rises and nobody else pays."""
     others = changes.bystanders
@@ -293,6 +327,7 @@ def improvement(summary: Summary, changes: Changes, method: str) -> Finding | No
         changes.falling(bystander_types(summary.types))
         or changes.gap.up()
         or changes.entropy.down(ENTROPY_COLLAPSE * changes.value_at_start("entropy_mean"))
+        or degeneration(summary, changes, method)
     )
     if not changes.chosen.up() or not others.known or paid:
         return None
@@ -307,8 +342,8 @@ def improvement(summary: Summary, changes: Changes, method: str) -> Finding | No
         f"the gap to the likeliest token {changes.gap}.",
         {"chosen_change": changes.chosen.mean, "bystander_change": others.mean, "gap_change": changes.gap.mean},
         f"chosen rises by at least {MIN_EFFECT} nats per token and keeps it, while no bystander type falls by "
-        f"{MIN_EFFECT}, the gap argmax minus chosen does not widen by {MIN_EFFECT}, entropy does not collapse and "
-        f"unrelated_pull_up gives no warning; {COUNTS}.",
+        f"{MIN_EFFECT}, the gap argmax minus chosen does not widen by {MIN_EFFECT}, entropy does not collapse, "
+        f"greedy answers do not degenerate and unrelated_pull_up gives no warning; {COUNTS}.",
         "Carry on.",
     )
 
@@ -329,5 +364,6 @@ RULES: dict[str, Callable[[Summary, Changes, str], Finding | None]] = {
     "unrelated_pull_up": unrelated_pull_up,
     "entropy_collapse": entropy_collapse,
     "end_of_turn_loss": end_of_turn_loss,
+    "degeneration": degeneration,
     "improvement": improvement,
 }

@@ -18,6 +18,13 @@ _SAME = (
     (("mixed_precision",), "mixed precision", "Keep bf16/fp16 as in the run"),
     (("probe_dtype",), "probe_dtype", "Keep probe_dtype as in the run"),
     (("top_k",), "probe_top_k", "Keep probe_top_k as in the run"),
+    (
+        ("samples", "num_probes"),
+        "the number of prompts to answer",
+        "Keep probe_samples as in the run, or leave it out",
+    ),
+    (("samples", "max_new_tokens"), "probe_sample_tokens", "Keep probe_sample_tokens as in the run"),
+    (("samples", "fingerprint"), "the prompts to answer or what ends an answer", "Keep the tokenizer of the run"),
 )
 
 
@@ -62,7 +69,7 @@ def refuse_other_series(earlier: dict, now: dict, root: Path) -> None:
     for path, what, remedy in _SAME:
         was, is_now = _entry(earlier, path), _entry(now, path)
         if None not in (was, is_now) and was != is_now:
-            values = "" if path[-1] == "structure" else f" was {was!r}, is {is_now!r};"
+            values = "" if path[-1] in ("structure", "fingerprint") else f" was {was!r}, is {is_now!r};"
             raise ValueError(
                 f"cannot resume probing: {what}{values or ' differ;'} the records in {root} would not be one series. "
                 f"{remedy}, or use another output_dir"

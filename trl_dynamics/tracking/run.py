@@ -125,7 +125,9 @@ def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Lay
     return PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens_per_batch)
 
 
-def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str, args) -> dict:
+def describe_run(
+    model, probe_set: ProbeSet, engine: ProbeEngine, method: str, args, sampler: GreedySampler | None = None
+) -> dict:
     """What produced the numbers, for meta.json."""
     parameters = list(model.parameters())
     return {
@@ -151,6 +153,7 @@ def describe_run(model, probe_set: ProbeSet, engine: ProbeEngine, method: str, a
         "batch_plan": engine.batch_plan,
         "cuts": engine.encoded.cuts,
         "top_k": engine.top_k,
+        "samples": None if sampler is None else sampler.description,
         "probe_dtype": "float32" if engine.float32 else None,
         "mixed_precision": engine.accelerator.mixed_precision if engine.accelerator else "no",
         "limits": {name: getattr(args, name) for name in LIMITS},

@@ -10,7 +10,7 @@ from trl_dynamics import stats_head
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.tracking.callback import ProbeCallback
 from trl_dynamics.tracking.card import model_card_section
-from trl_dynamics.tracking.run import build_engine, changed_fields, describe_run
+from trl_dynamics.tracking.run import build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ProbeArguments
 from trl_dynamics.trainers.parallelism import refuse_parallelism
@@ -37,13 +37,14 @@ class DynamicsMixin:
         chosen = chosen.sample(args.probe_subset) if args.probe_subset is not None else chosen
         refuse_parallelism(self)
         engine, fallback = build_engine(self.model, self.processing_class, chosen, args, self.accelerator)
+        sampler = build_sampler(self.model, self.processing_class, chosen, args, engine)
         stats_head.install(self.model)
-        meta = describe_run(self.model, chosen, engine, method, args) | {
+        meta = describe_run(self.model, chosen, engine, method, args, sampler) | {
             "seed": args.seed,
             "num_processes": self.accelerator.num_processes,
         }
         store = DynamicsStore(args.output_dir)
-        self.probe_callback = ProbeCallback(self, engine, chosen, store, meta, changed_fields(args), fallback)
+        self.probe_callback = ProbeCallback(self, engine, chosen, store, meta, changed_fields(args), fallback, sampler)
         self.add_callback(self.probe_callback)
 
     def train(self, *args, **kwargs):

@@ -1,0 +1,55 @@
+"""Greedy answers as a run would write them, from how much of each is a loop."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from synthetic_runs import STEPS
+
+from trl_dynamics.tracking.records import SAMPLE_SCHEMA
+from trl_dynamics.tracking.repetition import distinct_share, longest_repeat, repeat_share
+
+
+def answers(
+    loop: float = 0.0,
+    *,
+    steps: Sequence[int] = STEPS,
+    num_probes: int = 8,
+    start: int = 24,
+    end: int = 24,
+    text: str = "answer of step {step}",
+    model: str = "policy",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Answers of one model.
+
+    Args:
+        loop: Share of an answer that is two tokens again and again at the last step; it grows from none at the first.
+        start, end: Tokens of an answer at the first and at the last step.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for step in steps:
+        t = (step - steps[0]) / max(steps[-1] - steps[0], 1)
+        for index in range(num_probes):
+            count = round(start + (end - start) * t) + index % 3
+            looped = round(loop * t * count)
+            ids = [*rng.integers(0, 500, count - looped).tolist(), *([7, 8] * count)[:looped]]
+            logp = -1.0 * (count - looped) - 0.01 * looped
+            rows.append(
+                {
+                    "model": model,
+                    "step": step,
+                    "probe_id": f"p{index:03d}",
+                    "num_tokens": count,
+                    "ended": bool(index % 2) and looped == 0,
+                    "logp_sum": logp,
+                    "logp_mean": logp / count if count else np.nan,
+                    "eos_logp": -0.3 if index % 2 and looped == 0 else np.nan,
+                    **{f"distinct_{n}": distinct_share(ids, n) for n in (1, 2, 3)},
+                    "longest_repeat": float(longest_repeat(ids)),
+                    "repeat_share": repeat_share(ids),
+                    "token_ids": ids,
+                    "text": text.format(step=step),
+                }
+            )
+    return pd.DataFrame(rows)[SAMPLE_SCHEMA.names]

@@ -1,0 +1,118 @@
+"""What greedy answers say over a run: metrics against a slow reference, and when they count as degenerated."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_answers import answers
+from synthetic_runs import SQUEEZED, STEPS, records, write_run
+
+from trl_dynamics.report.glossary import SAMPLE_TERMS
+from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.aggregate import summarise, summarise_store
+from trl_dynamics.tracking.samples import SAMPLE_METRICS, Samples, load_samples, sample_scalars
+from trl_dynamics.tracking.store import DynamicsStore
+
+# Metric -> the column that it is the mean of.
+COLUMNS = {name: name for name in SAMPLE_METRICS} | {
+    "length": "num_tokens",
+    "greedy_logp": "logp_mean",
+    "greedy_logp_sum": "logp_sum",
+}
+
+
+def slow_mean(rows: pd.DataFrame, column: str) -> float:
+    known = [float(row[column]) for _, row in rows.iterrows() if not math.isnan(row[column])]
+    return sum(known) / len(known) if known else math.nan
+
+
+def found(loop: float, *, method: str = "dpo", drift=None, **options) -> dict:
+    """Findings by name of a run with such answers."""
+    summary = summarise(records(drift))
+    with_answers = type(summary)(summary.parts, summary.first, summary.read, Samples(answers(loop, **options)))
+    return {finding.name: finding for finding in findings.find(with_answers, {"method": method})}
+
+
+@pytest.mark.parametrize("name", SAMPLE_METRICS)
+def test_metrics_are_means_over_probes(name):
+    frame = answers(0.8)
+    frame.loc[frame["probe_id"] == "p003", ["logp_mean", "distinct_1", "distinct_2", "distinct_3", "repeat_share"]] = (
+        np.nan
+    )
+    curve = Samples(frame).metric(name)
+    assert list(curve.index) == list(STEPS)
+    for step, value in curve.items():
+        assert value == pytest.approx(slow_mean(frame[frame["step"] == step], COLUMNS[name]))
+    assert sample_scalars(frame[frame["step"] == 320])[f"samples/{name}"] == curve[320]
+
+
+def test_what_no_answer_has_is_left_out():
+    empty = answers(start=0, end=0, steps=(0,), num_probes=1)
+    assert set(sample_scalars(empty)) == {
+        "samples/length",
+        "samples/ended",
+        "samples/longest_repeat",
+        "samples/greedy_logp_sum",
+    }
+
+
+def test_changes_are_paired_by_probe():
+    frame = answers(0.8)
+    lost = (frame["step"] == 320) & (frame["probe_id"] == "p000") | (frame["step"] == 0) & (
+        frame["probe_id"] == "p001"
+    )
+    change = Samples(frame[~lost]).change("distinct_2")
+    last, first = (frame[frame["step"] == step].set_index("probe_id")["distinct_2"] for step in (320, 0))
+    differences = [last[name] - first[name] for name in first.index if name not in ("p000", "p001")]
+    assert change.num_probes == 6 and change.mean == pytest.approx(sum(differences) / 6)
+    assert change.se == pytest.approx(np.std(differences, ddof=1) / math.sqrt(6))
+
+
+def test_loops_are_found_with_what_they_are():
+    finding = found(0.9)["degeneration"]
+    assert finding.severity == "alert" and "moved -0.8" in finding.text
+    assert "0% stood in immediate repetitions at the start and 8" in finding.text
+    assert finding.evidence["longest_repeat_change"] > 15 and finding.evidence["num_answers"] == 8
+    assert "at least 0.1" in finding.rule and "gate_dpo" in finding.remedy
+    assert found(0.3)["degeneration"].severity == "warning"
+
+
+def test_answers_that_hold_or_grow_longer_are_no_degeneration():
+    assert "degeneration" not in found(0.0)
+    assert "degeneration" not in found(0.0, start=8, end=64)
+    assert "degeneration" not in found(0.9, num_probes=3), "too few to judge"
+    assert "degeneration" not in found(0.9, steps=(0,)), "no change without two steps"
+
+
+def test_a_run_that_degenerates_did_not_improve():
+    better = {"chosen": 0.5}
+    assert "improvement" in found(0.0, drift=better)
+    assert "improvement" not in found(0.9, drift=better) and "degeneration" in found(0.9, drift=better)
+
+
+def test_a_store_gives_what_was_written(tmp_path):
+    models = [records(SQUEEZED, model=model) for model in ("a", "b")]
+    written = pd.concat([answers(0.9, model="a"), answers(0.0, model="b")])
+    run = write_run(tmp_path / "run", pd.concat(models), answers=written)
+    summaries = summarise_store(DynamicsStore(run))
+    for model, rows in written.groupby("model"):
+        given = summaries[model].samples
+        assert given.steps == list(STEPS) and "text" not in given.rows
+        pd.testing.assert_series_equal(given.metric("distinct_2"), Samples(rows).metric("distinct_2"))
+    names = {
+        model: [f.name for f in findings.find(summary, {"method": "dpo"})] for model, summary in summaries.items()
+    }
+    assert "degeneration" in names["a"] and "degeneration" not in names["b"]
+    plain = write_run(tmp_path / "plain", models[0])
+    assert next(iter(summarise_store(DynamicsStore(plain)).values())).samples is None
+    loaded = load_samples(plain, run)
+    assert set(loaded["run"]) == {"run"} and len(loaded) == len(written)
+    assert load_samples(plain).empty and list(load_samples(plain).columns) == list(loaded.columns)
+
+
+def test_every_metric_says_what_it_is():
+    assert set(SAMPLE_TERMS) == set(SAMPLE_METRICS)
+    for name, metric in SAMPLE_METRICS.items():
+        assert "Unit: " in metric.__doc__ and "Healthy: " in metric.__doc__, name
+        assert SAMPLE_TERMS[name].formula and SAMPLE_TERMS[name].unit and SAMPLE_TERMS[name].healthy, name

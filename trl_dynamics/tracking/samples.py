@@ -1,0 +1,191 @@
+"""Greedy answers over a run: what they look like at every step, as numbers for trackers, findings and the report.
+
+The teacher-forced argmax of [`tracking.metrics`] asks what the model finds likeliest along an answer that it is given;
+these answers are free-running: the model reads its own tokens, as it does when somebody uses it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from trl_dynamics.tracking.effects import Effect, clustered_effect
+from trl_dynamics.tracking.metrics import mean
+from trl_dynamics.tracking.records import SAMPLE_VALUE_COLUMNS
+from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
+
+# What is read of every step; ids and texts are for those who ask for them.
+NUMBERS = ["num_tokens", "ended", *SAMPLE_VALUE_COLUMNS]
+
+
+def length(rows: pd.DataFrame) -> float:
+    """Length of the greedy answers.
+
+    mean over probes of num_tokens, the end-of-turn token not counted.
+
+    Unit: tokens, at most probe_sample_tokens. Healthy: near that of the training answers.
+    At the limit: they never end.
+    """
+    return _mean(rows, "num_tokens")
+
+
+def ended(rows: pd.DataFrame) -> float:
+    """Answers that the model ended by itself, the others were cut at probe_sample_tokens or the model's context.
+
+    mean over probes of [ended].
+
+    Unit: share in [0, 1]. Healthy: constant or rising, if the limit is long enough for a usual answer.
+    """
+    return _mean(rows, "ended")
+
+
+def greedy_logp(rows: pd.DataFrame) -> float:
+    """Free-running greedy log-probability per token: how sure the model is of what it says itself.
+
+    mean over probes of (sum over the answer's tokens of max_v log pi(v | prompt, own tokens)) / num_tokens.
+
+    Unit: nats per token, at most 0. Healthy: rises slowly. Near 0: loops are nearly certain once they have begun.
+    """
+    return _mean(rows, "logp_mean")
+
+
+def greedy_logp_sum(rows: pd.DataFrame) -> float:
+    """Free-running greedy log-probability of the whole answer.
+
+    mean over probes of the sum over the answer's tokens of max_v log pi(v | prompt, own tokens).
+
+    Unit: nats per answer, at most 0. Healthy: moves with the length of the answers.
+    """
+    return _mean(rows, "logp_sum")
+
+
+def distinct_1(rows: pd.DataFrame) -> float:
+    """Different tokens among the tokens of an answer; mean over probes of [`repetition.distinct_share`] with n = 1.
+
+    Unit: share in (0, 1]. Healthy: constant at about equal length.
+    """
+    return _mean(rows, "distinct_1")
+
+
+def distinct_2(rows: pd.DataFrame) -> float:
+    """Different pairs among the pairs of neighbouring tokens; as [`distinct_1`] with n = 2.
+
+    Unit: share in (0, 1]. Healthy: above 0.9 for answers of some dozen tokens; below a half: the answers are loops.
+    """
+    return _mean(rows, "distinct_2")
+
+
+def distinct_3(rows: pd.DataFrame) -> float:
+    """Different triples among the triples of neighbouring tokens; as [`distinct_1`] with n = 3.
+
+    Unit: share in (0, 1]. Healthy: near 1.
+    """
+    return _mean(rows, "distinct_3")
+
+
+def longest_repeat(rows: pd.DataFrame) -> float:
+    """Longest run of tokens that an answer says twice; mean over probes of [`repetition.longest_repeat`].
+
+    Unit: tokens. Healthy: a few. Near the answer's length: a loop.
+    """
+    return _mean(rows, "longest_repeat")
+
+
+def repeat_share(rows: pd.DataFrame) -> float:
+    """Tokens in runs that stand right after themselves; mean over probes of [`repetition.repeat_share`].
+
+    Unit: share in [0, 1]. Healthy: below 0.1. Near 1: the answers are loops.
+    """
+    return _mean(rows, "repeat_share")
+
+
+SAMPLE_METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
+    "distinct_2": distinct_2,
+    "longest_repeat": longest_repeat,
+    "repeat_share": repeat_share,
+    "length": length,
+    "ended": ended,
+    "greedy_logp": greedy_logp,
+    "greedy_logp_sum": greedy_logp_sum,
+    "distinct_1": distinct_1,
+    "distinct_3": distinct_3,
+}
+
+
+def sample_scalars(rows: pd.DataFrame) -> dict[str, float]:
+    """`samples/<metric>` of the answers of one step, for trackers; what no answer has is left out."""
+    values = {f"samples/{name}": metric(rows) for name, metric in SAMPLE_METRICS.items()}
+    return {key: value for key, value in values.items() if not np.isnan(value)}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The numbers of one run and model's greedy answers.
+
+    Args:
+        rows (`pandas.DataFrame`): One per (step, probe_id), with the columns [`NUMBERS`]; at least one.
+    """
+
+    rows: pd.DataFrame
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Steps with answers, ascending."""
+        return sorted(int(step) for step in self.rows["step"].unique())
+
+    def metric(self, name: str) -> pd.Series:
+        """One of [`SAMPLE_METRICS`] over the steps that have it."""
+        values = {step: SAMPLE_METRICS[name](rows) for step, rows in self.rows.groupby("step")}
+        return pd.Series(values, dtype=float).dropna()
+
+    def change(self, column: str) -> Effect:
+        """Change of a column from the first to the last step, paired by probe."""
+        start, end = (self.rows[self.rows["step"] == step].set_index("probe_id")[column] for step in self._ends)
+        return clustered_effect((end - start.reindex(end.index)).to_frame())
+
+    def value(self, name: str) -> tuple[float, float]:
+        """One of [`SAMPLE_METRICS`] at the first and at the last step."""
+        start, end = (SAMPLE_METRICS[name](self.rows[self.rows["step"] == step]) for step in self._ends)
+        return start, end
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        return self.steps[0], self.steps[-1]
+
+
+def summarise_samples(store: DynamicsStore) -> dict[str, Samples]:
+    """The numbers of a store's greedy answers by model; empty where none were taken."""
+    frame = store.read_samples(columns=NUMBERS)
+    return {str(model): Samples(rows) for model, rows in frame.groupby("model", sort=False)}
+
+
+def load_samples(*output_dirs: str | Path) -> pd.DataFrame:
+    """Greedy answers of one or more runs as one frame, unique by (run, model, step, probe_id).
+
+    Args:
+        output_dirs: Runs' output directories (or their `dynamics/` folders).
+
+    Returns:
+        `pandas.DataFrame`: The columns of [`tracking.records.SAMPLE_SCHEMA`] with `run` in front; no rows where the
+        runs were not asked for answers (`probe_samples`).
+
+    Raises:
+        ValueError: If a folder is no run.
+    """
+    if not output_dirs:
+        raise ValueError("load_samples needs at least one output directory")
+    stores = [open_store(path) for path in output_dirs]
+    frames = []
+    for run, store in zip(run_names(stores), stores, strict=True):
+        frame = store.read_samples()
+        frame.insert(0, "run", run)
+        frames.append(frame)
+    kept = [frame for frame in frames if len(frame)]
+    return pd.concat(kept, ignore_index=True) if kept else frames[0]
+
+
+def _mean(rows: pd.DataFrame, column: str) -> float:
+    return mean(rows[column].to_numpy(dtype=float))

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from trl_dynamics.probing.schema import order_types
 from trl_dynamics.tracking.effects import Changes, Squeeze
 from trl_dynamics.tracking.metrics import METRICS, PER_SEQUENCE, PER_TOKEN
+from trl_dynamics.tracking.samples import Samples, summarise_samples
 from trl_dynamics.tracking.step_table import COLUMNS, StepTable, split, split_frame
 from trl_dynamics.tracking.store import DynamicsStore
 
@@ -62,11 +63,13 @@ class Summary:
         parts (`list[StepSummary]`): Every recorded step, ascending.
         first ([`StepTable`]): The start, which changes are paired with.
         read (`Callable[[int], StepTable]`): The records of a recorded step.
+        samples ([`Samples`], *optional*): Greedy answers, where any were taken.
     """
 
     parts: list[StepSummary]
     first: StepTable
     read: Callable[[int], StepTable]
+    samples: Samples | None = None
 
     @cached_property
     def steps(self) -> list[int]:
@@ -278,10 +281,16 @@ def _blocks(store: DynamicsStore) -> dict[str, list[Block]]:
 
 
 def _summarise_all(store: DynamicsStore, vocab_size: int | None) -> dict[str, Summary]:
-    return {model: _summarise(store, model, blocks, vocab_size) for model, blocks in _blocks(store).items()}
+    answers = summarise_samples(store)
+    return {
+        model: _summarise(store, model, blocks, vocab_size, answers.get(model))
+        for model, blocks in _blocks(store).items()
+    }
 
 
-def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size: int | None) -> Summary:
+def _summarise(
+    store: DynamicsStore, model: str, blocks: list[Block], vocab_size: int | None, samples: Samples | None
+) -> Summary:
     first = read_block(blocks[0], vocab_size)[0]
 
     def reduce(block: Block) -> list[StepSummary]:
@@ -297,7 +306,7 @@ def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size
         except FileNotFoundError:
             return _read_step(_blocks(store)[model], step, vocab_size)
 
-    return Summary(parts, first, read)
+    return Summary(parts, first, read, samples)
 
 
 def _read_step(blocks: list[Block], step: int, vocab_size: int | None) -> StepTable:

@@ -14,8 +14,10 @@ from trl_dynamics.tracking.cost import MAX_SHARE
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
-from trl_dynamics.tracking.records import to_table
+from trl_dynamics.tracking.records import SAMPLES, to_table
 from trl_dynamics.tracking.run import recorded_layout
+from trl_dynamics.tracking.samples import sample_scalars
+from trl_dynamics.tracking.sampling import GreedySampler
 from trl_dynamics.tracking.schedule import probe_steps
 from trl_dynamics.tracking.series import Series
 from trl_dynamics.tracking.step_table import StepTable
@@ -24,7 +26,7 @@ from trl_dynamics.tracking.store import DynamicsStore
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "policy"
-OWN_KEYS = ("probe/", "squeeze/")
+OWN_KEYS = ("probe/", "squeeze/", "samples/")
 # Under this name a checkpoint's trainer_state.json says which records are its own.
 CHECKPOINT_KEY = "trl_dynamics"
 
@@ -40,6 +42,7 @@ class ProbeCallback(TrainerCallback):
         meta (`dict`): What produced the numbers; schedule, cost and status are added here.
         config (`dict`): Resolved arguments, written as config.yaml.
         fallback ([`PaddedLayout`]): For a model that turns out not to allow the engine's layout.
+        sampler ([`GreedySampler`], *optional*): Answers prompts whenever the probes are scored.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class ProbeCallback(TrainerCallback):
         meta: dict,
         config: dict,
         fallback: PaddedLayout,
+        sampler: GreedySampler | None = None,
     ):
         check_budget(trainer.args.probe_budget)
         self.trainer, self.engine, self.config, self.fallback = trainer, engine, config, fallback
+        self.sampler = sampler
         meta["model"] |= model_identity(trainer.model)
         self.series = Series(store, probe_set, meta, config, trainer.accelerator, trainer.args.probe_on_error)
         self._steps: frozenset[int] = frozenset()
@@ -152,7 +157,7 @@ class ProbeCallback(TrainerCallback):
         if self._running and self._scalars is not None and self._scalars[0] == state.global_step:
             return self._scalars[1]
         # Before and after training there is no series to add to, and the weights may be those of any step.
-        return self._measure(state.global_step)[-1]
+        return self._measure(state.global_step)[-1] | self._answer(state.global_step)[1]
 
     def _probe(self, state: TrainerState) -> None:
         step, series = state.global_step, self.series
@@ -160,10 +165,12 @@ class ProbeCallback(TrainerCallback):
             return
         began = series.cost.now()
         rows, star_ids, table, scalars = self._measure(step)
+        samples, answered = self._answer(step)
+        scalars |= answered
         if series.baseline is None:
             series.baseline, series.star_ids = table, star_ids
             series.meta["baseline_step"] = step
-        series.add(rows, step)
+        series.add(rows, step, samples)
         news = series.look(table) if state.is_world_process_zero else []
         self._mark_checkpoints(state)
         seconds = series.cost.now() - began
@@ -189,6 +196,16 @@ class ProbeCallback(TrainerCallback):
         table = StepTable.of(rows, self.series.meta["model"]["vocab_size"])
         start = table if baseline is None or baseline.step == step else baseline
         return rows, scores.star_ids, table, metrics.step_scalars(start, table)
+
+    def _answer(self, step: int) -> tuple[pa.Table | None, dict[str, float]]:
+        """Greedy answers of the model as it is with their scalars, where any were asked for."""
+        if self.sampler is None:
+            return None, {}
+        columns = self.sampler.sample(self.trainer.model)
+        num_rows = len(columns["probe_id"])
+        keys = {"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows}
+        rows = to_table(keys | columns, SAMPLES)
+        return rows, sample_scalars(rows.drop_columns(["token_ids", "text"]).to_pandas())
 
     def _settle_layout(self, plan: dict | None) -> None:
         """Decide on the batches before the first scoring: those of the run that goes on, else what a check allows."""

@@ -143,14 +143,14 @@ class Series:
         """What a checkpoint keeps, to tell on a resume whether the records in its place are its own."""
         return {"run_id": self.meta["run_id"], "has_store": self._is_open}
 
-    def add(self, table: pa.Table, step: int) -> None:
-        """Write the records of one step, y* before the first ones."""
+    def add(self, table: pa.Table, step: int, samples: pa.Table | None = None) -> None:
+        """Write the records of one step, and greedy answers if any were taken; y* before the first ones."""
 
         def write() -> None:
             self._reopen()
             if not self.store.has_baseline():
                 self.store.write_baseline(self.star_ids)
-            self.store.write_records(table, step=step)
+            self.store.write_records(table, step=step, samples=samples)
             self.meta["lost_steps"] = [lost for lost in self.meta["lost_steps"] if lost != step]
             if "records" in self._failing:
                 logger.warning(f"probe records are written again, from step {step} on")

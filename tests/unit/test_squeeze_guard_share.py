@@ -131,3 +131,23 @@ def test_the_tile_of_the_head_does_not_matter(rows_per_tile, monkeypatch):
     assert torch.equal(tiled[label_N > 5].rival_id_N, tiled.rival_id_N[label_N > 5])
     empty = squeeze_rows(hidden_ND[:0], head, label_N[:0])
     assert squeeze.largest_share(empty, torch.zeros(0, dtype=torch.float64), 0.1).shape == (0,)
+
+
+def test_the_fitted_response_of_softmax_regression_is_the_squared_norm_of_the_input():
+    """One SGD step on -sum_n c_n ln p(y_n), inputs orthogonal and equally long: every row moves by itself alone."""
+    generator = torch.Generator().manual_seed(0)
+    inputs_ND = 3 * torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64)).Q[:12]
+    weight_VD = torch.randn(50, 20, generator=generator, dtype=torch.float64, requires_grad=True)
+    label_N, coefficient_N = (
+        torch.randint(50, (12,), generator=generator),
+        torch.rand(12, generator=generator).double(),
+    )
+    before_NV = inputs_ND @ weight_VD.T
+    logp_N = before_NV.log_softmax(-1).gather(1, label_N[:, None])[:, 0]
+    (gradient_VD,) = torch.autograd.grad((coefficient_N * logp_N).sum(), weight_VD)
+    after_NV = (inputs_ND @ (weight_VD - 0.2 * gradient_VD).T).log_softmax(-1).detach()
+    rows = squeeze.keep_rows(before_NV.detach(), label_N)
+    after = [after_NV.gather(1, ids_N[:, None])[:, 0] for ids_N in (label_N, rows.rival_id_N)]
+    product, square, change = squeeze.response_sums(rows, *after, 0.2 * coefficient_N).tolist()
+    assert product / square == pytest.approx(9, rel=1e-12)
+    assert product**2 / (square * change) == pytest.approx(1, rel=1e-12)

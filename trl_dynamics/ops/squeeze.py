@@ -165,3 +165,17 @@ def largest_share(rows: Rows, push_N: torch.Tensor, budget: float) -> torch.Tens
         fits_N = drained_by_push(rows, middle_N) <= budget
         low_N, high_N = torch.where(fits_N, middle_N, low_N), torch.where(fits_N, high_N, middle_N)
     return share_N.index_copy(0, over_N, low_N / push_N[over_N])
+
+
+def response_sums(rows: Rows, label_logp_N: torch.Tensor, rival_logp_N: torch.Tensor, push_N: torch.Tensor):
+    """(3,) sums of a least-squares fit of kappa in o' - o = -kappa x over rows; those of several batches add up.
+
+    o is the log-odds ln p(y) - ln p(y*) (nats) of `rows`, o' that after the step with y* as of before, which
+    `label_logp_N` and `rival_logp_N` give, and x = push (1 - p_y + p*) what a push by that much takes from it: exactly
+    so for any strength, as [`step`] moves logits, not to first order. Returned on the CPU in float64: sum x (o - o'),
+    sum x^2, sum (o - o')^2. kappa = [0] / [1], and [0] / sqrt([1] [2]) is the cosine of what is fitted and the fit.
+    """
+    label_prob_N, rival_prob_N = rows.label_logp_N.exp(), rows.rival_logp_N.exp()
+    fall_N = (rows.label_logp_N - rows.rival_logp_N - label_logp_N + rival_logp_N).cpu().double()
+    taken_N = (push_N * (1 - label_prob_N + rival_prob_N)).cpu().double()
+    return torch.stack([taken_N @ fall_N, taken_N @ taken_N, fall_N @ fall_N])

@@ -15,6 +15,7 @@ from trl_dynamics.trainers import loss_head
 from trl_dynamics.trainers.config import SqueezeArguments
 from trl_dynamics.trainers.gate import Gate
 from trl_dynamics.trainers.gauge import Gauge
+from trl_dynamics.trainers.guard import SqueezeGuard
 from trl_dynamics.trainers.loss_head import LossRequest
 from trl_dynamics.trainers.recording import (
     LossRecorder,
@@ -98,12 +99,15 @@ def build_loss(trainer, options: SqueezeArguments, *, tracked: bool) -> "Squeeze
     """
     every = int(tracked) if options.gauge_every is None else options.gauge_every
     exchanged = any(getattr(options, name) is not None for name in PAIR_OPTIONS)
-    if not (every or exchanged or options.gate_dpo is not None):
+    weighed = options.gate_dpo is not None or options.squeeze_guard is not None
+    if not (every or exchanged or weighed):
         return None
     loss_head.install(trainer.model)
     weighers: list[TokenWeigher] = []
     if options.gate_dpo is not None:
         weighers.append(Gate(options.gate_dpo, options.gate_alpha, options.gate_tau))
+    if options.squeeze_guard is not None:
+        weighers.append(SqueezeGuard(trainer))
     gauge = Gauge(trainer, every, options.gauge_valley_prob) if every else None
     if gauge is not None:
         trainer.add_callback(gauge)

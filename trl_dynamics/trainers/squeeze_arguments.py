@@ -54,3 +54,26 @@ class SqueezeArguments:
             "minus 1 / (2 beta); the paper has 1, its code 0.5. None: off."
         },
     )
+    squeeze_guard: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget of drained mass: the most probability that a step may take, at a rejected token, from all "
+            "labels but it and its likeliest rival, as predicted; the token's gradient is scaled down to keep it. The "
+            "loss value and chosen tokens stay. None: off."
+        },
+    )
+    squeeze_guard_mode: str = field(
+        default="guard",
+        metadata={
+            "help": "'guard', or a control of it: 'uniform' gives all rejected tokens of a micro-batch their mean "
+            "weight, 'shuffled' deals the same weights out at random.",
+            "choices": ["guard", "uniform", "shuffled"],
+        },
+    )
+    squeeze_guard_every: int = field(
+        default=8,
+        metadata={
+            "help": "Steps between calibrations of the guard's kappa, each one more forward of a micro-batch; the "
+            "first so many steps are all calibrated."
+        },
+    )

@@ -12,7 +12,7 @@ from tiny_runs import PROBES, make_trainer
 
 TIMINGS = ("_runtime", "_per_second", "step_time")
 # What the tracker adds to the log: lines of its own, and values in evaluation lines.
-OWN = ("probe/", "squeeze/", "eval_probe/", "eval_squeeze/")
+OWN = ("probe/", "squeeze/", "samples/", "eval_probe/", "eval_squeeze/", "eval_samples/")
 # What the gauge adds to lines of TRL's own.
 ADDED = ("squeeze_risk/",)
 

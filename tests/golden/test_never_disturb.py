@@ -28,6 +28,7 @@ CASES = {
     "sft-padding_free-bf16": STORED | {"padding_free": True, "max_length": None, "bf16": True} | EVERY,
     "sft-bf16_weights-reentrant": REENTRANT | BF16_WEIGHTS | EVERY_OTHER,
     "sft-bf16_weights-probes_in_float32": STORED | BF16_WEIGHTS | {"probe_dtype": "float32"} | EVERY_OTHER,
+    "sft-greedy_answers": STORED | EVALUATED | {"probe_samples": 2, "probe_sample_tokens": 6} | EVERY_OTHER,
     "sft-lora-best": NON_REENTRANT | BEST | {"lora": True} | EVERY,
     "dpo": STORED | {"gradient_accumulation_steps": 2} | EVERY_OTHER,
     "dpo-checkpointing-bf16": NON_REENTRANT | {"bf16": True} | EVERY_OTHER,

@@ -167,7 +167,7 @@ def _verdict(
         severity, remedy = ALERT if severe else WARNING, REMEDIES.get(method, REMEDIES["track"])
         if fell:
             title = f"harmful displacement: {who} and took similar answers along"
-            why = f"{' and '.join(fell)} fell with it, so what you prefer is losing, not only its wording"
+            why = f"{' and '.join(fell)} fell, too, so what you prefer is losing, not only its wording"
         else:
             title = f"harmful displacement: {who}, and likely tokens gained"
             why = "other fluent answers hold, but what was lost went to tokens that were likely already"

@@ -1,0 +1,190 @@
+"""trl-dynamics diagnose: what the records of finished or running runs say, in plain words; an exit status for CI."""
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from dataclasses import asdict, dataclass
+
+from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.aggregate import Summary, summarise_store
+from trl_dynamics.tracking.effects import Changes
+from trl_dynamics.tracking.findings import SEVERITIES, Finding
+from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
+
+# 1 and 2 are what every command ends with after an error or wrong usage; a typo must not look like a finding.
+NOT_JUDGED = 3
+STATUS = {"info": 10, "warning": 20, "alert": 30}
+EPILOG = f"""exit status:
+  0   nothing as severe as --fail_on
+  {NOT_JUDGED}   a run could not be judged: no records, one step only, damaged, or of a newer version
+  {STATUS["info"]}  the worst finding is information (with --fail_on info only)
+  {STATUS["warning"]}  the worst finding is a warning
+  {STATUS["alert"]}  the worst finding is an alert
+  1 and 2 are errors of the command itself, as everywhere in trl-dynamics.
+
+A run that is still training is judged as of its last probing step."""
+MAX_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the records of one model of a run say."""
+
+    run: str
+    model: str
+    path: str
+    meta: dict
+    summary: Summary
+    findings: list[Finding]
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether there are two steps to compare."""
+        return len(self.summary.steps) > 1
+
+
+def run(argv: list[str]) -> int:
+    """Print the findings and return the exit status."""
+    parser = argparse.ArgumentParser(
+        "trl-dynamics diagnose",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", help="output directories of runs (or their dynamics/ folders)")
+    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument("--verbose", action="store_true", help="also the exact rule behind every finding")
+    parser.add_argument(
+        "--fail_on",
+        choices=[*reversed(SEVERITIES), "never"],
+        default="warning",
+        help="least severity that ends in an exit status other than 0; default: warning",
+    )
+    args = parser.parse_args(argv)
+    found, failures = diagnose(args.runs)
+    worst = min((f.severity for one in found for f in one.findings), key=SEVERITIES.index, default=None)
+    status = exit_status(worst, args.fail_on, failures)
+    if args.format == "json":
+        print(json.dumps(as_json(found, failures, worst, status), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        sys.stdout.write("\n\n".join(as_text(one, args.verbose) for one in found) + "\n" * bool(found))
+    for path, reason in failures.items():
+        where = "" if path in reason else f"{path}: "
+        print(f"trl-dynamics diagnose: not judged: {where}{reason}", file=sys.stderr)
+    return status
+
+
+def diagnose(paths: list[str]) -> tuple[list[Diagnosis], dict[str, str]]:
+    """Every model of every run judged; and for each run that could not be, why.
+
+    Raises:
+        ValueError: If a run is given twice.
+    """
+    stores, failures = {}, {}
+    for path in paths:
+        try:
+            stores[path] = open_store(path)
+        except ValueError as error:
+            failures[path] = str(error)
+    names = dict(zip(stores, run_names(list(stores.values())), strict=True)) if stores else {}
+    found = []
+    for path, store in stores.items():
+        try:
+            found += _of_run(names[path], store)
+        except FileNotFoundError as error:
+            failures[path] = f"changed while it was read ({error.filename} is gone); try again"
+        except (ValueError, OSError) as error:
+            failures[path] = str(error)
+    return found, failures
+
+
+def exit_status(worst: str | None, fail_on: str, failures: dict[str, str]) -> int:
+    """The status that [`EPILOG`] describes; a run that was not judged outweighs what others say."""
+    if failures:
+        return NOT_JUDGED
+    if worst is None or fail_on == "never" or SEVERITIES.index(worst) > SEVERITIES.index(fail_on):
+        return 0
+    return STATUS[worst]
+
+
+def as_json(found: list[Diagnosis], failures: dict[str, str], worst: str | None, status: int) -> dict:
+    """The same as data: `runs` (one entry per run and model), `not_judged`, `worst`, `exit_status`."""
+    return {
+        "runs": [
+            {
+                "run": one.run,
+                "model": one.model,
+                "path": one.path,
+                "method": one.meta.get("method"),
+                "status": one.meta.get("status"),
+                "steps": one.summary.steps,
+                "findings": [asdict(f) | {"evidence": _finite(f.evidence)} for f in one.findings],
+                "alerts": one.meta.get("alerts", []),
+            }
+            for one in found
+        ],
+        "not_judged": [{"path": path, "reason": reason} for path, reason in failures.items()],
+        "worst": worst,
+        "exit_status": status,
+    }
+
+
+def as_text(one: Diagnosis, verbose: bool = False) -> str:
+    """One model of a run in words."""
+    steps = one.summary.steps
+    label = one.run if one.model == "policy" else f"{one.run}: {one.model}"
+    state = "not finished, judged as of now" if one.meta.get("status") == "running" else "finished"
+    head = f"{label} ({one.meta.get('method', 'unknown method')}, {state}): "
+    if not one.is_judged:
+        return f"{head}one step was scored ({steps[0]}): there is no change to judge"
+    lines = [f"{head}{len(steps)} probing steps, {steps[0]} to {steps[-1]}", *_filled(_moved(one.summary.changes()))]
+    if not one.findings:
+        lines += ["", *_filled("No finding: what moved is too little to count, or is as it should be.")]
+    for finding in one.findings:
+        lines += ["", f"{finding.severity.upper()}  {finding.title}", *_filled(finding.text)]
+        evidence = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in finding.evidence.items())
+        lines += _filled(f"Evidence: {evidence}.")
+        lines += _filled(f"Rule: {finding.rule}") if verbose else []
+        lines += _filled(f"What to do: {finding.remedy}")
+    return "\n".join(lines)
+
+
+def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
+    try:
+        meta = store.read_meta()
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{store.root / 'meta.json'} is damaged ({error!r}); copy the run again") from error
+    running = meta.get("status") == "running"
+    if not store.has_records:
+        wait = "the run has begun but scored nothing yet, try again later" if running else "no probe was ever scored"
+        raise ValueError(f"no records in {store.records_dir}: {wait}")
+    found = [
+        Diagnosis(name, model, str(store.output_dir), meta, summary, findings.find(summary, meta))
+        for model, summary in summarise_store(store).items()
+    ]
+    if not any(one.is_judged for one in found):
+        wait = "; the run has not finished, try again later" if running else ""
+        raise ValueError(f"only one step was scored ({found[0].summary.steps[0]}): no change to judge{wait}")
+    return found
+
+
+def _moved(changes: Changes) -> str:
+    known = {
+        "chosen": changes.chosen,
+        "rejected": changes.rejected,
+        "third parties": changes.third_parties,
+        "the likeliest token along chosen": changes.argmax,
+    }
+    moved = ", ".join(f"{label} {effect}" for label, effect in known.items() if effect.known)
+    return f"Moved since the start, nats per token: {moved or 'nothing that was scored at both ends'}."
+
+
+def _filled(text: str) -> list[str]:
+    width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
+    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _finite(evidence: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if abs(value) < float("inf") else None for name, value in evidence.items()}

@@ -1,14 +1,6 @@
 """Rephrases by a real `transformers serve` with the embedded model, killed half-way and started again."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 
@@ -23,56 +15,6 @@ from trl_dynamics.probing.server import OpenAIServer
 NUM_PROMPTS = 50
 TYPES = [name for name, kind in REPHRASES.items() if not kind.by_itself]
 REQUESTS = NUM_PROMPTS * len(TYPES)
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-class Serve:
-    """One `transformers serve` process."""
-
-    def __init__(self, port, log):
-        self.url = f"http://127.0.0.1:{port}"
-        command = ["serve", embedded.model_path(), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-        code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *command], stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-        self.wait()
-
-    def wait(self, seconds=120):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            assert self.process.poll() is None, "transformers serve ended by itself"
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.2)
-        raise AssertionError("transformers serve did not come up")
-
-    def kill(self):
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-@pytest.fixture
-def serve(tmp_path):
-    started, port = [], free_port()
-    with open(tmp_path / "serve.log", "wb") as log:
-
-        def start():
-            started.append(Serve(port, log))
-            return started[-1]
-
-        yield start
-        for one in started:
-            one.kill()
 
 
 def rebuild(url, path, rows, on_answer=None):

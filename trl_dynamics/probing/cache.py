@@ -1,15 +1,11 @@
 """Answers on disk, one line each, written the moment they arrive: an interrupted build never asks twice."""
 
-import json
-import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl_dynamics.probing.generate import Answer, Failure, Generator, Request, unique
-
-logger = logging.getLogger(__name__)
+from trl_dynamics.probing.journal import Journal
 
 
 class AnswerCache:
@@ -25,9 +21,15 @@ class AnswerCache:
     def __init__(self, path: str | Path | None = None):
         self.path = None if path is None else Path(path)
         self._answers: dict[str, Answer] = {}
-        self._file = None
+        self._journal = None
         if self.path is not None:
-            self._open(self.path)
+            self._journal = Journal(
+                self.path,
+                self._read,
+                file_is="the cache of answers",
+                row_is="a cached answer",
+                remedy="remove the line, or use another file",
+            )
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -36,10 +38,8 @@ class AnswerCache:
         return self
 
     def __exit__(self, *error) -> None:
-        if self._file is not None:
-            self._file.close()
-            if not self._answers:
-                self.path.unlink()
+        if self._journal is not None:
+            self._journal.close()
 
     def get(self, key: str) -> Answer | None:
         """The answer to the request of that key."""
@@ -48,35 +48,11 @@ class AnswerCache:
     def put(self, key: str, answer: Answer) -> None:
         """Keep an answer; it is on the disk when this returns."""
         self._answers[key] = answer
-        if self._file is not None:
-            line = json.dumps({"key": key, "text": answer.text, "finish": answer.finish}) + "\n"
-            self._file.write(line.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if self._journal is not None:
+            self._journal.append({"key": key, "text": answer.text, "finish": answer.finish})
 
-    def _open(self, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")
-        except OSError as error:
-            raise ValueError(f"cannot write the cache of answers {str(path)!r}: {error.strerror}") from error
-        self._file.seek(0)
-        good = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                logger.warning("the last line of %s was torn by a crash and is dropped", path)
-                break
-            try:
-                row = json.loads(line)
-                self._answers[row["key"]] = Answer(row["text"], row["finish"])
-            except (ValueError, TypeError, KeyError) as error:
-                self._file.close()
-                raise ValueError(
-                    f"{path}, line {number} is not a cached answer ({error}); pass another --cache, or remove the line"
-                ) from error
-            good += len(line)
-        self._file.truncate(good)
-        self._file.seek(good)
+    def _read(self, row: dict) -> None:
+        self._answers[row["key"]] = Answer(row["text"], row["finish"])
 
 
 @dataclass

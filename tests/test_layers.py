@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "classification": {"akg", "ops", "tracking.store"},
     "adaptation": {"akg", "ops", "tracking.store"},
     "simplicity": {"akg", "ops", "tracking.store"},
+    "judging": {"probing", "embedded", "stats_head", "tracking.files", "tracking.lock"},
     "trainers": {"tracking", "akg", "tokens", "probing", "stats_head", "ops", "compat"},
     "report": {
         "tracking.records",
@@ -43,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "tokens",
         "probing",
         "embedded",
+        "judging",
         "stats_head",
         "ops",
         "compat",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_dynamics.probing.rows import Pair, count_reasons, read_pairs
+from trl_dynamics.probing.rows import Pair, count_reasons, read_pairs, read_prompts
 
 USER = [{"role": "user", "content": "Why?"}]
 
@@ -116,3 +116,25 @@ def test_the_key_is_the_content():
     a, b = Pair("p", "c", "r", where="row 1"), Pair("p", "c", "r", {"x": "y"}, where="row 2")
     assert a.key == b.key and a.probe_id == a.key[:16]
     assert len({a.key, Pair("p", "c").key, Pair("p", "r", "c").key, Pair("pc", "", "r").key}) == 4
+
+
+def test_prompts_come_with_and_without_answers():
+    rows = [
+        {"prompt": "Why?"},
+        {"prompt": USER, "topic": "sky"},
+        {"prompt": "Why?", "chosen": "", "rejected": "No."},
+        {"messages": [*USER, *said("So.")]},
+        {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."},
+        {"prompt": " "},
+        {"prompt": "\ud800"},
+    ]
+    prompts, reasons = read_prompts(rows)
+    assert prompts == ["Why?", USER, "Why?", USER, "\n\nHuman: Why?\n\nAssistant:"]
+    assert reasons == ["row 5 has a blank prompt", "row 6 has broken Unicode (a lone surrogate) in prompt"]
+    for row, message in (
+        ({"question": "Why?"}, "row 0 has no prompt; found the columns"),
+        ({"prompt": said("So.")}, "ends with an assistant message"),
+        ({"prompt": "Why?", "images": ["x"]}, "images, video or sound"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_prompts([row])

@@ -15,6 +15,7 @@ COMMANDS = {
     "track": "score models or a run's checkpoints on a probe set, without training",
     "probes": "make, check, read and share probe sets; screen preference pairs before training",
     "diagnose": "say in plain words what happened in runs, finished or not; exit status for CI",
+    "judge": "let two models, or two files of answers, compete: win rate with its interval",
     "report": "turn runs into one offline HTML page, PNG charts or CSV",
     "quickstart": "see the squeezing effect on the embedded model, in minutes on a CPU",
     "env": "print versions for a bug report",

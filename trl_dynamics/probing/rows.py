@@ -70,6 +70,22 @@ def read_pairs(
             yield f"row {index} has {reason}"
 
 
+def read_prompts(rows: Iterable[Mapping], *, source: str = "dataset") -> tuple[list[Prompt], list[str]]:
+    """The prompts of rows, which need no answers, in their order; and reasons for rows that have no usable one.
+
+    Raises:
+        ValueError: As [`read_pairs`].
+    """
+    prompts, reasons = [], []
+    for index, row in enumerate(rows):
+        where = f"{source}, row {index}"
+        try:
+            prompts.append(_read_prompt(row, where))
+        except _Unusable as reason:
+            reasons.append(f"row {index} has {reason}")
+    return prompts, reasons
+
+
 def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
     """Reasons of [`read_pairs`] counted by kind, without their row numbers."""
     return dict(Counter(reason.split(" has ", 1)[1] for reason in reasons))
@@ -93,6 +109,19 @@ def _read_pair(row: Mapping, where: str, extra_columns: Mapping[str, str]) -> Pa
         if not is_unicode(value):
             raise _Unusable(f"broken Unicode (a lone surrogate) in {name}")
     return Pair(prompt, texts["chosen"], texts.get("rejected"), _extra(row, extra_columns, where), where)
+
+
+def _read_prompt(row: Mapping, where: str) -> Prompt:
+    _refuse_media_and_tools(row, where)
+    has_answers = any(row.get(name) is not None for name in ("chosen", "rejected", "completion", "messages"))
+    if not has_answers and row.get("prompt") is None:
+        raise ValueError(f"{where} has no prompt; found the columns {sorted(row)}, expected 'prompt'")
+    prompt = _prompt(_split(row, where)[0] if has_answers else row["prompt"], where)
+    if isinstance(prompt, str) and is_blank(prompt):
+        raise _Unusable("a blank prompt")
+    if not is_unicode(prompt):
+        raise _Unusable("broken Unicode (a lone surrogate) in prompt")
+    return prompt
 
 
 def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:

@@ -1,0 +1,89 @@
+"""A third model as judge: the answer that it finds likelier per token wins.
+
+N scored positions
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from trl_dynamics import stats_head
+from trl_dynamics.judging.scores import Score
+from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse, LengthLimits, encode_response
+from trl_dynamics.probing.generate import Failure, LocalModel
+from trl_dynamics.probing.layouts import PaddedLayout, ProbeBatch
+from trl_dynamics.probing.schema import Probe, Prompt, is_blank
+from trl_dynamics.stats_head import StatsRequest
+
+_NO_LIMITS = LengthLimits()
+
+
+class Likelihood:
+    """Scores an answer by its mean log-probability per token, (1/T) sum_t log pi(y_t | prompt, y_<t), in nats.
+
+    The end-of-turn token is left out, as everywhere in this package. A blank answer loses against any other.
+
+    Args:
+        judge ([`LocalModel`]): The third model with its tokenizer; its `batch_size` is that of the forward passes.
+        ends (`Sequence[int]`, *optional*): End-of-turn token ids besides the tokenizer's EOS.
+    """
+
+    def __init__(self, judge: LocalModel, ends: Sequence[int] = ()):
+        self.model, self.tokenizer, self.is_chat = judge.model, judge.tokenizer, judge.is_chat
+        stats_head.install(self.model)
+        self._ends = {self.tokenizer.eos_token_id, *ends} - {None}
+        self._context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        pad_id = self.tokenizer.pad_token_id
+        self._layout = PaddedLayout(judge.batch_size, min(self._ends) if pad_id is None else pad_id)
+        self.about = {"model": judge.name, "unit": "nats per token"}
+
+    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score | Failure]:
+        """The mean log-probability of each answer; one that is too long for the model fails.
+
+        Raises:
+            ValueError: If a prompt is a chat and the model has no chat template.
+        """
+        scores: list[Score | Failure] = [Score(-float("inf")) for _ in items]
+        encoded: dict[int, EncodedResponse] = {}
+        for index, (prompt, text) in enumerate(items):
+            if is_blank(text):
+                continue
+            row = self._encode(prompt, text)
+            if isinstance(row, Failure):
+                scores[index] = row
+            else:
+                encoded[index] = row
+        indices = list(encoded)
+        for batch in self._layout.batches(EncodedProbes(tuple(encoded.values()))) if indices else ():
+            for item, mean in self._means(batch).items():
+                scores[indices[item]] = Score(mean, {"logp_mean": mean})
+        return scores
+
+    def _encode(self, prompt: Prompt, text: str) -> EncodedResponse | Failure:
+        if not isinstance(prompt, str) and not self.is_chat:
+            raise ValueError(
+                "the prompts are chats, but the judge's tokenizer has no chat template; take another model"
+            )
+        try:
+            row = encode_response(
+                Probe("", prompt, {"answer": text}), "answer", self.tokenizer, _NO_LIMITS, self._ends
+            )
+        except ValueError as error:
+            return Failure(str(error))
+        if self._context is not None and len(row.input_ids) > self._context:
+            return Failure(f"prompt and answer have {len(row.input_ids)} tokens, the judge takes {self._context}")
+        return row
+
+    @torch.no_grad()
+    def _means(self, batch: ProbeBatch) -> dict[int, float]:
+        device = self.model.device
+        request = StatsRequest(
+            batch.rows_N.to(device), batch.cols_N.to(device), batch.target_N.to(device), batch.input_ids.shape[1]
+        )
+        stats = self.model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            stats_request=request,
+        )
+        logp_N, keep_N = stats["target_logp"].double().cpu(), ~batch.is_eos_mask_N
+        return {item: logp_N[keep_N & (batch.item_N == item)].mean().item() for item in batch.item_N.unique().tolist()}

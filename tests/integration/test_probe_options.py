@@ -56,8 +56,34 @@ def test_a_subset_is_the_same_whatever_else_is_in_the_set(tmp_path):
     make_trainer("sft", tmp_path, probes=rows, max_steps=1, probe_subset=0.25).train()
     assert set(trl_dynamics.load_records(tmp_path)["probe_id"]) == kept
     for wrong in (0, -1, 2.5):
-        with pytest.raises(ValueError, match=f"probe_subset is {wrong}, expected a share below 1 or a whole number"):
+        said = f"probe_subset is {wrong}, expected a share above 0 and below 1, or a whole number of probes from 1 on"
+        with pytest.raises(ValueError, match=said):
             whole.sample(wrong)
+
+
+def test_a_subset_larger_than_the_set_is_told(caplog):
+    whole = ProbeSet.load(PROBES)
+    assert whole.narrow(None, 3).probes == whole.probes and not caplog.records
+    assert whole.narrow(None, 500).probes == whole.probes
+    assert "probe_subset is 500, but the probe set 'probes' has 3 probes: all are scored" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"probe_subset": 0.5}, {"probe_max_probes": 12, "probe_subset": 0.5}])
+def test_the_copy_of_a_narrowed_set_is_what_a_resume_takes(options, tmp_path):
+    common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} | options
+    make_trainer("sft", tmp_path, probes=PAIRS, **common).train()
+    records = trl_dynamics.load_records(tmp_path)
+    for again in (PAIRS, str(tmp_path / "dynamics/probe_set")):
+        trainer = make_trainer("sft", tmp_path, probes=again, **common)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert trl_dynamics.load_records(tmp_path)["probe_id"].equals(records["probe_id"])
+    said = "another probe set.*; probe_subset was 0.5, is 5. Keep probe_subset as in the run, and pass the set in"
+    with pytest.raises(ValueError, match=said):
+        trainer = make_trainer("sft", tmp_path, probes=PAIRS, **(common | {"probe_subset": 5}))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match=r"another probe set: [^;]*\. Pass the set in"):
+        trainer = make_trainer("sft", tmp_path, probes=PAIRS[1:], **common)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("layout", [PaddedLayout(4), SharedPrefixLayout(200)], ids=lambda layout: layout.name)

@@ -123,7 +123,7 @@ def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(0)
     probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes)
-    probe_set = probe_set.sample(args.probe_subset) if args.probe_subset is not None else probe_set
+    probe_set = probe_set.narrow(args.probe_max_probes, args.probe_subset)
     sources.require_writable(args.output_dir)
     store = DynamicsStore(args.output_dir)
     session = _Session(store, run, accelerator, targets, settings | {"model_revision": args.model_revision})

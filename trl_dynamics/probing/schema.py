@@ -6,10 +6,14 @@ Plain data, no model, no torch. Response types follow the probing study of "Lear
 
 import hashlib
 import json
+import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+
+logger = logging.getLogger(__name__)
 
 IN_DISTRIBUTION, REPHRASE, IRRELEVANT, RANDOM, CUSTOM = "in_distribution", "rephrase", "irrelevant", "random", "custom"
 GROUPS = (IN_DISTRIBUTION, REPHRASE, IRRELEVANT, RANDOM, CUSTOM)
@@ -163,8 +167,7 @@ class ProbeSet:
         Args:
             amount (`float`): A share below 1, or a number of probes.
         """
-        if amount <= 0 or (amount > 1 and amount != int(amount)):
-            raise ValueError(f"probe_subset is {amount}, expected a share below 1 or a whole number of probes")
+        check_amount(amount)
         count = max(1, round(amount * len(self.probes))) if amount < 1 else int(amount)
 
         def rank(probe: Probe) -> bytes:
@@ -173,6 +176,32 @@ class ProbeSet:
         wanted = {probe.probe_id for probe in sorted(self.probes, key=rank)[:count]}
         kept = tuple(probe for probe in self.probes if probe.probe_id in wanted)
         return ProbeSet(kept, self.name, self.metadata, self.required_types)
+
+    def narrow(self, max_probes: int | None, subset: float | None) -> "ProbeSet":
+        """What a run with these options scores: [`select`], then [`sample`].
+
+        The result remembers the options, so that the copy which a run keeps is not narrowed a second time when it is
+        given again with them.
+
+        Args:
+            max_probes (`int` or `None`): Only the first so many. None: all.
+            subset (`float` or `None`): Only this share or number of those. None: all.
+        """
+        options = {"probe_max_probes": max_probes, "probe_subset": subset}
+        if (max_probes is None and subset is None) or self.selection == options:
+            return self
+        kept = self if max_probes is None else self.select(max_probes)
+        if subset is not None and subset > len(kept):
+            logger.warning(
+                f"probe_subset is {subset:g}, but the probe set {self.name!r} has {len(kept)} probes: all are scored"
+            )
+        kept = kept if subset is None else kept.sample(subset)
+        return ProbeSet(kept.probes, self.name, self.metadata | {"selection": options}, self.required_types)
+
+    @property
+    def selection(self) -> dict:
+        """The options that [`narrow`] made this set with; none where it is whole."""
+        return self.metadata.get("selection", {})
 
     @classmethod
     def from_jsonl(cls, path, name: str | None = None) -> "ProbeSet":
@@ -221,6 +250,18 @@ class ProbeSet:
             if not is_unicode(text):
                 raise ValueError(f"{where}: response {name!r} is broken Unicode (a lone surrogate); correct the text")
         _validate_prompt(where, probe.prompt)
+
+
+def check_amount(amount: float) -> None:
+    """Refuse what is neither a share nor a number of probes.
+
+    Raises:
+        ValueError: If it is not above 0, or a fraction of more than one probe.
+    """
+    if not 0 < amount < math.inf or (amount > 1 and amount != int(amount)):
+        raise ValueError(
+            f"probe_subset is {amount}, expected a share above 0 and below 1, or a whole number of probes from 1 on"
+        )
 
 
 def _validate_prompt(where: str, prompt: Prompt) -> None:

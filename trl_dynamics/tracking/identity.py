@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from trl_dynamics.probing.schema import ProbeSet
+
 # Entries of meta.json that must be the same after a resume: path, what it is, what to keep.
 _SAME = (
     (("model", "architecture"), "the model's architecture", "Keep the model of the run"),
@@ -53,6 +55,31 @@ def model_identity(model) -> dict:
         "num_parameters": sum(_product(shape) for shape in shapes),
         "structure": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
+
+
+def refuse_other_probes(earlier: dict, config: dict, probe_set: ProbeSet, root: Path) -> None:
+    """Refuse to continue records of other probes.
+
+    Args:
+        earlier, config (`dict`): meta.json and config.yaml as recorded.
+        probe_set ([`ProbeSet`]): What is to be scored now.
+        root (`Path`): The store, for the message.
+
+    Raises:
+        ValueError: If anything differs, with the options that made it so as far as they are known.
+    """
+    was, now = earlier["probe_set"]["fingerprint"], probe_set.fingerprint
+    if was == now:
+        return
+    before, after = earlier["probe_set"].get("metadata", {}).get("selection", config), probe_set.selection
+    changed = [name for name in ("probe_max_probes", "probe_subset") if before.get(name) != after.get(name)]
+    values = "".join(f"; {name} was {before.get(name)}, is {after.get(name)}" for name in changed)
+    kept = f"Keep {' and '.join(changed)} as in the run, and pass" if changed else "Pass"
+    raise ValueError(
+        f"cannot resume probing with another probe set: {root} was recorded with fingerprint {was[:12]}, the probe "
+        f"set {probe_set.name!r} has {now[:12]}{values}. {kept} the set in {root / 'probe_set'}, or use another "
+        "output_dir."
+    )
 
 
 def refuse_other_series(earlier: dict, now: dict, root: Path) -> None:

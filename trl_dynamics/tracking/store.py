@@ -28,7 +28,7 @@ from trl_dynamics.probing.io import load as load_probe_set
 from trl_dynamics.probing.io import to_files as probe_set_files
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking import files
-from trl_dynamics.tracking.identity import refuse_other_series
+from trl_dynamics.tracking.identity import refuse_other_probes, refuse_other_series
 from trl_dynamics.tracking.lock import RunLock
 from trl_dynamics.tracking.manifest import MANIFEST_NAME, Manifest, damage, refuse_newer
 from trl_dynamics.tracking.records import (
@@ -152,13 +152,7 @@ class DynamicsStore:
                 + self._hint_aside()
             )
         earlier = self.read_meta()
-        was, now = earlier["probe_set"]["fingerprint"], probe_set.fingerprint
-        if was != now:
-            raise ValueError(
-                f"cannot resume probing with another probe set: {self.root} was recorded with fingerprint {was[:12]}, "
-                f"the probe set {probe_set.name!r} has {now[:12]}. Pass the set in {self.root / 'probe_set'}, or use "
-                "another output_dir."
-            )
+        refuse_other_probes(earlier, self.read_config(), probe_set, self.root)
         refuse_other_series(earlier, meta or {}, self.root)
         if earlier["batch_plan"]["fingerprint"] != plan_fingerprint:
             raise ValueError(

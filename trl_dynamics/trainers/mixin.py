@@ -32,9 +32,7 @@ class DynamicsMixin:
         if source is None:
             return
         args = with_probe_defaults(self.args)
-        chosen = probe_io.load(source)
-        chosen = chosen.select(args.probe_max_probes) if args.probe_max_probes is not None else chosen
-        chosen = chosen.sample(args.probe_subset) if args.probe_subset is not None else chosen
+        chosen = probe_io.load(source).narrow(args.probe_max_probes, args.probe_subset)
         refuse_parallelism(self)
         engine, fallback = build_engine(self.model, self.processing_class, chosen, args, self.accelerator)
         sampler = build_sampler(self.model, self.processing_class, chosen, args, engine)

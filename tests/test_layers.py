@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         "tracking.aggregate",
         "tracking.comparison",
         "tracking.effects",
+        "tracking.samples",
         "tracking.findings",
         "probing.schema",
         "probing.io",

@@ -11,7 +11,7 @@ import pandas as pd
 
 from trl_dynamics.probing.schema import order_types
 from trl_dynamics.report import style
-from trl_dynamics.report.glossary import METRIC_TERMS
+from trl_dynamics.report.glossary import METRIC_TERMS, SAMPLE_TERMS
 from trl_dynamics.report.spec import chart, data_rows, rounded, tooltip, zero_line
 from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin, titled
 from trl_dynamics.tracking.aggregate import Summary
@@ -348,6 +348,13 @@ def metric(summaries: Mapping[str, Summary], name: str) -> dict | None:
     span = MIN_SPAN_MASS if name == "drained_mass" else MIN_SPAN
     curves = {label: summary.metric(name) for label, summary in summaries.items()}
     return metric_by_run(curves, _capital(term.title), re.split("[,;]", term.unit)[0], min_span=span)
+
+
+def sample_metric(summaries: Mapping[str, Summary], name: str) -> dict | None:
+    """One metric of [`tracking.samples.SAMPLE_METRICS`], a line per run that was asked for greedy answers."""
+    term, answers = SAMPLE_TERMS[name], {label: summary.samples for label, summary in summaries.items()}
+    curves = {label: samples.metric(name) for label, samples in answers.items() if samples is not None}
+    return metric_by_run(curves, _capital(term.title), term.unit.split(",")[0], min_span=MIN_SPAN) if curves else None
 
 
 def type_change(summaries: Mapping[str, Summary], response_type: str) -> dict | None:

@@ -20,7 +20,10 @@ def explorer(series: list[Series]) -> dict:
     """The explorer's data: one entry per series with its probes, in the order of the probe set.
 
     Every probe has `id`, `prompt` (list of role and text) and `responses`: type, text, number of tokens, whether the
-    response was cut, and `path` (logp_mean in nats per token at `steps`, null where not scored).
+    response was cut, and `path` (logp_mean in nats per token at `steps`, null where not scored). Its `answers` are the
+    greedy ones of the first, the middle and the last step that have any: step, text, tokens, whether it ended by
+    itself, log-probability per token (null for an empty one) and the longest repeat. Probes with answers are always
+    among those kept.
     """
     share = max(MAX_PROBES // len(series), 5)
     types = order_types(name for one in series for name in one.summary.types)
@@ -32,7 +35,10 @@ def _one(series: Series, limit: int) -> dict:
     scored = pc.unique(pa.concat_arrays([series.summary.first.probe_ids, series.summary.last.probe_ids])).to_pylist()
     known = set(scored)
     ids = [probe_id for probe_id in texts if probe_id in known] or sorted(scored)
-    kept, steps = pa.array(ids[:limit], pa.string()), thin(series.steps, MAX_STEPS)
+    answers = _answers(series)
+    first = {*[*(one for one in ids if one in answers), *(one for one in ids if one not in answers)][:limit]}
+    shown = [probe_id for probe_id in ids if probe_id in first]
+    kept, steps = pa.array(shown, pa.string()), thin(series.steps, MAX_STEPS)
     # steps x types x probes; one step is read after the other and only its kept probes stay.
     columns = {name: [] for name in (PER_TOKEN, "num_tokens", "truncated")}
     for step in steps:
@@ -47,9 +53,29 @@ def _one(series: Series, limit: int) -> dict:
         "total": len(ids),
         "probes": [
             _probe(probe_id, texts.get(probe_id), series.summary.types, {n: v[:, :, i] for n, v in stacked.items()})
-            for i, probe_id in enumerate(ids[:limit])
+            | {"answers": answers.get(probe_id, [])}
+            for i, probe_id in enumerate(shown)
         ],
     }
+
+
+def _answers(series: Series) -> dict[str, list[dict]]:
+    """Greedy answers by probe at the first, the middle and the last step that have any."""
+    samples = series.summary.samples
+    if samples is None or samples.read is None:
+        return {}
+    steps, found = samples.steps, {}
+    for row in samples.read({steps[0], steps[len(steps) // 2], steps[-1]}).to_dict("records"):
+        answer = {
+            "step": int(row["step"]),
+            "text": _cut(row["text"]),
+            "tokens": int(row["num_tokens"]),
+            "ended": bool(row["ended"]),
+            "logp": None if np.isnan(row["logp_mean"]) else round(float(row["logp_mean"]), 3),
+            "repeat": int(row["longest_repeat"]),
+        }
+        found.setdefault(row["probe_id"], []).append(answer)
+    return {probe_id: sorted(own, key=lambda answer: answer["step"]) for probe_id, own in found.items()}
 
 
 def _probe(probe_id: str, probe: Probe | None, types: list[str], columns: dict[str, np.ndarray]) -> dict:

@@ -28,6 +28,7 @@ def export_png(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     specs = {}
     for one in series:
         charts = gallery.path_charts(one) | gallery.squeezing_charts(one) | gallery.force_charts(one)
+        charts |= gallery.sample_charts(one)
         specs |= {f"{one.label}-{name}": _titled(spec, one.label) for name, spec in charts.items()}
     specs |= {f"training-{name}": spec for name, spec in gallery.scalar_charts(runs).items()}
     specs |= {f"comparison-{name}": spec for name, spec in gallery.comparison_charts(series).items()}
@@ -45,7 +46,7 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
 
     Columns of paths.csv: run, model, measure, response_type, step, mean, num_probes, q10, q50, q90; `measure` is
     logp_mean, logp_sum, or one of them with `_change` for the paired change since the start. Columns of metrics.csv:
-    run, model, metric, step, value.
+    run, model, metric, step, value; metrics of greedy answers are called `samples/...`.
 
     Raises:
         ValueError: If a folder holds no records.
@@ -56,6 +57,8 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
         for measure, (column, since_start) in MEASURES.items():
             paths.append(series.summary.bands(column, since_start=since_start).assign(**keys, measure=measure))
         values.append(series.summary.metric_table().assign(**keys))
+        if series.summary.samples is not None:
+            values.append(series.summary.samples.metric_table().assign(**keys))
     first = ["run", "model"]
     tables = {
         "paths": _with_first(pd.concat(paths), [*first, "measure"]),

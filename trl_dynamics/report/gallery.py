@@ -7,6 +7,7 @@ import pandas as pd
 from trl_dynamics.report import charts
 from trl_dynamics.report.load import Run, Series
 from trl_dynamics.tracking.metrics import METRICS, third_party_types
+from trl_dynamics.tracking.samples import SAMPLE_METRICS
 
 # Keys of the trainer's log that are drawn first, in this order; then whatever else it logged.
 SCALARS = (
@@ -67,6 +68,15 @@ def force_charts(series: Series) -> dict[str, dict]:
     return {name: spec for name, spec in drawn.items() if spec}
 
 
+def sample_charts(series: Series) -> dict[str, dict]:
+    """What the greedy answers are like; none without any, or with those of a single step."""
+    samples = series.summary.samples
+    if samples is None or len(samples.steps) < 2:
+        return {}
+    drawn = {f"answers_{name}": charts.sample_metric({series.label: series.summary}, name) for name in SAMPLE_METRICS}
+    return {name: spec for name, spec in drawn.items() if spec}
+
+
 def scalar_charts(runs: list[Run]) -> dict[str, dict]:
     """What the trainer logged, a line per run, at most [`MAX_SCALARS`] charts."""
     logs = {run.name: scalar_curves(run.trainer_log) for run in runs if run.trainer_log}
@@ -102,6 +112,7 @@ def comparison_charts(series: list[Series]) -> dict[str, dict]:
     if any(len(one.steps) > 1 for one in series):
         drawn |= {f"change_{name}": charts.type_change(summaries, name) for name in _COMPARED_TYPES}
         drawn |= {name: charts.metric(summaries, name) for name in METRICS}
+        drawn |= {f"answers_{name}": charts.sample_metric(summaries, name) for name in SAMPLE_METRICS}
     return {name: spec for name, spec in drawn.items() if spec}
 
 

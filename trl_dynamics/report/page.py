@@ -38,7 +38,8 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
     series = split_series(runs)
     sections = [_section(index, one) for index, one in enumerate(series)]
     scalars, comparison = gallery.scalar_charts(runs), gallery.comparison_charts(series)
-    drawn = [section["paths"] | section["squeezing"] | section["forces"] for section in sections]
+    panels = ("paths", "squeezing", "forces", "answers")
+    drawn = [section[panel] for section in sections for panel in panels]
     specs = {key: spec for charts in drawn for key, spec in charts.items()}
     specs |= _keyed("scalar", scalars) | _keyed("compare", comparison)
     main_chart = next(iter(sections[0]["paths"].values()))
@@ -99,6 +100,8 @@ def _section(index: int, series: Series) -> dict:
         "paths": _keyed(f"s{index}", gallery.path_charts(series)),
         "squeezing": _keyed(f"s{index}", gallery.squeezing_charts(series)),
         "forces": _keyed(f"s{index}", gallery.force_charts(series)),
+        "answers": _keyed(f"s{index}", gallery.sample_charts(series)),
+        "asked": series.run.meta.get("samples"),
         "thinned": gallery.thinned_note(series),
         "third_parties": gallery.third_party_note(series),
         "changes": cards.change_rows(series),

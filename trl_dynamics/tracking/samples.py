@@ -127,9 +127,11 @@ class Samples:
 
     Args:
         rows (`pandas.DataFrame`): One per (step, probe_id), with the columns [`NUMBERS`]; at least one.
+        read (`Callable[[set[int]], pandas.DataFrame]`, *optional*): All columns at some steps, texts among them.
     """
 
     rows: pd.DataFrame
+    read: Callable[[set[int]], pd.DataFrame] | None = None
 
     @cached_property
     def steps(self) -> list[int]:
@@ -140,6 +142,14 @@ class Samples:
         """One of [`SAMPLE_METRICS`] over the steps that have it."""
         values = {step: SAMPLE_METRICS[name](rows) for step, rows in self.rows.groupby("step")}
         return pd.Series(values, dtype=float).dropna()
+
+    def metric_table(self) -> pd.DataFrame:
+        """Every metric under its name for trackers, tidy: columns metric, step, value."""
+        tables = [
+            pd.DataFrame({"metric": f"samples/{name}", "step": curve.index, "value": curve.to_numpy()})
+            for name, curve in ((name, self.metric(name)) for name in SAMPLE_METRICS)
+        ]
+        return pd.concat(tables, ignore_index=True)
 
     def change(self, column: str) -> Effect:
         """Change of a column from the first to the last step, paired by probe."""
@@ -159,7 +169,15 @@ class Samples:
 def summarise_samples(store: DynamicsStore) -> dict[str, Samples]:
     """The numbers of a store's greedy answers by model; empty where none were taken."""
     frame = store.read_samples(columns=NUMBERS)
-    return {str(model): Samples(rows) for model, rows in frame.groupby("model", sort=False)}
+
+    def reading(model: str) -> Callable[[set[int]], pd.DataFrame]:
+        def read(steps: set[int]) -> pd.DataFrame:
+            whole = store.read_samples(steps)
+            return whole[whole["model"] == model]
+
+        return read
+
+    return {str(model): Samples(rows, reading(str(model))) for model, rows in frame.groupby("model", sort=False)}
 
 
 def load_samples(*output_dirs: str | Path) -> pd.DataFrame:

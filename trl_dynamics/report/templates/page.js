@@ -135,6 +135,18 @@
     return row;
   }
 
+  function answerRow(answer) {
+    const row = make("div", "response answer");
+    const parts = ["greedy answer at step " + answer.step, answer.tokens + " tokens, " + (answer.ended ? "ended by itself" : "cut")];
+    if (answer.logp !== null) parts.push(plain(answer.logp) + " nats per token");
+    parts.push("longest repeat " + answer.repeat);
+    const text = make("div", "text", answer.text);
+    text.title = "click to unfold";
+    text.addEventListener("click", () => text.classList.toggle("open"));
+    row.append(make("div", "name", parts.join(" · ")), text);
+    return row;
+  }
+
   function startExplorer(root) {
     const bar = make("div", "bar");
     const series = make("select"), sort = make("select"), which = make("select", "which");
@@ -153,6 +165,9 @@
       ["rejected fell most first", (p) => change(p, "rejected")],
       ["margin shrank most first", (p) => change(p, "chosen") - change(p, "rejected")],
     ];
+    if (data.explorer.series.some((one) => one.probes.some((p) => p.answers.length))) {
+      orders.push(["with greedy answers first", (p) => (p.answers.length ? 0 : 1)]);
+    }
     let shown = [];
     options(series, data.explorer.series.map((one) => one.label));
     options(sort, orders.map((order) => order[0]));
@@ -200,7 +215,8 @@
         block.append(document.createTextNode(turn.text));
         prompt.append(block);
       });
-      body.replaceChildren(prompt, ...probe.responses.map((response) => responseRow(response, current().steps)));
+      body.replaceChildren(
+        prompt, ...probe.answers.map(answerRow), ...probe.responses.map((response) => responseRow(response, current().steps)));
     }
 
     function move(by) {

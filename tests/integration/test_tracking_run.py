@@ -48,6 +48,17 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert len(list((root / "records").iterdir())) == 1 and not (tmp_path / "run" / ".dynamics.lock").exists()
 
 
+def test_a_run_from_python_ends_with_what_was_found_and_where_it_is(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("trl_dynamics"), "level", logging.NOTSET)
+    make_trainer("sft", tmp_path / "run", probes=PROBES, max_steps=1).train()
+    said = [entry.getMessage() for entry in caplog.records if entry.name == "trl_dynamics.tracking.series"]
+    assert said[-3].startswith("run: ")
+    assert said[-2:] == [
+        f"records: {tmp_path}/run/dynamics",
+        f"page:    trl-dynamics report {tmp_path}/run -o report.html",
+    ]
+
+
 def test_a_second_run_moves_the_first_aside(tmp_path):
     for _ in range(2):
         make_trainer("sft", tmp_path, probes=PROBES, max_steps=1).train()

@@ -8,6 +8,8 @@ import traceback
 import warnings
 from pathlib import Path
 
+from trl_dynamics.tracking.console import OUR_LOGGER, ConsoleHandler
+
 COMMANDS = {
     "sft": "fine-tune with TRL's SFTTrainer while a probe set is tracked",
     "dpo": "train with TRL's DPOTrainer while a probe set is tracked",
@@ -32,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-dynamics: unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("trl_dynamics").setLevel(logging.INFO)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[ConsoleHandler()])
+    logging.getLogger(OUR_LOGGER).setLevel(logging.INFO)
     # TRL sets options by names that transformers is about to rename, which is nothing a user here can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     command = importlib.import_module(f"trl_dynamics.cli.{argv[0]}")

@@ -118,9 +118,6 @@ class TrainingCommand:
         trainer.save_model(training_args.output_dir)
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        if trainer.probe_callback and trainer.is_world_process_zero():
-            print(f"records: {trainer.probe_callback.store.root}")
-            print(f"page:    trl-dynamics report {training_args.output_dir} -o report.html")
         # A process that leaves while another still talks to it takes the whole launch down.
         trainer.accelerator.wait_for_everyone()
         trainer.end()

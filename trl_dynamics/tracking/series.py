@@ -180,7 +180,7 @@ class Series:
         self._on_main(write, lost="an update of meta.json and trainer_log.json; the records are there")
 
     def end(self, log: list[dict]) -> None:
-        """Close the series: status, fewer files, what was found."""
+        """Close the series: status, fewer files, what was found, where the records are."""
         self.meta["status"] = "finished"
         self.write_progress(log)
         self._on_main(self._end, lost="the summary of what was found")
@@ -252,6 +252,8 @@ class Series:
         text = findings.summary_text(found, self.store.output_dir.name)
         harmful = any(finding.severity != "info" for finding in found)
         (logger.warning if harmful else logger.info)(text)
+        logger.info(f"records: {self.store.root}")
+        logger.info(f"page:    trl-dynamics report {self.store.output_dir} -o report.html")
 
     def _on_main(self, work: Callable[[], object], lost: str | None = None, lost_step: int | None = None) -> object:
         """Run `work` on the main process; its result, or its error, reaches every process.

@@ -10,6 +10,7 @@ from trl_dynamics import stats_head
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.tracking.callback import ProbeCallback
 from trl_dynamics.tracking.card import model_card_section
+from trl_dynamics.tracking.console import show_messages
 from trl_dynamics.tracking.run import build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ProbeArguments
@@ -34,6 +35,8 @@ class DynamicsMixin:
         args = with_probe_defaults(self.args)
         chosen = probe_io.load(source).narrow(args.probe_max_probes, args.probe_subset)
         refuse_parallelism(self)
+        if self.is_world_process_zero():
+            show_messages()
         engine, fallback = build_engine(self.model, self.processing_class, chosen, args, self.accelerator)
         sampler = build_sampler(self.model, self.processing_class, chosen, args, engine)
         stats_head.install(self.model)

@@ -19,6 +19,7 @@ COMMANDS = {
     "diagnose": "say in plain words what happened in runs, finished or not; exit status for CI",
     "judge": "let two models, or two files of answers, compete: win rate with its interval",
     "report": "turn runs into one offline HTML page, PNG charts or CSV",
+    "squeeze-demo": "draw what one negative gradient step does to a flat and to a peaked distribution",
     "quickstart": "see the squeezing effect on the embedded model, in minutes on a CPU",
     "env": "print versions for a bug report",
 }
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger(OUR_LOGGER).setLevel(logging.INFO)
     # TRL sets options by names that transformers is about to rename, which is nothing a user here can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    command = importlib.import_module(f"trl_dynamics.cli.{argv[0]}")
+    command = importlib.import_module(f"trl_dynamics.cli.{argv[0].replace('-', '_')}")
     try:
         return command.run(argv[1:])
     except (ValueError, OSError, ImportError) as error:

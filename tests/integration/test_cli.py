@@ -242,7 +242,8 @@ def test_wrong_input_is_one_line(world, tmp_path, capsys):
             str(tmp_path / "bad.yaml"),
             *flags(world, out),
         ],
-        "unknown option or YAML key 'probe_evry'": [*flags(world, out), "--probe_evry", "3"],
+        "unknown option or YAML key 'probe_evry'; did you mean --probe_every?": [*flags(world, out), "--probe_evry=3"],
+        "unknown option or YAML key 'nope' (": [*flags(world, out), "--nope", "3"],
         "model '/no/such/model' does not exist": flags(world, out, model_name_or_path="/no/such/model"),
         "no model given": flags(world, out, model_name_or_path=None),
         "dataset './missing.jsonl' does not exist": flags(world, out, dataset_name="./missing.jsonl"),
@@ -268,6 +269,41 @@ def test_report_and_track_refuse_wrong_folders(world, tmp_path, capsys):
     assert "--probe_set is missing" in failure(capsys, ["track", "--model_name_or_path", "x", "--output_dir", "y"])
     argv = ["track", "--model_name_or_path", "./nowhere", "--probe_set", str(world / "probes.jsonl")]
     assert "does not exist" in failure(capsys, [*argv, "--output_dir", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-o", "x.csv"], "add --format csv"),
+        (["-o", "."], "is a folder"),
+        (["-o", "x.csv", "--format", "csv"], "expected a folder"),
+        (["-o", "x.html", "--format", "png"], "expected a folder"),
+    ],
+)
+def test_report_refuses_a_name_that_promises_something_else(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in failure(capsys, ["report", "run", *argv])
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_usage_is_one_line_too(world, tmp_path, capsys):
+    for argv in (["dpo", *flags(world, tmp_path / "run", probe_layout="cube")], ["report", "--format", "pdf", "run"]):
+        with pytest.raises(SystemExit) as left:
+            main(argv)
+        assert left.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "invalid choice" in line and line.endswith(f"(see trl-dynamics {argv[0]} --help)")
+
+
+def test_bf16_without_a_gpu_names_the_two_options(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    line = failure(capsys, ["dpo", *flags(world, tmp_path / "run", use_cpu=None, bf16=None)])
+    assert line.endswith("add --use_cpu True --bf16 False")
+
+
+def test_options_that_contradict_each_other_are_one_line(world, tmp_path, capsys):
+    options = {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "steps"}
+    assert "load_best_model_at_end" in failure(capsys, ["dpo", *flags(world, tmp_path / "run", **options)])
 
 
 def test_usage_and_env(capsys):

@@ -35,9 +35,10 @@ def refuse_unknown(launch_args: list[str], own_options: set[str], name: str) -> 
     for arg in launch_args:
         option = arg.split("=")[0]
         if option.startswith("--") and option not in known:
-            near = difflib.get_close_matches(option, sorted(own_options | known), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
             unknown = option.removeprefix("--")
+            names = sorted(name.removeprefix("--") for name in own_options | known)
+            near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.7)
+            hint = f"; did you mean --{near[0]}?" if near else ""
             raise ValueError(f"unknown option or YAML key {unknown!r}{hint} (trl-dynamics {name} --help)")
 
 

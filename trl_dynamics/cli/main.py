@@ -1,11 +1,14 @@
 """trl-dynamics: the command line. Every command is a module of this package with `run(argv) -> int`."""
 
+import argparse
+import contextlib
 import importlib
 import logging
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from trl_dynamics.tracking.console import OUR_LOGGER, ConsoleHandler
@@ -41,12 +44,28 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     command = importlib.import_module(f"trl_dynamics.cli.{argv[0].replace('-', '_')}")
     try:
-        return command.run(argv[1:])
+        with short_usage_errors():
+            return command.run(argv[1:])
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TRL_DYNAMICS_DEBUG") or not raised_here(error):
             raise
         print(f"trl-dynamics {argv[0]}: error: {error}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def short_usage_errors() -> Iterator[None]:
+    """argparse's errors on one line: the usage of a trainer, which would come first, is some 180."""
+
+    def error(parser: argparse.ArgumentParser, message: str) -> None:
+        parser.exit(2, f"{parser.prog}: error: {message} (see {parser.prog} --help)\n")
+
+    whole = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = error
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = whole
 
 
 def usage() -> str:

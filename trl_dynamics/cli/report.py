@@ -7,7 +7,11 @@ from trl_dynamics.tracking.store import open_store
 
 
 def run(argv: list[str]) -> int:
-    """Write what was asked for and print where it lies."""
+    """Write what was asked for and print where it lies.
+
+    Raises:
+        ValueError: If the output's name is that of another format, or of one file where several are written.
+    """
     parser = argparse.ArgumentParser("trl-dynamics report", description=__doc__)
     parser.add_argument("runs", nargs="+", help="output directories of runs (or their dynamics/ folders)")
     parser.add_argument(
@@ -15,6 +19,8 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--format", choices=["html", "png", "csv"], default="html")
     args = parser.parse_args(argv)
+    if args.output is not None:
+        check_output(args.output, args.format)
     if args.format == "html":
         from trl_dynamics.report.page import build_page
 
@@ -27,3 +33,18 @@ def run(argv: list[str]) -> int:
     for path in written:
         print(path)
     return 0
+
+
+def check_output(output: str, kind: str) -> None:
+    """Refuse a name that promises something else than what would be written there.
+
+    Raises:
+        ValueError: Says what the format writes.
+    """
+    suffix = Path(output).suffix.lower()
+    if kind == "html" and suffix in (".csv", ".png"):
+        raise ValueError(f"-o {output} is named like a {suffix[1:]} file: add --format {suffix[1:]} and name a folder")
+    if kind == "html" and Path(output).is_dir():
+        raise ValueError(f"-o {output} is a folder, expected the page's name, e.g. {Path(output, 'report.html')}")
+    if kind != "html" and suffix in (".csv", ".png", ".html"):
+        raise ValueError(f"-o {output} is named like a file, expected a folder: --format {kind} writes several files")

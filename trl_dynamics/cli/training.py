@@ -55,12 +55,23 @@ class TrainingCommand:
         return 0
 
     def parse(self, argv: list[str]) -> tuple[list, list[str]]:
-        """Arguments of script, trainer, model and data mixture, and what is meant for `accelerate launch`."""
+        """Arguments of script, trainer, model and data mixture, and what is meant for `accelerate launch`.
+
+        Raises:
+            ValueError: If an option is unknown, or options contradict each other or this machine.
+        """
         types = (self.script_class, self.config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
         parser = trl.TrlParser(types, prog=f"trl-dynamics {self.name}")
-        *configs, from_yaml, from_line = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        try:
+            *configs, from_yaml, from_line = parser.parse_args_and_config(
+                argv, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except ValueError as error:
+            # All that happens in there is about the arguments: what the config classes say is for the user to read.
+            message = " ".join(str(error).split())
+            if "support bf16" in message:
+                message = "no GPU here computes in bf16, which is TRL's default: add --use_cpu True --bf16 False"
+            raise ValueError(message) from error
         launch_args = from_yaml + from_line
         own_options = {option for action in parser._actions for option in action.option_strings}
         launching.refuse_unknown(launch_args, own_options, self.name)

@@ -9,6 +9,7 @@ import torch
 import trl_dynamics
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
+from trl_dynamics import ProbeSet
 from trl_dynamics.cli.main import main
 from trl_dynamics.tracking.engine import ProbeEngine
 
@@ -130,7 +131,7 @@ def test_an_interrupted_call_goes_on(tmp_path, probe_file, monkeypatch, scorings
     assert whole.equals(after)
 
 
-def test_other_settings_start_anew(tmp_path, probe_file, scorings):
+def test_other_settings_start_anew(tmp_path, probe_file, scorings, caplog):
     train("sft", tmp_path / "run", probe_file, max_steps=1)
     for dtype in ("float32", "bfloat16"):
         assert main(argv(tmp_path / "run", probe_file, tmp_path / "after", "--dtype", dtype)) == 0
@@ -138,15 +139,41 @@ def test_other_settings_start_anew(tmp_path, probe_file, scorings):
     assert not coarse.equals(fine.loc[[1]])
     meta = json.loads((tmp_path / "after/dynamics/meta.json").read_text())
     assert meta["settings"]["dtype"] == "bfloat16" and (tmp_path / "after/dynamics-old-1").is_dir()
+    assert "it was moved to dynamics-old-1, since dtype was float32, is bfloat16" in caplog.text
 
 
-def test_another_probe_set_starts_anew(tmp_path, probe_file):
-    train("sft", tmp_path / "run", probe_file)
+def test_another_probe_set_starts_anew_and_both_are_named(tmp_path, probe_file, caplog):
+    train("sft", tmp_path / "run", probe_file, max_steps=1)
     assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    was = ProbeSet.load(str(probe_file)).fingerprint[:12]
     probe_file.write_text(json.dumps(PROBES[0]) + "\n")
+    now = ProbeSet.load(str(probe_file)).fingerprint[:12]
     assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
-    assert len(trl_dynamics.load_records(tmp_path / "after")) == 3 * 3
+    assert len(trl_dynamics.load_records(tmp_path / "after")) == 3
     assert (tmp_path / "after/dynamics-old-1/meta.json").is_file()
+    told = [record.getMessage() for record in caplog.records if "moved" in record.getMessage()]
+    assert len(told) == 1 and f"3 probes, fingerprint {was}" in told[0] and f"1 probes, fingerprint {now}" in told[0]
+    assert "in the batches of the run" in caplog.text and "whose probes were others" in caplog.text
+
+
+def test_the_place_of_a_training_run_is_not_taken(tmp_path, probe_file, capsys):
+    train("sft", tmp_path / "run", probe_file, max_steps=1)
+    recorded = frames(tmp_path / "run")[0]
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "run")) == 1
+    said = "holds the records of a training run (sft), whose place those of track would take; choose another --output"
+    assert said in capsys.readouterr().err
+    assert frames(tmp_path / "run")[0].equals(recorded) and not list((tmp_path / "run").glob("dynamics-old-*"))
+
+
+@pytest.mark.parametrize(("more", "num_probes"), [((), 2), (("--probe_subset", "1"), 1), (("--replay", "False"), 3)])
+def test_the_part_of_the_probe_set_is_the_run_s(more, num_probes, tmp_path, probe_file):
+    train("sft", tmp_path / "run", probe_file, max_steps=1, probe_subset=0.5)
+    for probes in (probe_file,) if more else (probe_file, tmp_path / "run/dynamics/probe_set"):
+        assert main(argv(tmp_path / "run", probes, tmp_path / "after", *more)) == 0
+        tracked = frames(tmp_path / "after")[0]
+        assert tracked.index.get_level_values("probe_id").nunique() == num_probes
+        if not more:
+            assert tracked.equals(frames(tmp_path / "run")[0].loc[[1]])
 
 
 def test_adapters_are_scored_on_their_base(tmp_path, probe_file):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -141,10 +142,16 @@ def test_a_step_holds_records_of_that_step(tmp_path):
     assert steps_of(store) == [0, 10, 20]
 
 
-def test_create_moves_an_earlier_store_aside(tmp_path):
-    make_store(tmp_path, steps=(0,))
+def test_create_moves_an_earlier_store_aside_and_says_so(tmp_path, caplog):
+    probes = {"name": "größen", "num_probes": 1, "fingerprint": probe_set().fingerprint}
+    make_store(tmp_path, steps=(0,), method="dpo", probe_set=probes)
+    assert not caplog.records
     first = snapshot(tmp_path / "dynamics")
     make_store(tmp_path, steps=(5,))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'dynamics'} held the records of a dpo run (probe set 'größen', 1 probes, fingerprint "
+        f"{probe_set().fingerprint[:12]}): it was moved to dynamics-old-1, since a new run begins there"
+    ]
     second = snapshot(tmp_path / "dynamics")
     third = make_store(tmp_path, steps=())
     assert snapshot(tmp_path / "dynamics-old-1") == first
@@ -236,9 +243,45 @@ def test_resume_needs_a_store(tmp_path):
     with pytest.raises(ValueError, match=said):
         DynamicsStore(tmp_path).resume(probe_set(), PLAN, 0)
     for name in ("dynamics-old-2", "dynamics-old-10", "dynamics-old-x"):
-        (tmp_path / name).mkdir()
+        make_store(tmp_path)
+        (tmp_path / "dynamics").rename(tmp_path / name)
+    (tmp_path / "dynamics-old-11").mkdir()
     with pytest.raises(ValueError, match="moved aside lie in dynamics-old-10"):
         DynamicsStore(tmp_path).resume(probe_set(), PLAN, 0)
+
+
+def test_resume_over_what_track_scored_says_where_the_run_is(tmp_path):
+    for number, meta in enumerate(({"run_id": "one"}, {"run_id": "two"}, {"kind": "track"}), start=1):
+        make_store(tmp_path, **meta)
+        (tmp_path / "dynamics").rename(tmp_path / f"dynamics-old-{number}")
+    store = make_store(tmp_path, kind="track")
+    before = snapshot(tmp_path)
+    said = "holds what trl-dynamics track scored.* Records that were moved aside lie in dynamics-old-{}. Move dynamics"
+    for meta, number in ((None, 2), ({"run_id": "one"}, 1)):
+        with pytest.raises(ValueError, match=said.format(number)):
+            store.resume(probe_set(), PLAN, 0, meta)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "something that is no folder"),
+        ("", "no records that this package can tell"),
+        ('{"schema_version": 99}', r"records of a newer version of this package \(schema 99\)"),
+        ('{"schema_version": 3, "kind": "track"}', "the records of trl-dynamics track"),
+    ],
+    ids=["file", "damaged", "newer", "track"],
+)
+def test_whatever_is_moved_aside_is_named(content, said, tmp_path, caplog):
+    place = tmp_path / "dynamics"
+    if content is None:
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / "meta.json").write_text(content)
+    assert make_store(tmp_path).has_records
+    assert re.search(f"held {said}.*: it was moved to dynamics-old-1, since a new run begins there", caplog.text)
 
 
 def test_load_records_of_one_and_several_runs(tmp_path):

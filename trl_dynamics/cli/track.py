@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from trl_dynamics import stats_head
 from trl_dynamics.cli import sources
+from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.aggregate import summarise_store
+from trl_dynamics.tracking.aside import is_tracked
 from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import SAMPLES, to_table
 from trl_dynamics.tracking.run import LIMITS, build_engine, build_sampler, changed_fields, describe_run
@@ -36,6 +38,7 @@ _REPLAYED = {
     "probe_samples": ("samples", "num_probes"),
     "probe_sample_tokens": ("samples", "max_new_tokens"),
     **{name: ("limits", name) for name in LIMITS},
+    **{name: ("probe_set", "metadata", "selection", name) for name in ("probe_max_probes", "probe_subset")},
 }
 
 
@@ -55,7 +58,7 @@ class TrackArguments(ScoringArguments):
         default=True,
         metadata={
             "help": "Where the first model is a run with records: score as that run did (dtype, autocast, attention, "
-            "layout, batches, limits, y*), unless an option says otherwise."
+            "layout, batches, limits, which part of the probe set, y*), unless an option says otherwise."
         },
     )
     dtype: str | None = field(
@@ -165,6 +168,7 @@ class _Session:
             "settings": settings,
         }
         self.done: set[tuple[int, int]] = set()
+        self.news: list[str] = []
         self.baselines: dict[str, list[list[int]]] = {}
         if run is not None and run.star_ids is not None:
             self.baselines[run.meta["batch_plan"]["fingerprint"]] = run.star_ids
@@ -185,9 +189,11 @@ class _Session:
         plan = engine.batch_plan["fingerprint"]
         replayed = self.run.meta["batch_plan"]["fingerprint"] if self.run is not None else plan
         if plan != replayed and self.accelerator.is_main_process:
+            same_probes = self.run.meta["probe_set"]["fingerprint"] == probe_set.fingerprint
             logger.warning(
-                f"{target.path} is not scored in the batches of the run in {self.run.output_dir}: token by token the "
-                "numbers differ by rounding, and y* is frozen anew"
+                f"{target.path} is not scored in the batches of the run in {self.run.output_dir}"
+                f"{'' if same_probes else ', whose probes were others'}: token by token the numbers differ by "
+                "rounding, and y* is frozen anew"
             )
         scores = engine.score(model, self.baselines.get(plan))
         num_rows = len(scores.columns["probe_id"])
@@ -204,7 +210,8 @@ class _Session:
 
         def write() -> None:
             if is_first:
-                self.store.create(probe_set, self.meta, changed_fields(args))
+                why = "; ".join(self.news) or "nothing had been scored"
+                self.store.create(probe_set, self.meta, changed_fields(args), why)
             if not self.store.has_baseline(model_index=target.model_index):
                 self.store.write_baseline(scores.star_ids, model_index=target.model_index)
             self.store.write_records(table, step=target.step, model_index=target.model_index, samples=samples)
@@ -223,19 +230,42 @@ class _Session:
         """What the store of an interrupted or smaller call says: meta, the done, the y* of the plan."""
         self.store.open()
         earlier = self.store.read_meta() if self.store.exists else {}
-        same = (
-            earlier.get("kind") == "track"
-            and earlier["probe_set"]["fingerprint"] == probe_set.fingerprint
-            and earlier.get("settings") == self.facts["settings"]
-            and all(target in self.facts["targets"] for target in earlier["targets"])
-        )
+        if earlier and not is_tracked(earlier):
+            raise ValueError(
+                f"{self.store.root} holds the records of a training run ({earlier.get('method')}), whose place those "
+                "of track would take; choose another --output_dir, e.g. "
+                f"{self.store.output_dir.with_name(self.store.output_dir.name + '-track')}"
+            )
+        self.news = what_differs(earlier, self.facts, probe_set) if earlier else []
         indices = {target.model_index for target in self.targets}
-        done = {(i, step) for i in indices for step in self.store.recorded_steps(i)} if same else set()
+        done = set() if self.news else {(i, step) for i in indices for step in self.store.recorded_steps(i)}
         if not done:
             return self.facts, set(), {}
         logger.info(f"{self.store.root} has records of {len(done)} of {len(self.targets)} targets already")
         star_ids = self.store.read_baseline(model_index=min(index for index, _ in done))
         return earlier | self.facts, done, {earlier["batch_plan"]["fingerprint"]: star_ids}
+
+
+def what_differs(earlier: dict, facts: dict, probe_set: ProbeSet) -> list[str]:
+    """Why records of an earlier call are not those that this call would take, one phrase per difference.
+
+    Args:
+        earlier (`dict`): meta.json as that call left it.
+        facts (`dict`): `settings` and `targets` of this call.
+        probe_set ([`ProbeSet`]): What this call scores.
+    """
+    news, before = [], earlier["probe_set"]
+    if before["fingerprint"] != probe_set.fingerprint:
+        news.append(
+            f"the probe set {probe_set.name!r} now asked for is another ({len(probe_set)} probes, fingerprint "
+            f"{probe_set.fingerprint[:12]})"
+        )
+    was, now = earlier.get("settings", {}), facts["settings"]
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            news.append(f"{name} was {was.get(name)}, is {now.get(name)}")
+    gone = [target["path"] for target in earlier["targets"] if target not in facts["targets"]]
+    return news + ([f"these models are not among those asked for now: {', '.join(gone)}"] if gone else [])
 
 
 def on_main(work: Callable[[], object]) -> object:

@@ -16,7 +16,6 @@ at any moment loses at most the step being written.
 """
 
 import json
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +27,7 @@ from trl_dynamics.probing.io import load as load_probe_set
 from trl_dynamics.probing.io import to_files as probe_set_files
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking import files
+from trl_dynamics.tracking.aside import is_tracked, move_aside, where_is_run
 from trl_dynamics.tracking.identity import refuse_other_probes, refuse_other_series
 from trl_dynamics.tracking.lock import RunLock
 from trl_dynamics.tracking.manifest import MANIFEST_NAME, Manifest, damage, refuse_newer
@@ -106,8 +106,8 @@ class DynamicsStore:
         """Steps at which a model has records, or samples, ascending."""
         return self._shards.manifest().steps(model_index, kind)
 
-    def create(self, probe_set: ProbeSet, meta: dict, config: dict) -> None:
-        """Start a new store; one that is already there is moved aside, never overwritten.
+    def create(self, probe_set: ProbeSet, meta: dict, config: dict, why: str = "a new run begins there") -> None:
+        """Start a new store; one that is already there is moved aside, never overwritten, and `why` is told.
 
         The new one is made beside it and takes its place when it is complete.
 
@@ -129,7 +129,7 @@ class DynamicsStore:
             for name, payload in content.items():
                 files.write(new / name, payload)
             if self.root.exists():
-                files.move_folder(self.root, self._name_aside())
+                move_aside(self.root, why)
             files.move_folder(new, self.root)
 
     def check_resume(self, probe_set: ProbeSet, plan_fingerprint: str, meta: dict | None = None) -> dict:
@@ -149,9 +149,15 @@ class DynamicsStore:
             raise ValueError(
                 f"cannot resume probing: {self.root} holds no records of an earlier run. Resume in the output_dir "
                 "that the run was started with, or start without resume_from_checkpoint or without probe_set."
-                + self._hint_aside()
+                + where_is_run(self.root)
             )
         earlier = self.read_meta()
+        if is_tracked(earlier):
+            raise ValueError(
+                f"cannot resume probing: {self.root} holds what trl-dynamics track scored, no records of a training "
+                f"run.{where_is_run(self.root, (meta or {}).get('run_id'))} Move {FOLDER} away, and those of the run "
+                "to its place, or use another output_dir."
+            )
         refuse_other_probes(earlier, self.read_config(), probe_set, self.root)
         refuse_other_series(earlier, meta or {}, self.root)
         if earlier["batch_plan"]["fingerprint"] != plan_fingerprint:
@@ -323,17 +329,6 @@ class DynamicsStore:
 
     def _baseline_path(self, model_index: int) -> Path:
         return self.root / ("baseline.parquet" if model_index == 0 else f"baseline-m{model_index:03d}.parquet")
-
-    def _name_aside(self) -> Path:
-        index = 1
-        while (aside := self.output_dir / f"{FOLDER}-old-{index}").exists():
-            index += 1
-        return aside
-
-    def _hint_aside(self) -> str:
-        numbers = [re.fullmatch(rf"{FOLDER}-old-(\d+)", path.name) for path in self.output_dir.glob(f"{FOLDER}-old-*")]
-        newest = max((int(number[1]) for number in numbers if number), default=None)
-        return f" Records that were moved aside lie in {FOLDER}-old-{newest}." if newest is not None else ""
 
 
 def load_records(*output_dirs: str | Path) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tiny import tiny_model
@@ -62,6 +63,10 @@ class Tracking:
 
 PADDED = {"probe_layout": "padded"}
 SHARED = {"probe_layout": "shared_prefix"}
+# Eight rows in evaluation batches of three: two processes fill the last ones up with rows that must not count. Before
+# training and not after: FSDP2 keeps what an evaluation's forward gathered until the next backward.
+SIDES = {"sft_on": "both", "logging_steps": 1, "eval_strategy": "no", "eval_on_start": True}
+SIDES |= {"per_device_eval_batch_size": 3}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 SCENARIOS = {
     "sft": Scenario("sft", options=SHARED),
@@ -72,7 +77,7 @@ SCENARIOS = {
     "grpo": Scenario("grpo"),
     "sft_lora": Scenario("sft", lora=True),
     "dpo_lora": Scenario("dpo", lora=True),
-    "accumulation": Scenario("sft", accumulation=2),
+    "accumulation": Scenario("sft", accumulation=2, options=SIDES),
     # So few tokens that each prompt, or each response, is a group of its own.
     "uneven_shared": Scenario("sft", num_probes=5, options=SHARED | {"probe_tokens_per_batch": 40}),
     "uneven_padded": Scenario("sft", num_probes=3, options=PADDED | {"probe_tokens_per_batch": 40}),
@@ -128,6 +133,7 @@ def make(scenario: Scenario, folder: Path, name: str, num_processes: int, **devi
         probes=probes_of(scenario),
         dropout=0.0,
         make_model=load,
+        data=Dataset.from_list(PAIRS) if "sft_on" in scenario.options else None,
         **{
             "max_steps": 4,
             "probe_every": 2,

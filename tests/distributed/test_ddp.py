@@ -74,6 +74,25 @@ def gauged(outcome: dict) -> list[dict]:
     return [line for line in lines if line]
 
 
+def test_two_processes_log_the_sides_of_pairs_that_one_logs(one, two):
+    """Sums over all processes, and each row of an evaluation once, though batches are filled up."""
+    ours, theirs = (sides_logged(run.outcome("accumulation")) for run in (one, two))
+    assert [step for step, _ in ours] == [0, 1, 2, 3, 4]
+    for (step, line), (other_step, other) in zip(ours, theirs, strict=True):
+        assert step == other_step and line == pytest.approx(other, rel=1e-4)
+
+
+def sides_logged(outcome: dict) -> list[tuple[int, dict]]:
+    entries = [(entry["step"], {key: entry[key] for key in entry if "/" in key}) for entry in outcome["log"]]
+    return [(step, line) for step, line in entries if any("nll/" in key for key in line)]
+
+
+@pytest.mark.parametrize("name", ["answers_shared", "answers_padded"])
+def test_two_processes_answer_as_one_does(name, one, two):
+    one.outcome(name), two.outcome(name)
+    assert_same_answers(one.folder / name, two.folder / name)
+
+
 def test_grpo_samples_differently_from_the_same_start(one, two):
     for run in (one, two):
         run.outcome("grpo")

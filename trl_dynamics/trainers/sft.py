@@ -77,7 +77,9 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
             logger.info(f"{dataset_name} data holds preference pairs: rows are made as sft_on={self._sft_on!r} says")
             return preference_to_completion(dataset, self._sft_on)
         if self._sft_on != "chosen" and not {SIDE_COLUMN, "input_ids"} & set(names):
-            logger.warning(f"{dataset_name} data has no pairs of chosen and rejected: sft_on={self._sft_on!r} is idle")
+            logger.warning_once(
+                f"{dataset_name} data has no pairs of chosen and rejected: sft_on={self._sft_on!r} is idle"
+            )
         return dataset
 
     def compute_loss(self, model, inputs, *args, **kwargs):

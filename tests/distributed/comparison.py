@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 import trl_dynamics
+from trl_dynamics.tracking.samples import load_samples
 
 KEYS = ["step", "probe_id", "response_type"]
 STEPS = [0, 1, 2, 4]
@@ -47,6 +48,17 @@ def assert_same_course(run: Path, other: Path) -> None:
         assert ((ours[name] - theirs[name]).abs() <= bound).all(), name
     moved = (ours.loc[4, "logp_sum"] - ours.loc[0, "logp_sum"]).abs()
     assert (moved > 1e-2).all(), "training moved nothing, so agreement means nothing"
+
+
+def assert_same_answers(run: Path, other: Path) -> None:
+    """The same greedy answers, at step 0 bit by bit, and each at every step once."""
+    ours, theirs = (load_samples(folder).set_index(["step", "probe_id"]).sort_index() for folder in (run, other))
+    assert ours.index.is_unique and ours.index.equals(theirs.index)
+    assert sorted(ours.index.unique("step")) == STEPS and len(ours) == 5 * len(STEPS)
+    assert ours["text"].equals(theirs["text"]) and ours["ended"].equals(theirs["ended"])
+    pd.testing.assert_series_equal(ours.loc[[0], "logp_sum"], theirs.loc[[0], "logp_sum"], check_exact=True)
+    assert (ours["logp_sum"] - theirs["logp_sum"]).abs().max() < 1e-3
+    assert ours["text"].nunique() > 10, "all answers are alike, so agreement means nothing"
 
 
 def assert_consistent(run: Path) -> None:

@@ -68,6 +68,7 @@ SHARED = {"probe_layout": "shared_prefix"}
 SIDES = {"sft_on": "both", "logging_steps": 1, "eval_strategy": "no", "eval_on_start": True}
 SIDES |= {"per_device_eval_batch_size": 3}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
+ANSWERS = {"probe_samples": 5, "probe_sample_tokens": 12, "probe_tokens_per_batch": 40}
 SCENARIOS = {
     "sft": Scenario("sft", options=SHARED),
     "sft_padded": Scenario("sft", options=PADDED),
@@ -81,6 +82,9 @@ SCENARIOS = {
     # So few tokens that each prompt, or each response, is a group of its own.
     "uneven_shared": Scenario("sft", num_probes=5, options=SHARED | {"probe_tokens_per_batch": 40}),
     "uneven_padded": Scenario("sft", num_probes=3, options=PADDED | {"probe_tokens_per_batch": 40}),
+    # Three batches of prompts for two processes, or five where a batch holds the new tokens as well.
+    "answers_shared": Scenario("sft", num_probes=5, options=SHARED | ANSWERS),
+    "answers_padded": Scenario("sft", num_probes=5, options=PADDED | ANSWERS),
     "one_probe_shared": Scenario("sft", num_probes=1, options=SHARED | {"probe_tokens_per_batch": 512}),
     "one_probe_padded": Scenario("sft", num_probes=1, options=PADDED | {"probe_tokens_per_batch": 512}),
     "bf16": Scenario("sft", mixed_precision="bf16"),

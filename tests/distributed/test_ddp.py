@@ -5,7 +5,14 @@ import sys
 
 import pandas as pd
 import pytest
-from comparison import assert_consistent, assert_same_course, assert_same_start, batch_plan, records
+from comparison import (
+    assert_consistent,
+    assert_same_answers,
+    assert_same_course,
+    assert_same_start,
+    batch_plan,
+    records,
+)
 from launcher import CONFIGS, free_port, launch, watch
 
 from tiny import tiny_model, tiny_tokenizer
@@ -23,6 +30,8 @@ SAME_COURSE = [
     "accumulation",
     "uneven_shared",
     "uneven_padded",
+    "answers_shared",
+    "answers_padded",
     "one_probe_shared",
     "one_probe_padded",
     "saved",
@@ -85,6 +94,12 @@ def test_two_processes_log_the_sides_of_pairs_that_one_logs(one, two):
 def sides_logged(outcome: dict) -> list[tuple[int, dict]]:
     entries = [(entry["step"], {key: entry[key] for key in entry if "/" in key}) for entry in outcome["log"]]
     return [(step, line) for step, line in entries if any("nll/" in key for key in line)]
+
+
+@pytest.mark.parametrize("name", ["answers_shared", "answers_padded"])
+def test_two_processes_answer_as_one_does(name, one, two):
+    one.outcome(name), two.outcome(name)
+    assert_same_answers(one.folder / name, two.folder / name)
 
 
 @pytest.mark.parametrize("name", ["answers_shared", "answers_padded"])

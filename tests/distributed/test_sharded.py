@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from comparison import assert_consistent, assert_same_course, assert_same_start, records
+from comparison import assert_consistent, assert_same_answers, assert_same_course, assert_same_start, records
 from launcher import launch
 
 pytestmark = pytest.mark.distributed
@@ -17,6 +17,7 @@ SAME_COURSE = {
     "accumulation": "shared_prefix",
     "uneven_shared": "shared_prefix",
     "uneven_padded": "padded",
+    "answers_shared": "shared_prefix",
     "one_probe_shared": "shared_prefix",
     "tied": "shared_prefix",
     "saved": "shared_prefix",
@@ -68,6 +69,12 @@ def test_sharded_processes_record_what_one_records(config, name, one, sharded):
     alone = json.loads((one.folder / name / "dynamics/meta.json").read_text())
     for count in ("num_parameters", "num_trainable"):
         assert meta["model"][count] == alone["model"][count]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_sharded_processes_answer_as_one_does(config, one, sharded):
+    one.outcome("answers_shared"), sharded(config).outcome("answers_shared")
+    assert_same_answers(one.folder / "answers_shared", sharded(config).folder / "answers_shared")
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -40,7 +40,18 @@ def test_a_budget_decides_and_notes_it(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_dynamics.tracking.callback.is_affordable", lambda *args, step, **more: step == 8)
     make_trainer("sft", tmp_path / "two", **options).train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-6"))
     taken = {choice["step"]: choice["taken"] for choice in meta(tmp_path / "two")["decisions"]}
-    assert taken == {0: True, 2: False, 4: True, 6: False, 8: True, 10: False, 12: False}
+    assert taken == {0: True, 2: False, 4: True, 6: False, 8: True, 10: False, 12: True}
+    assert meta(tmp_path / "two")["decisions"][-1] == {"step": 12, "taken": True, "affordable": False}
+
+
+def test_decisions_say_what_an_evaluation_took_all_the_same(tmp_path):
+    options = {"probes": PROBES, "max_steps": 8, "probe_every": 2, "probe_log_spaced": False, "probe_budget": 1e-6}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 4, "probe_on_evaluate": True}
+    make_trainer("sft", tmp_path, **options, **evaluation).train()
+    assert steps(tmp_path) == [0, 4, 8]
+    decisions = {choice.pop("step"): choice for choice in meta(tmp_path)["decisions"]}
+    refused, anyway = {"taken": False}, {"taken": True, "affordable": False}
+    assert decisions == {0: {"taken": True}, 2: refused, 4: anyway, 6: refused, 8: {"taken": True}}
 
 
 def test_a_subset_is_the_same_whatever_else_is_in_the_set(tmp_path):

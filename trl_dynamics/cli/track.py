@@ -210,7 +210,7 @@ class _Session:
 
         def write() -> None:
             if is_first:
-                why = "; ".join(self.news) or "nothing had been scored"
+                why = "; ".join(self.news) or "track begins there"
                 self.store.create(probe_set, self.meta, changed_fields(args), why)
             if not self.store.has_baseline(model_index=target.model_index):
                 self.store.write_baseline(scores.star_ids, model_index=target.model_index)

@@ -170,6 +170,10 @@ class ProbeCallback(TrainerCallback):
         if series.baseline is None:
             series.baseline, series.star_ids = table, star_ids
             series.meta["baseline_step"] = step
+        decisions = series.meta.get("decisions")
+        if decisions and decisions[-1]["step"] == step and not decisions[-1]["taken"]:
+            # An evaluation, or the end, asked for what the budget had said no to.
+            decisions[-1] |= {"taken": True, "affordable": False}
         series.add(rows, step, samples)
         news = series.look(table) if state.is_world_process_zero else []
         self._mark_checkpoints(state)

@@ -102,12 +102,6 @@ def test_two_processes_answer_as_one_does(name, one, two):
     assert_same_answers(one.folder / name, two.folder / name)
 
 
-@pytest.mark.parametrize("name", ["answers_shared", "answers_padded"])
-def test_two_processes_answer_as_one_does(name, one, two):
-    one.outcome(name), two.outcome(name)
-    assert_same_answers(one.folder / name, two.folder / name)
-
-
 def test_grpo_samples_differently_from_the_same_start(one, two):
     for run in (one, two):
         run.outcome("grpo")

@@ -89,7 +89,8 @@ def test_sum_sq_is_added_to_the_head_of_dpo_and_changes_nothing_else(lora, tmp_p
         return output, torch.autograd.grad(output.log_probs.sum(), [p for p in model.parameters() if p.requires_grad])
 
     plain, gradients = forward()
-    assert plain.log_sum_sq_probs is None and all(plain[name] is not None for name in compat.DPO_HEAD_OUTPUTS)
+    fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    assert {name for name in fields if getattr(plain, name) is not None} == set(compat.DPO_HEAD_OUTPUTS)
     with torch.no_grad():
         logp = model(ids).logits.double()[:, :-1].log_softmax(-1)
     compat.add_sum_sq_to_head(compat.base_causal_lm(model))

@@ -12,7 +12,6 @@ from transformers import TrainingArguments
 
 from trl_dynamics.ops.preference import GATED_PROB, MARGIN_TERMS, cal_dpo, dpo, linear
 from trl_dynamics.trainers import loss_head
-from trl_dynamics.trainers.config import SqueezeArguments
 from trl_dynamics.trainers.gate import Gate
 from trl_dynamics.trainers.gauge import Gauge
 from trl_dynamics.trainers.guard import SqueezeGuard
@@ -25,6 +24,7 @@ from trl_dynamics.trainers.recording import (
     rejected_only,
     watch_gradient,
 )
+from trl_dynamics.trainers.squeeze_arguments import SqueezeArguments
 
 # What a batch holds for the loss and not for the model.
 LOSS_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
@@ -225,12 +225,14 @@ class SqueezeLoss:
     def _forward(self, output, inputs: dict) -> TokenForward:
         mask_BT = inputs["completion_mask"][:, 1:].bool()
         columns = slice(-mask_BT.shape[1], None)
-        log_sum_sq = output.log_sum_sq_probs
+        log_sum_sq, trainer = output.log_sum_sq_probs, self.trainer
+        # Set by the training loop; a loss may be asked for outside of it.
+        accumulated = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
         return TokenForward(
             output.log_probs.detach()[:, columns],
             mask_BT,
             None if log_sum_sq is None else log_sum_sq[:, columns],
             num_pairs=len(mask_BT) // 2,
-            num_accumulated=self.trainer.current_gradient_accumulation_steps,
+            num_accumulated=accumulated,
             model_inputs={name: value for name, value in inputs.items() if name not in LOSS_KEYS},
         )

@@ -236,7 +236,8 @@ def test_wrong_input_is_one_line(world, tmp_path, capsys):
         ),
         "training data row 1 has a blank 'chosen'": flags(world, out, dataset_name=tmp_path / "blank.jsonl"),
         "has no response type 'rejected'": flags(world, out, probe_set=tmp_path / "no_rejected.jsonl"),
-        "response 'chosen' has 1202 tokens": flags(world, out, probe_set=tmp_path / "long.jsonl"),
+        "response 'chosen' has 1202 tokens": flags(world, tmp_path / "other", probe_set=tmp_path / "long.jsonl"),
+        "probe set './missing.jsonl' does not exist": flags(world, out, probe_set="./missing.jsonl"),
         "unknown option or YAML key 'prbe_every'; did you mean --probe_every?": [
             "--config",
             str(tmp_path / "bad.yaml"),
@@ -251,10 +252,11 @@ def test_wrong_input_is_one_line(world, tmp_path, capsys):
         "the data has no split 'validation'": flags(world, out, dataset_train_split="validation"),
         "cannot write": flags(world, tmp_path / "file" / "below"),
         "probe_every is -1.0": flags(world, out, probe_every=-1),
+        "probe_budget is 5.0": flags(world, out, probe_budget=5),
     }
     for message, argv in cases.items():
         assert message in failure(capsys, ["dpo", *argv]), message
-    assert not (out / "dynamics" / "records").exists() or not list((out / "dynamics" / "records").iterdir())
+    assert not out.exists() and not list((tmp_path / "other").iterdir())
 
 
 def test_drop_invalid_rows(world, tmp_path):

@@ -136,14 +136,15 @@ def require_columns(dataset: Dataset, method: str) -> None:
 
 
 def require_writable(output_dir: str) -> None:
-    """Refuse an output directory that cannot be written, before anything is loaded.
+    """Refuse an output directory that cannot be written, before anything is loaded; it is not made yet.
 
     Raises:
-        ValueError: If no file can be made there.
+        ValueError: If no file can be made there, or in the nearest folder above it that exists.
     """
+    place = Path(output_dir)
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
+        nearest = next(path for path in (place, *place.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {output_dir!r}: {error.strerror}; choose another one") from error

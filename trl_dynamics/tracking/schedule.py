@@ -17,8 +17,7 @@ def probe_steps(
     Raises:
         ValueError: If `every` is negative or a fraction of more than one step.
     """
-    if not 0 <= every < math.inf or (every > 1 and every != int(every)):
-        raise ValueError(f"probe_every is {every}, expected a whole number of steps, a share below 1, or 0 for none")
+    check_every(every)
     # 0.07 * 100 is a little more than 7 in floating point, and must not become 8.
     interval = math.ceil(round(every * max_steps, 9)) if 0 < every < 1 else int(every)
     steps = set(range(interval, max_steps + 1, interval)) if interval else set()
@@ -28,3 +27,13 @@ def probe_steps(
     steps |= {0} if at_start else set()
     steps |= {max_steps} if at_end else set()
     return sorted(steps)
+
+
+def check_every(every: float) -> None:
+    """Refuse what is neither a number of steps nor a share of them.
+
+    Raises:
+        ValueError: If it is negative or a fraction of more than one step.
+    """
+    if not 0 <= every < math.inf or (every > 1 and every != int(every)):
+        raise ValueError(f"probe_every is {every}, expected a whole number of steps, a share below 1, or 0 for none")

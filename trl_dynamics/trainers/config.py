@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from trl_dynamics.trainers.data import SFT_ON
+from trl_dynamics.trainers.probe_checks import check_probe_options
 from trl_dynamics.trainers.squeeze_arguments import SqueezeArguments
 
 
@@ -73,6 +74,11 @@ class ScoringArguments:
     probe_sample_tokens: int = field(
         default=64, metadata={"help": "Most new tokens of an answer that `probe_samples` asks for."}
     )
+
+    def __post_init__(self):
+        check_probe_options(self)
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
 
 
 @dataclass

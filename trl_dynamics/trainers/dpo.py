@@ -5,6 +5,7 @@ import trl
 from trl_dynamics.trainers.config import DPOConfig
 from trl_dynamics.trainers.interventions import SqueezeLoss, build_loss, squeeze_options
 from trl_dynamics.trainers.mixin import DynamicsMixin
+from trl_dynamics.trainers.probe_checks import find_probes
 
 
 class DPOTrainer(DynamicsMixin, trl.DPOTrainer):
@@ -27,10 +28,10 @@ class DPOTrainer(DynamicsMixin, trl.DPOTrainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         options = squeeze_options(args)
+        probe_set = find_probes(probe_set, args)
         super().__init__(model, ref_model, args, *more, **kwargs)
-        tracked = probe_set is not None or getattr(self.args, "probe_set", None) is not None
         # Before the stats head, which passes other calls on to the forward that it finds.
-        self._squeeze_loss = build_loss(self, options, tracked=tracked)
+        self._squeeze_loss = build_loss(self, options, tracked=probe_set is not None)
         self._start_tracking(probe_set, "dpo")
 
     def _compute_loss(self, model, inputs, return_outputs):

@@ -4,6 +4,7 @@ import trl
 
 from trl_dynamics.trainers.config import GRPOConfig
 from trl_dynamics.trainers.mixin import DynamicsMixin
+from trl_dynamics.trainers.probe_checks import find_probes
 
 
 class GRPOTrainer(DynamicsMixin, trl.GRPOTrainer):
@@ -24,6 +25,7 @@ class GRPOTrainer(DynamicsMixin, trl.GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+        probe_set = find_probes(probe_set, args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self._start_tracking(probe_set, "grpo")
         if self.probe_callback is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from trl_dynamics import stats_head
-from trl_dynamics.probing import io as probe_io
+from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.callback import ProbeCallback
 from trl_dynamics.tracking.card import model_card_section
 from trl_dynamics.tracking.console import show_messages
@@ -28,24 +28,23 @@ class DynamicsMixin:
 
     probe_callback: ProbeCallback | None = None
 
-    def _start_tracking(self, probe_set, method: str) -> None:
-        source = probe_set if probe_set is not None else getattr(self.args, "probe_set", None)
-        if source is None:
+    def _start_tracking(self, probe_set: ProbeSet | None, method: str) -> None:
+        if probe_set is None:
             return
         args = with_probe_defaults(self.args)
-        chosen = probe_io.load(source).narrow(args.probe_max_probes, args.probe_subset)
         refuse_parallelism(self)
         if self.is_world_process_zero():
             show_messages()
-        engine, fallback = build_engine(self.model, self.processing_class, chosen, args, self.accelerator)
-        sampler = build_sampler(self.model, self.processing_class, chosen, args, engine)
+        engine, fallback = build_engine(self.model, self.processing_class, probe_set, args, self.accelerator)
+        sampler = build_sampler(self.model, self.processing_class, probe_set, args, engine)
         stats_head.install(self.model)
-        meta = describe_run(self.model, chosen, engine, method, args, sampler) | {
+        meta = describe_run(self.model, probe_set, engine, method, args, sampler) | {
             "seed": args.seed,
             "num_processes": self.accelerator.num_processes,
         }
         store = DynamicsStore(args.output_dir)
-        self.probe_callback = ProbeCallback(self, engine, chosen, store, meta, changed_fields(args), fallback, sampler)
+        config = changed_fields(args)
+        self.probe_callback = ProbeCallback(self, engine, probe_set, store, meta, config, fallback, sampler)
         self.add_callback(self.probe_callback)
 
     def train(self, *args, **kwargs):

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 from trl_dynamics.trainers.config import SFTConfig
 from trl_dynamics.trainers.data import column_names, is_preference, preference_to_completion, sides_of
 from trl_dynamics.trainers.mixin import DynamicsMixin
+from trl_dynamics.trainers.probe_checks import find_probes
 from trl_dynamics.trainers.recorder import Recorder
 from trl_dynamics.trainers.sides import LABEL_ROW, LABEL_SIDE, SIDE_COLUMN, SideCollator, mark_labels, side_sums
 
@@ -42,6 +43,7 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = SFTConfig(f"{name.split('/')[-1]}-SFT")
+        probe_set = find_probes(probe_set, args)
         self._sft_on = getattr(args, "sft_on", "chosen")
         self._sides = sides_of(self._sft_on)
         self._side_sums: dict[str, torch.Tensor] = {}

@@ -1,0 +1,72 @@
+"""What is wrong with probe options, told before a model is loaded or a folder is made."""
+
+import dataclasses
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from trl_dynamics.probing import io as probe_io
+from trl_dynamics.probing.encode import LengthLimits
+from trl_dynamics.probing.schema import ProbeSet, check_amount
+from trl_dynamics.tracking.budget import check_budget
+from trl_dynamics.tracking.schedule import check_every
+
+_LEAST = {
+    "probe_max_probes": 1,
+    "probe_tokens_per_batch": 1,
+    "probe_top_k": 1,
+    "probe_samples": 0,
+    "probe_sample_tokens": 1,
+}
+
+
+def check_probe_options(options) -> None:
+    """Refuse values that no run can have.
+
+    Args:
+        options: A dataclass with the fields of `ScoringArguments`, and those of `ProbeArguments` if it trains.
+
+    Raises:
+        ValueError: If a value is out of its range or not among its choices.
+    """
+    for field in dataclasses.fields(options):
+        if field.name.startswith("probe_") and "choices" in field.metadata:
+            _check_choice(field, getattr(options, field.name))
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if value is not None and (value < least or value != int(value)):
+            raise ValueError(f"{name} is {value}, expected at least {least}, as a whole number")
+    if options.probe_subset is not None:
+        check_amount(options.probe_subset)
+    LengthLimits(options.probe_max_prompt_length, options.probe_max_length)
+    if hasattr(options, "probe_every"):
+        check_every(options.probe_every)
+        check_budget(options.probe_budget)
+
+
+def find_probes(probe_set, args: TrainingArguments) -> ProbeSet | None:
+    """What a run is to track; None where it is nothing.
+
+    Args:
+        probe_set: As the trainers take it; None for the one that `args` names.
+        args: Ours, or a plain TRL config.
+
+    Raises:
+        ValueError: If `output_dir` cannot be a folder, or the probe set does not exist or is not valid.
+    """
+    place = Path(args.output_dir)
+    there = next((path for path in (place, *place.parents) if path.exists()), place)
+    if there.exists() and not there.is_dir():
+        raise ValueError(f"output_dir is {args.output_dir!r}, but {str(there)!r} is a file; choose another folder")
+    source = probe_set if probe_set is not None else getattr(args, "probe_set", None)
+    if source is None:
+        return None
+    options = (getattr(args, name, None) for name in ("probe_max_probes", "probe_subset"))
+    return probe_io.load(source).narrow(*options)
+
+
+def _check_choice(field: dataclasses.Field, value: object) -> None:
+    choices = field.metadata["choices"]
+    if value not in choices and value != field.default:
+        expected = ", ".join(map(str, choices)) + (", or none" if field.default is None else "")
+        raise ValueError(f"{field.name} is {value!r}, expected {'one of ' if len(choices) > 1 else ''}{expected}")

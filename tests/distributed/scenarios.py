@@ -25,6 +25,7 @@ class Scenario:
         lora (`bool`, *optional*): Train an adapter.
         accumulation (`int`, *optional*): Forwards of one process that an optimiser step of two processes takes.
         tied (`bool`, *optional*): The LM head shares the embeddings' weights.
+        undivided (`bool`, *optional*): One process takes the rows of a step in one forward.
         resume_from (`str`, *optional*): Continue a copy of this scenario's run, from its checkpoint after step 2;
             relative to the launch's folder.
         parallelism (`dict`, *optional*): Sizes as `accelerate launch --parallelism_config_...` would set them; the
@@ -40,6 +41,7 @@ class Scenario:
     lora: bool = False
     accumulation: int = 1
     tied: bool = False
+    undivided: bool = False
     resume_from: str | None = None
     parallelism: dict = field(default_factory=dict)
     mixed_precision: str = "no"
@@ -68,6 +70,7 @@ SHARED = {"probe_layout": "shared_prefix"}
 SIDES = {"sft_on": "both", "logging_steps": 1, "eval_strategy": "no", "eval_on_start": True}
 SIDES |= {"per_device_eval_batch_size": 3}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
+GUARDED = {"squeeze_guard": 1e-3, "logging_steps": 1, "learning_rate": 1e-2, "optim": "sgd"}
 ANSWERS = {"probe_samples": 5, "probe_sample_tokens": 12, "probe_tokens_per_batch": 40}
 SCENARIOS = {
     "sft": Scenario("sft", options=SHARED),
@@ -78,6 +81,8 @@ SCENARIOS = {
     "grpo": Scenario("grpo"),
     "sft_lora": Scenario("sft", lora=True),
     "dpo_lora": Scenario("dpo", lora=True),
+    "dpo_guard": Scenario("dpo", undivided=True, options=GUARDED),
+    "dpo_guard_lora": Scenario("dpo", undivided=True, lora=True, options=GUARDED),
     "accumulation": Scenario("sft", accumulation=2, options=SIDES),
     # So few tokens that each prompt, or each response, is a group of its own.
     "uneven_shared": Scenario("sft", num_probes=5, options=SHARED | {"probe_tokens_per_batch": 40}),
@@ -142,8 +147,8 @@ def make(scenario: Scenario, folder: Path, name: str, num_processes: int, **devi
             "max_steps": 4,
             "probe_every": 2,
             "probe_tokens_per_batch": 96,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": rows // num_processes,
+            "per_device_train_batch_size": rows // num_processes if scenario.undivided else 1,
+            "gradient_accumulation_steps": 1 if scenario.undivided else rows // num_processes,
         }
         | scenario.options
         | device_options,

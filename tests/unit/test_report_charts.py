@@ -10,7 +10,7 @@ import pytest
 from synthetic_runs import ALL_TYPES, SQUEEZED, STEPS, records, write_run
 
 from trl_dynamics.probing.schema import GROUPS, RESPONSE_TYPES
-from trl_dynamics.report import charts, gallery, load, steps, style
+from trl_dynamics.report import charts, gallery, levels, load, steps, style
 from trl_dynamics.report.export import export_csv, export_png
 from trl_dynamics.report.spec import VEGA_LITE
 from trl_dynamics.tracking.aggregate import summarise
@@ -39,6 +39,30 @@ def test_learning_paths_hold_every_measure(summary):
     assert row["change_token"] == pytest.approx(summary.change_since_start().at[160, "rejected"], rel=1e-4)
     assert row["sequence"] == pytest.approx(summary.path("logp_sum").at[160, "rejected"], rel=1e-4)
     assert row["change_token_lo"] <= row["change_token"] <= row["change_token_hi"]
+
+
+def test_the_axis_of_learning_paths_covers_what_is_always_seen_and_no_more(summary):
+    spec = charts.learning_paths(summary)
+    (expression,) = [param["expr"] for param in spec["params"] if param["name"] == "span"]
+    spans = json.loads(expression.removeprefix("(").removesuffix(")[measure]"))
+    for name, (low, high) in spans.items():
+        seen = []
+        for row in spec["data"]["values"]:
+            seen.append(row[name])
+            seen += [row[f"{name}_lo"], row[f"{name}_hi"]] if row["response_type"] in ("chosen", "rejected") else []
+        assert (low, high) == pytest.approx((min(seen), max(seen))), name
+
+
+def test_start_and_end_are_per_sequence_where_the_page_is(summary):
+    vl_convert = pytest.importorskip("vl_convert")
+    spec = levels.levels(summary) | {"width": 400}
+    row = next(row for row in spec["data"]["values"] if row["response_type"] == "rejected")
+    for column in ("logp_mean", "logp_sum"):
+        path = summary.path(column)["rejected"]
+        assert (row[f"{column}_start"], row[f"{column}_end"]) == pytest.approx((path.iloc[0], path.iloc[-1]), rel=1e-4)
+    for measure, unit in (("change_token", "per token"), ("sequence", "per sequence")):
+        params = [param | ({"value": measure} if param["name"] == "measure" else {}) for param in spec["params"]]
+        assert unit in vl_convert.vegalite_to_svg(spec | {"params": params}, vl_version=VEGA_LITE)
 
 
 def test_charts_are_capped():
@@ -116,6 +140,15 @@ def test_a_flat_curve_is_drawn_flat():
     constant = charts.metric_by_run({"run": pd.Series([1e-6, 1e-6], index=[0, 1])}, "t", "")
     low, high = constant["encoding"]["y"]["scale"]["domain"]
     assert low < 1e-6 < high < 1e-5
+
+
+def test_vega_has_nothing_to_warn_of(summary):
+    """It warns of charts that fill the width with a height in steps, and of one field with two unequal legends."""
+    curves = {name: pd.Series([0.5, 0.7], index=[0, 1]) for name in ("a", "b")}
+    channels = charts.metric_by_run(curves, "t", "nats")["encoding"]
+    assert channels["color"]["legend"] == channels["strokeDash"]["legend"] is not None
+    for spec in (levels.levels(summary), levels.levels_by_run({"a": summary, "b": summary})):
+        assert isinstance(spec["height"], int)
 
 
 def test_argmax_and_chosen_enclose_the_gap(summary):

@@ -4,12 +4,12 @@ Every chart over steps has the parameter `log_steps`, which stretches the early 
 `measure`. The page sets both; without a page they keep the value they are made with.
 """
 
+import json
 import re
 from collections.abc import Mapping
 
 import pandas as pd
 
-from trl_dynamics.probing.schema import order_types
 from trl_dynamics.report import style
 from trl_dynamics.report.glossary import METRIC_TERMS, SAMPLE_TERMS
 from trl_dynamics.report.spec import chart, data_rows, rounded, tooltip, zero_line
@@ -44,11 +44,16 @@ def learning_paths(summary: Summary) -> dict:
     """Mean per response type over the steps; the band (chosen, rejected, the one in focus) is 10-90 % of probes."""
     types, steps = summary.types, drawn_steps(summary)
     data = _all_measures(summary)
+    data = data[data["step"].isin(steps)]
     return chart(
-        data_rows(data[data["step"].isin(steps)]),
+        data_rows(data),
         titled("Learning paths: mean log-probability per response type", len(steps), len(summary.steps)),
         height=400,
-        params=[{"name": "measure", "value": "change_token"}, log_steps(steps)],
+        params=[
+            {"name": "measure", "value": "change_token"},
+            {"name": "span", "expr": f"({json.dumps(_spans(data))})[measure]"},
+            log_steps(steps),
+        ],
         transform=[
             {"calculate": "datum[measure]", "as": "value"},
             {"calculate": "datum[measure + '_lo']", "as": "lo"},
@@ -56,7 +61,7 @@ def learning_paths(summary: Summary) -> dict:
             *step_transform(),
             {"filter": "isValid(datum.value)"},
         ],
-        encoding={"x": step_axis(steps), "color": _type_color(types)},
+        encoding={"x": step_axis(steps), "color": type_color(types)},
         layer=[_path_bands(), _path_lines(types, steps), _path_tooltips()],
     )
 
@@ -72,10 +77,21 @@ def _all_measures(summary: Summary) -> pd.DataFrame:
     return pd.concat(parts, axis=1).reset_index()
 
 
+def _spans(data: pd.DataFrame) -> dict[str, list[float]]:
+    """What the y axis covers per measure: every line, and the bands that are always seen, not those of other types."""
+    main = data["response_type"].isin(style.MAIN_TYPES)
+    spans = {}
+    for name in MEASURES:
+        seen = pd.concat([data[name], *(data.loc[main, f"{name}_{end}"] for end in ("lo", "hi"))]).dropna()
+        low, high = float(seen.min()), float(seen.max())
+        spans[name] = _widened([low, high], MIN_SPAN).get("domain", [rounded(low), rounded(high)])
+    return spans
+
+
 def _path_bands() -> dict:
     picked = {"param": "pick", "empty": False}
     return {
-        "mark": {"type": "area"},
+        "mark": {"type": "area", "clip": True},
         "encoding": {
             "y": {"field": "lo", "type": "quantitative"},
             "y2": {"field": "hi"},
@@ -101,7 +117,7 @@ def _path_lines(types: list[str], steps: list[int]) -> dict:
                 "field": "value",
                 "type": "quantitative",
                 "axis": {"title": "nats"} | zero_line(),
-                "scale": {"zero": False},
+                "scale": {"zero": False, "domainMin": {"expr": "span[0]"}, "domainMax": {"expr": "span[1]"}},
             },
             "strokeWidth": {
                 "condition": [{"test": _IN_FOCUS, "value": 4}, {"test": _IS_MAIN, "value": 2.8}],
@@ -142,84 +158,6 @@ def _path_tooltips() -> dict:
             ],
         },
     }
-
-
-def levels(summary: Summary) -> dict:
-    """Start (ring) and end (dot) per response type, nats per token, joined by a line."""
-    path = summary.path()
-    ends = (
-        pd.DataFrame({"start": path.iloc[0], "end": path.iloc[-1]}).dropna().rename_axis("response_type").reset_index()
-    )
-    types = list(ends["response_type"])
-    y = {
-        "field": "response_type",
-        "type": "nominal",
-        "sort": types,
-        "axis": {"title": None, "labelLimit": 240, "grid": False},
-    }
-    x = {
-        "type": "quantitative",
-        "scale": {"zero": False},
-        "axis": {"title": "log-probability, nats per token", "tickCount": 8},
-    }
-    numbers = [{"field": name, "type": "quantitative", "format": ".3f"} for name in ("start", "end")]
-    shown = [{"field": "response_type", "type": "nominal", "title": "response"}, *numbers]
-    return chart(
-        data_rows(ends),
-        "Start (ring) and end (dot) of every response type" if len(path) > 1 else "Level of every response type",
-        height={"step": 22},
-        encoding={"y": y, "color": _type_color(types, legend=False), "tooltip": shown},
-        layer=[
-            {
-                "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
-                "encoding": {"x": {"field": "start"} | x, "x2": {"field": "end"}},
-            },
-            {
-                "mark": {"type": "point", "size": 55, "strokeWidth": 1.8, "filled": False},
-                "encoding": {"x": {"field": "start"} | x},
-            },
-            {
-                "mark": {"type": "point", "size": 95, "filled": True, "opacity": 1},
-                "encoding": {"x": {"field": "end"} | x},
-            },
-        ],
-    )
-
-
-def levels_by_run(summaries: Mapping[str, Summary]) -> dict:
-    """Level of every response type at each run's last step, nats per token, a mark per run."""
-    rows = [
-        {"run": label, "response_type": name, "value": rounded(float(value)), "step": int(path.index[-1])}
-        for label, path in ((label, summary.path()) for label, summary in summaries.items())
-        for name, value in path.iloc[-1].dropna().items()
-    ]
-    types = order_types(row["response_type"] for row in rows)
-    styles = style.run_styles(summaries)
-    colors = {"domain": list(styles), "range": [color for color, _ in styles.values()]}
-    legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 260}
-    return chart(
-        rows,
-        "Level of every response type at the last step",
-        height={"step": 24},
-        mark={"type": "point", "filled": True, "size": 80, "opacity": 0.85},
-        encoding={
-            "y": {
-                "field": "response_type",
-                "type": "nominal",
-                "sort": types,
-                "axis": {"title": None, "labelLimit": 240, "grid": True},
-            },
-            "x": {
-                "field": "value",
-                "type": "quantitative",
-                "scale": {"zero": False},
-                "axis": {"title": "log-probability, nats per token", "grid": False, "tickCount": 8},
-            },
-            "color": {"field": "run", "type": "nominal", "scale": colors, "legend": legend},
-            "shape": {"field": "run", "type": "nominal", "scale": {"domain": list(styles)}, "legend": legend},
-            "tooltip": [{"field": "response_type", "type": "nominal", "title": "response"}, *tooltip("run")],
-        },
-    )
 
 
 def argmax_and_chosen(summary: Summary) -> dict | None:
@@ -336,7 +274,7 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, min
             },
             "color": channel | {"scale": scale | {"range": [color for color, _ in styles.values()]}, "legend": legend},
             "strokeDash": channel
-            | {"scale": scale | {"range": [dash for _, dash in styles.values()]}, "legend": None},
+            | {"scale": scale | {"range": [dash for _, dash in styles.values()]}, "legend": legend},
             "tooltip": tooltip("run" if len(curves) > 1 else None),
         },
     )
@@ -366,7 +304,8 @@ def type_change(summaries: Mapping[str, Summary], response_type: str) -> dict | 
     return metric_by_run(curves, f"{response_type}: change since start", "nats per token", min_span=MIN_SPAN)
 
 
-def _type_color(types: list[str], *, legend: bool = True) -> dict:
+def type_color(types: list[str], *, legend: bool = True) -> dict:
+    """The colour channel by response type."""
     return {
         "field": "response_type",
         "type": "nominal",

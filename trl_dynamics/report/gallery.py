@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 
-from trl_dynamics.report import charts
+from trl_dynamics.report import charts, levels
 from trl_dynamics.report.load import Run, Series
 from trl_dynamics.tracking.metrics import METRICS, third_party_types
 from trl_dynamics.tracking.samples import SAMPLE_METRICS
@@ -44,7 +44,7 @@ _COMPARED_TYPES = ("chosen", "rejected", "other_train")
 def path_charts(series: Series) -> dict[str, dict]:
     """Learning paths and the start and end of every type; a single step has levels only."""
     found = {"learning_paths": charts.learning_paths(series.summary)} if len(series.steps) > 1 else {}
-    return found | {"levels": charts.levels(series.summary)}
+    return found | {"levels": levels.levels(series.summary)}
 
 
 def squeezing_charts(series: Series) -> dict[str, dict]:
@@ -108,7 +108,7 @@ def comparison_charts(series: list[Series]) -> dict[str, dict]:
     if len(series) < 2:
         return {}
     summaries = {one.label: one.summary for one in series}
-    drawn: dict[str, dict | None] = {"levels_at_end": charts.levels_by_run(summaries)}
+    drawn: dict[str, dict | None] = {"levels_at_end": levels.levels_by_run(summaries)}
     if any(len(one.steps) > 1 for one in series):
         drawn |= {f"change_{name}": charts.type_change(summaries, name) for name in _COMPARED_TYPES}
         drawn |= {name: charts.metric(summaries, name) for name in METRICS}

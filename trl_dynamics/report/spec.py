@@ -10,8 +10,11 @@ VEGA_LITE = "6.4"
 SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE.split('.')[0]}.json"
 
 
-def chart(rows: list[dict], title: str, *, height: int | dict, **parts) -> dict:
-    """A spec as wide as its place, with its data inside; `parts` are further top-level entries."""
+def chart(rows: list[dict], title: str | dict, *, height: int, **parts) -> dict:
+    """A spec as wide as its place, with its data inside; `parts` are further top-level entries.
+
+    A title that is an expression needs a `description` besides, for those who hear the page.
+    """
     return {
         "$schema": SCHEMA,
         "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": 600, "offset": 8},

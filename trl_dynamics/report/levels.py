@@ -1,0 +1,97 @@
+"""Where response types stand: the charts with a row per type."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from trl_dynamics.probing.schema import order_types
+from trl_dynamics.report import style
+from trl_dynamics.report.charts import type_color
+from trl_dynamics.report.spec import chart, data_rows, rounded, tooltip
+from trl_dynamics.tracking.aggregate import Summary
+from trl_dynamics.tracking.metrics import PER_SEQUENCE, PER_TOKEN
+
+
+def levels(summary: Summary) -> dict:
+    """Start (ring) and end (dot) per response type, joined by a line: per token or per sequence, as `measure` says."""
+    paths = {PER_TOKEN: summary.path(), PER_SEQUENCE: summary.path(PER_SEQUENCE)}
+    parts = {f"{column}_start": path.iloc[0] for column, path in paths.items()}
+    parts |= {f"{column}_end": path.iloc[-1] for column, path in paths.items()}
+    ends = pd.DataFrame(parts).dropna().rename_axis("response_type").reset_index()
+    types = list(ends["response_type"])
+    what = "Start (ring) and end (dot)" if len(paths[PER_TOKEN]) > 1 else "Level"
+    y = {
+        "field": "response_type",
+        "type": "nominal",
+        "sort": types,
+        "axis": {"title": None, "labelLimit": 240, "grid": False},
+    }
+    x = {
+        "type": "quantitative",
+        "scale": {"zero": False},
+        "axis": {"title": "log-probability, nats", "tickCount": 8},
+    }
+    numbers = [{"field": name, "type": "quantitative", "format": ".3f"} for name in ("start", "end")]
+    shown = [{"field": "response_type", "type": "nominal", "title": "response"}, *numbers]
+    return chart(
+        data_rows(ends),
+        {"expr": f"'{what} of every response type, per ' + (column == '{PER_TOKEN}' ? 'token' : 'sequence')"},
+        height=22 * len(types),
+        description=f"{what} of every response type",
+        params=[
+            {"name": "measure", "value": "change_token"},
+            {"name": "column", "expr": f"test(/token$/, measure) ? '{PER_TOKEN}' : '{PER_SEQUENCE}'"},
+        ],
+        transform=[{"calculate": f"datum[column + '_{end}']", "as": end} for end in ("start", "end")],
+        encoding={"y": y, "color": type_color(types, legend=False), "tooltip": shown},
+        layer=[
+            {
+                "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
+                "encoding": {"x": {"field": "start"} | x, "x2": {"field": "end"}},
+            },
+            {
+                "mark": {"type": "point", "size": 55, "strokeWidth": 1.8, "filled": False},
+                "encoding": {"x": {"field": "start"} | x},
+            },
+            {
+                "mark": {"type": "point", "size": 95, "filled": True, "opacity": 1},
+                "encoding": {"x": {"field": "end"} | x},
+            },
+        ],
+    )
+
+
+def levels_by_run(summaries: Mapping[str, Summary]) -> dict:
+    """Level of every response type at each run's last step, nats per token, a mark per run."""
+    rows = [
+        {"run": label, "response_type": name, "value": rounded(float(value)), "step": int(path.index[-1])}
+        for label, path in ((label, summary.path()) for label, summary in summaries.items())
+        for name, value in path.iloc[-1].dropna().items()
+    ]
+    types = order_types(row["response_type"] for row in rows)
+    styles = style.run_styles(summaries)
+    colors = {"domain": list(styles), "range": [color for color, _ in styles.values()]}
+    legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 260}
+    return chart(
+        rows,
+        "Level of every response type at the last step",
+        height=24 * len(types),
+        mark={"type": "point", "filled": True, "size": 80, "opacity": 0.85},
+        encoding={
+            "y": {
+                "field": "response_type",
+                "type": "nominal",
+                "sort": types,
+                "axis": {"title": None, "labelLimit": 240, "grid": True},
+            },
+            "x": {
+                "field": "value",
+                "type": "quantitative",
+                "scale": {"zero": False},
+                "axis": {"title": "log-probability, nats per token", "grid": False, "tickCount": 8},
+            },
+            "color": {"field": "run", "type": "nominal", "scale": colors, "legend": legend},
+            "shape": {"field": "run", "type": "nominal", "scale": {"domain": list(styles)}, "legend": legend},
+            "tooltip": [{"field": "response_type", "type": "nominal", "title": "response"}, *tooltip("run")],
+        },
+    )

@@ -60,7 +60,9 @@ def drained_mass(start: StepTable, now: StepTable) -> float:
     mean over probes of rest(start) - rest(now), rest = mean over positions of 1 - pi(y-) - pi(y*), on `rejected`;
     y* is the likeliest label besides y- at the baseline and stays the same one ever after.
 
-    Unit: probability per position, in [-1, 1]. Healthy: about 0. Positive: every other label pays for y*.
+    Unit: probability per position, in [-1, 1]. Healthy: about 0. Positive: every other label pays for y*. Negative:
+    the others gained, for y- (or y*) gave up more than the other one took. That is what pushing y- down does at
+    positions where y- was likely; squeezing happens where it was not, so a negative mean does not rule it out.
     """
     return mean(start.row("rejected", "rest_mass_mean") - now.row("rejected", "rest_mass_mean"))
 

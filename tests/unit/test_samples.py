@@ -78,6 +78,18 @@ def test_loops_are_found_with_what_they_are():
     assert found(0.3)["degeneration"].severity == "warning"
 
 
+def test_answers_that_shrink_to_stubs_are_found():
+    finding = found(0.0, start=24, end=6)["degeneration"]
+    assert finding.severity == "warning" and finding.title.endswith("shrink to stubs")
+    assert "answers have 7 tokens (before 25)" in finding.text and finding.evidence["length_end"] == 6.875
+    assert "degeneration" not in found(0.0, start=24, end=16)
+    assert "degeneration" not in found(0.0, start=24, end=6, method="sft"), "SFT teaches lengths"
+    cut = answers(0.0, start=24, end=6).assign(ended=lambda rows: rows["step"] > 0)
+    summary = summarise(records())
+    never_ended = type(summary)(summary.parts, summary.first, summary.read, Samples(cut))
+    assert "degeneration" not in [finding.name for finding in findings.find(never_ended, {"method": "dpo"})]
+
+
 def test_answers_that_hold_or_grow_longer_are_no_degeneration():
     assert "degeneration" not in found(0.0)
     assert "degeneration" not in found(0.0, start=8, end=64)

@@ -22,6 +22,8 @@ MIN_EOS_FALL = 0.5
 # Greedy answers: shares of distinct pairs of tokens, and tokens of the longest run said twice. Longer answers repeat
 # a little more by themselves.
 MIN_DISTINCT_FALL, ALERT_DISTINCT_FALL, MIN_REPEAT_GROWTH = 0.1, 0.3, 3.0
+# Share of their length that greedy answers lose when they become stubs.
+MIN_SHORTENING = 0.5
 # A peak is the best of many steps: noise alone puts it about two standard errors above the rest.
 PEAK_STANDARD_ERRORS = 4.0
 
@@ -217,8 +219,8 @@ def margin_by_rejection(summary: Summary, changes: Changes, method: str) -> Find
         },
         f"the margin rises, per token by at least {MIN_EFFECT} nats, rejected falls by at least {MIN_EFFECT} and "
         f"chosen does not rise by {MIN_EFFECT}; not for SFT; {COUNTS}.",
-        "Do not select checkpoints by reward margin or accuracy alone; watch chosen and the third parties, and "
-        'consider a term that holds chosen up (dpop_lambda, or loss_type=["sigmoid", "sft"]).',
+        "Do not select checkpoints by reward margin or accuracy alone; watch chosen and the third parties."
+        + (' A term holds chosen up: dpop_lambda, or loss_type=["sigmoid", "sft"].' if method == "dpo" else ""),
     )
 
 
@@ -290,18 +292,20 @@ def end_of_turn_loss(summary: Summary, changes: Changes, method: str) -> Finding
 
 
 def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | None:
-    """The model's own greedy answers become repetitive."""
+    """The model's own greedy answers become loops, or stubs of what they were."""
     samples = summary.samples
     if samples is None or len(samples.steps) < 2:
         return None
     distinct, repeat = samples.change("distinct_2"), samples.change("longest_repeat")
-    if not (distinct.down(MIN_DISTINCT_FALL) and repeat.up(MIN_REPEAT_GROWTH)):
-        return None
     loops, lengths, ends = (samples.value(name) for name in ("repeat_share", "length", "ended"))
+    repeats = distinct.down(MIN_DISTINCT_FALL) and repeat.up(MIN_REPEAT_GROWTH)
+    may_shrink = method == "sft" or ends[0] < 0.5
+    if not repeats and (may_shrink or not samples.change("num_tokens").down(MIN_SHORTENING * lengths[0])):
+        return None
     return Finding(
         "degeneration",
-        ALERT if -distinct.mean >= ALERT_DISTINCT_FALL else WARNING,
-        "degeneration: the model's own answers repeat themselves",
+        ALERT if repeats and -distinct.mean >= ALERT_DISTINCT_FALL else WARNING,
+        f"degeneration: the model's own answers {'repeat themselves' if repeats else 'shrink to stubs'}",
         f"From step {samples.steps[0]} to {samples.steps[-1]} the share of distinct token pairs in greedy answers "
         f"moved {distinct}, the longest run that an answer says twice {repeat} tokens. Of their tokens {loops[0]:.0%} "
         f"stood in immediate repetitions at the start and {loops[1]:.0%} do now; answers have {lengths[1]:.0f} tokens "
@@ -311,10 +315,14 @@ def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | N
             "longest_repeat_change": repeat.mean,
             "repeat_share_start": loops[0],
             "repeat_share_end": loops[1],
+            "length_start": lengths[0],
+            "length_end": lengths[1],
             "num_answers": float(distinct.num_probes),
         },
         f"greedy answers, first to last step: distinct-2 falls by at least {MIN_DISTINCT_FALL} and the longest repeat "
-        f"grows by at least {MIN_REPEAT_GROWTH:g} tokens; {COUNTS}. Alert from {ALERT_DISTINCT_FALL} of distinct-2.",
+        f"grows by at least {MIN_REPEAT_GROWTH:g} tokens; or their length falls by {MIN_SHORTENING:.0%}, but for SFT, "
+        "which teaches lengths, and where less than half ended by themselves at the start; "
+        f"{COUNTS}. Alert from {ALERT_DISTINCT_FALL} of distinct-2.",
         f"Read the answers in the probe explorer, and use a checkpoint from before. {REMEDIES[method]} Decoding "
         "options (a repetition penalty, sampling) hide it without mending it.",
     )

@@ -22,7 +22,7 @@ def test_four_runs_and_one_page(tmp_path, monkeypatch, capsys):
     frame = trl_dynamics.load_records(*(tmp_path / "out" / name for name in names))
     assert set(frame["run"]) == set(names) and frame.groupby("run")["probe_id"].nunique().eq(4).all()
     assert all(f"\n{name}: " in printed for name in names)
-    assert str(tmp_path / "out" / "report.html") in printed
+    assert str(tmp_path / "out" / "report.html") in printed and "\nProbing took " in printed
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(name in page for name in names)
 

@@ -42,8 +42,8 @@ METRIC_TERMS: dict[str, Term] = {
         "Probability that went, along the rejected response, from all other tokens to y− (the rejected token) and y*.",
         "mean over probes of rest(start) − rest(now), rest = mean over positions of 1 − π(y−) − π(y*)",
         "probability per position; y* is the likeliest token besides y− at the start and stays frozen",
-        "about 0; positive: y* collects what all others lose; negative: y− was likely at many positions, and what it gave "
-        "up there went to others than y*, which does not rule out squeezing where y− was unlikely or along chosen",
+        "about 0; positive: y* collects what all others lose; negative: y− was likely at many positions, and what it "
+        "gave up there went to others than y*, which does not rule out squeezing where y− was unlikely or along chosen",
     ),
     "entropy": Term(
         "entropy",

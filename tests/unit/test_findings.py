@@ -1,10 +1,14 @@
 """Findings fire on planted signatures with the right numbers, and stay silent on noise."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 from synthetic_runs import ALL_TYPES, SFT, SQUEEZED, STEPS, records
 
+from trl_dynamics import DPOConfig, GRPOConfig, SFTConfig
 from trl_dynamics.tracking import effects, findings
 from trl_dynamics.tracking.aggregate import summarise
 from trl_dynamics.tracking.comparison import compare
@@ -94,6 +98,20 @@ def test_remedies_fit_the_method():
         assert "squeeze_guard" in only(frame, name).remedy and 'sft_on="both"' in only(frame, name).remedy
         for method in ("sft", "grpo", "track", "unheard_of"):
             assert "dpop" not in only(frame, name, {"method": method}).remedy
+
+
+def test_remedies_name_options_that_exist():
+    types = {*ALL_TYPES, "other_train", "other_test"}
+    configs = {"dpo": (DPOConfig, SFTConfig), "sft": (SFTConfig,), "grpo": (GRPOConfig,), "track": ()}
+    frames = [records(SQUEEZED, argmax=0.5, entropy=-1.5, eos=-0.9), records(SFT), records({"rejected": -0.9})]
+    named = set()
+    for method, known in configs.items():
+        fields = {field.name for config in known for field in dataclasses.fields(config)}
+        remedies = " ".join(f.remedy for frame in frames for f in findings.find(frame, {"method": method}))
+        options = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", remedies)) - types
+        assert options <= fields | {"max_length"}
+        named |= options
+    assert {"gate_dpo", "squeeze_guard", "dpop_lambda", "sft_on", "loss_type", "entropy_coef"} <= named
 
 
 def test_displacement_from_a_peak_inside_the_run():

@@ -48,8 +48,8 @@ class Watch:
 def tell(found: list[Finding], step: int, report_to: Iterable[str]) -> None:
     """Warn of findings on the console, and raise alerts in the trackers of `report_to` that take them.
 
-    A tracker is imported only if `report_to` names it and it is installed. One that has no alerts or no active run is
-    left out in silence; one that fails is warned about, and training goes on.
+    A tracker is imported only if `report_to` names it and it is installed. A trackio that has no alerts yet and a W&B
+    without an active run are left out in silence; a tracker that fails is warned about, and training goes on.
 
     Args:
         found (`list[Finding]`): What stands since `step`.

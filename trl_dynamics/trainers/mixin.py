@@ -14,7 +14,7 @@ from trl_dynamics.tracking.console import show_messages
 from trl_dynamics.tracking.run import build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ProbeArguments
-from trl_dynamics.trainers.parallelism import refuse_parallelism
+from trl_dynamics.trainers.parallelism import refuse_parallelism, refuse_silent_fallback
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class DynamicsMixin:
             return
         args = with_probe_defaults(self.args)
         refuse_parallelism(self)
+        refuse_silent_fallback(self)
         if self.is_world_process_zero():
             show_messages()
         engine, fallback = build_engine(self.model, self.processing_class, probe_set, args, self.accelerator)

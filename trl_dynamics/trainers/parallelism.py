@@ -1,5 +1,9 @@
-"""Ways to split one sequence or one matrix over processes, under which probes would be scored wrongly: refused."""
+"""Several processes: ways to split a sequence or a matrix that would score probes wrongly, and launches that are not
+what they say, are refused."""
 
+import os
+
+from accelerate import DistributedType
 from transformers import Trainer
 
 
@@ -28,4 +32,29 @@ def refuse_parallelism(trainer: Trainer) -> None:
             f"probes cannot be scored under {' and '.join(given)}, because every process must see whole rows of its "
             "own: train with FSDP2 or DeepSpeed ZeRO instead (recipes/accelerate_configs), or without a probe set and "
             "score the checkpoints with `trl-dynamics track`"
+        )
+
+
+def refuse_silent_fallback(trainer: Trainer) -> None:
+    """Refuse processes that train each for itself, and sharding that was asked for and is not there.
+
+    accelerate goes on without a word in both cases, which are those of a machine without accelerators.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): What it runs as is compared with what the launcher asked for.
+
+    Raises:
+        ValueError: Names the option or the config that helps.
+    """
+    started, state = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.state
+    if started > 1 and state.num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started, but each would train alone, because there is no accelerator for it: "
+            "on a CPU, processes train together with use_cpu=True (--use_cpu True) only"
+        )
+    asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
+    if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError(
+            f"{asked[0]} was asked for, but on a CPU accelerate trains data parallel instead, with the whole model in "
+            "every process: take recipes/accelerate_configs/ddp.yaml there"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trl_dynamics.probing.schema import Probe, ProbeSet
+    from trl_dynamics.tracking.samples import load_samples
     from trl_dynamics.tracking.store import load_records
     from trl_dynamics.trainers.config import DPOConfig, GRPOConfig, SFTConfig
     from trl_dynamics.trainers.dpo import DPOTrainer
@@ -24,6 +25,7 @@ _HOMES = {
     "SFTConfig": "trl_dynamics.trainers.config",
     "SFTTrainer": "trl_dynamics.trainers.sft",
     "load_records": "trl_dynamics.tracking.store",
+    "load_samples": "trl_dynamics.tracking.samples",
 }
 __all__ = [
     "DPOConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "load_records",
+    "load_samples",
 ]
 
 

@@ -3,7 +3,8 @@
     python scripts/bench/tracking.py [--quick]
 
 Every arm gives the same numbers from the same model and probes and runs in a process of its own, forked once the model
-is loaded, on one thread; time is CPU seconds, memory the peak of the process above what it had before it started.
+is loaded, on one thread; time is CPU seconds, memory the peak of the process above what it had before it started, in a
+second run where freed blocks are not kept.
 Needs the public data files: TRL_DYNAMICS_DATA names their folder (see README.md).
 """
 
@@ -162,9 +163,9 @@ def compare(
         ProbeEngine(few, SharedPrefixLayout()).score(model)
         torch.no_grad()(straightforward)(model, few, 1)
 
-    hand = {size: measure.in_fork(lambda size=size: by_hand(size), warm_up) for size in sizes}
-    padded = {size: measure.in_fork(tracker(PaddedLayout(batch_size=size)), warm_up) for size in sizes}
-    shared = measure.in_fork(tracker(SharedPrefixLayout(tokens_per_batch=CPU_TOKENS)), warm_up)
+    hand = {size: measure.time_and_memory(lambda size=size: by_hand(size), warm_up) for size in sizes}
+    padded = {size: measure.time_and_memory(tracker(PaddedLayout(batch_size=size)), warm_up) for size in sizes}
+    shared = measure.time_and_memory(tracker(SharedPrefixLayout(tokens_per_batch=CPU_TOKENS)), warm_up)
     # Against the batch size that is best for time, for memory too.
     best = min(hand.values(), key=lambda run: run.seconds)
     batched = min((run for size, run in hand.items() if size > 1), key=lambda run: run.seconds)

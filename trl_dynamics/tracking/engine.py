@@ -131,6 +131,7 @@ class ProbeEngine:
         """Run this process's share; yields each batch with its statistics, on their way to the CPU."""
         world, rank = self.processes
         for first in range(0, len(self.groups), world):
+            cache = None  # one group's keys go before the next one's come
             turn = self.groups[first : first + world]
             # A process without a group of its own in the last turn repeats one, and one with fewer batches its last.
             group = turn[rank] if rank < len(turn) else turn[0]

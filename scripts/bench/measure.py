@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-
 M_MMAP_THRESHOLD, GIVEN_BACK = -3, 1 << 16
 
 

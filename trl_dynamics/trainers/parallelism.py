@@ -49,8 +49,8 @@ def refuse_silent_fallback(trainer: Trainer) -> None:
     started, state = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.state
     if started > 1 and state.num_processes == 1:
         raise ValueError(
-            f"{started} processes were started, but each would train alone, because there is no accelerator for it: "
-            "on a CPU, processes train together with use_cpu=True (--use_cpu True) only"
+            f"{started} processes were started, but each would train alone: on a CPU, processes train together with "
+            "use_cpu=True (--use_cpu True) only; on accelerators, start them with `accelerate launch`"
         )
     asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
     if asked and state.distributed_type == DistributedType.MULTI_CPU:

@@ -77,10 +77,10 @@ SCENARIOS = {
     "sft_padded": Scenario("sft", options=PADDED),
     # Log lines of every step, for the gauge's sake, which a probe set turns on.
     "dpo": Scenario("dpo", options=SHARED | {"logging_steps": 1}),
-    "dpo_padded": Scenario("dpo", options=PADDED),
+    "dpo_padded": Scenario("dpo", options=PADDED | {"dpop_lambda": 5.0, "dpo_shift": 0.7, "gate_dpo": "q10"}),
     "grpo": Scenario("grpo"),
     "sft_lora": Scenario("sft", lora=True),
-    "dpo_lora": Scenario("dpo", lora=True),
+    "dpo_lora": Scenario("dpo", lora=True, options={"cal_dpo": 0.5, "gate_dpo": "token"}),
     "dpo_guard": Scenario("dpo", undivided=True, options=GUARDED),
     "dpo_guard_lora": Scenario("dpo", undivided=True, lora=True, options=GUARDED),
     "accumulation": Scenario("sft", accumulation=2, options=SIDES),

@@ -5,8 +5,10 @@ compares them.
 """
 
 import argparse
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -53,11 +55,11 @@ def run(argv: list[str]) -> int:
     began, output_dir = time.perf_counter(), Path(args.output_dir)
     # A model this small gains nothing from a second thread and loses much wherever a core is shared.
     torch.set_num_threads(1)
-    _quieten()
-    for number, (name, command, settings, start) in enumerate(STAGES, start=1):
-        model = "embedded" if start is None else str(output_dir / start)
-        print(f"\n[{number}/{len(STAGES)}] {describe(name)}", flush=True)
-        train(command.command(), settings, model, output_dir / name, args)
+    with _quiet():
+        for number, (name, command, settings, start) in enumerate(STAGES, start=1):
+            model = "embedded" if start is None else str(output_dir / start)
+            print(f"\n[{number}/{len(STAGES)}] {describe(name)}", flush=True)
+            train(command.command(), settings, model, output_dir / name, args)
     runs = [output_dir / name for name, *_ in STAGES]
     print("\nWhat the probes found:")
     frames = {}
@@ -108,16 +110,26 @@ def train(command, settings: dict, model: str, output_dir: Path, args: argparse.
     command.train(*configs, drop_callbacks=(PrinterCallback,))
 
 
-def _quieten() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Only the probes' lines: no progress bars of data preparation and loading, and at the end what all runs say."""
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl_dynamics.trainers").setLevel(logging.WARNING)
     # Findings, places and cost are printed together at the end.
     told_at_the_end = ("records: ", "page: ", "probing will take ", *(f"{name}: " for name, *_ in STAGES))
-    for module in ("callback", "series"):
-        logger = logging.getLogger(f"trl_dynamics.tracking.{module}")
-        logger.addFilter(lambda record: not record.getMessage().startswith(told_at_the_end))
+    loggers = [logging.getLogger(f"trl_dynamics.tracking.{module}") for module in ("callback", "series")]
+
+    def is_for_now(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(told_at_the_end)
+
+    for logger in loggers:
+        logger.addFilter(is_for_now)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_for_now)
 
 
 def _write_page(runs: list[Path], path: Path) -> None:

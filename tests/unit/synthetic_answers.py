@@ -7,7 +7,7 @@ import pandas as pd
 from synthetic_runs import STEPS
 
 from trl_dynamics.tracking.records import SAMPLE_SCHEMA
-from trl_dynamics.tracking.repetition import distinct_share, longest_repeat, repeat_share
+from trl_dynamics.tracking.repetition import distinct_share, longest_repeat, repeat_share, same_shares
 
 
 def answers(
@@ -18,6 +18,7 @@ def answers(
     start: int = 24,
     end: int = 24,
     text: str = "answer of step {step}",
+    alike: float = 0.0,
     model: str = "policy",
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -25,6 +26,7 @@ def answers(
 
     Args:
         loop: Share of an answer that is two tokens again and again at the last step; it grows from none at the first.
+        alike: Share of the probes that get one and the same answer at the last step.
         start, end: Tokens of an answer at the first and at the last step.
     """
     rng, rows = np.random.default_rng(seed), []
@@ -33,7 +35,9 @@ def answers(
         for index in range(num_probes):
             count = round(start + (end - start) * t) + index % 3
             looped = round(loop * t * count)
+            count = count if t < 1 or index >= alike * num_probes else start
             ids = [*rng.integers(0, 500, count - looped).tolist(), *([7, 8] * count)[:looped]]
+            ids = ids if t < 1 or index >= alike * num_probes else list(range(start))
             logp = -1.0 * (count - looped) - 0.01 * looped
             rows.append(
                 {
@@ -48,8 +52,12 @@ def answers(
                     **{f"distinct_{n}": distinct_share(ids, n) for n in (1, 2, 3)},
                     "longest_repeat": float(longest_repeat(ids)),
                     "repeat_share": repeat_share(ids),
+                    "same_share": 0.0,
                     "token_ids": ids,
                     "text": text.format(step=step),
                 }
             )
-    return pd.DataFrame(rows)[SAMPLE_SCHEMA.names]
+    frame = pd.DataFrame(rows)[SAMPLE_SCHEMA.names]
+    for _, own in frame.groupby("step"):
+        frame.loc[own.index, "same_share"] = same_shares(own["token_ids"].tolist())
+    return frame

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from trl_dynamics.tracking.repetition import distinct_share, longest_repeat, repeat_share
+from trl_dynamics.tracking.repetition import distinct_share, longest_repeat, repeat_share, same_shares
 
 LOOP = [5, 3, 8] * 7
 CASES = {
@@ -58,6 +58,13 @@ def test_numbers_are_those_of_the_definitions(ids):
     assert repeat_share(ids) == pytest.approx(slow_repeat_share(ids), nan_ok=True)
     for n in (1, 2, 3):
         assert distinct_share(ids, n) == pytest.approx(slow_distinct_share(ids, n), nan_ok=True)
+
+
+def test_same_answers_are_counted_pair_by_pair():
+    answers = [[1, 2], [3], [1, 2], [], [1, 2], [2, 1], []]
+    slow = [sum(i != j and a == b for j, b in enumerate(answers)) / 6 for i, a in enumerate(answers)]
+    assert same_shares(answers) == slow and slow[:2] == [2 / 6, 0]
+    assert math.isnan(same_shares([[1]])[0]) and same_shares([]) == []
 
 
 def test_a_loop_shows_in_every_number():

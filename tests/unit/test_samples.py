@@ -90,6 +90,18 @@ def test_answers_that_shrink_to_stubs_are_found():
     assert "degeneration" not in [finding.name for finding in findings.find(never_ended, {"method": "dpo"})]
 
 
+def test_one_phrase_for_many_prompts_is_found():
+    finding = found(0.0, alike=0.6)["degeneration"]
+    assert finding.severity == "warning" and finding.title.endswith("own answers are the same for different prompts")
+    # Five of eight answers are one: 5 x 4 of 8 x 7 pairs.
+    assert finding.evidence["same_share_change"] == pytest.approx(20 / 56)
+    assert "same answer in 36% of cases (before 0%)" in finding.text
+    assert "degeneration" not in found(0.0, alike=0.25), "2 of 56 pairs are within the threshold"
+    assert "10% more of cases" in finding.rule and "falls by 50%" in finding.rule
+    both = found(0.9, start=60, end=24)["degeneration"]
+    assert both.title.endswith("repeat themselves and shrink to stubs") and both.severity == "alert"
+
+
 def test_answers_that_hold_or_grow_longer_are_no_degeneration():
     assert "degeneration" not in found(0.0)
     assert "degeneration" not in found(0.0, start=8, end=64)

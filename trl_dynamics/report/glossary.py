@@ -43,7 +43,7 @@ METRIC_TERMS: dict[str, Term] = {
         "mean over probes of rest(start) − rest(now), rest = mean over positions of 1 − π(y−) − π(y*)",
         "probability per position; y* is the likeliest token besides y− at the start and stays frozen",
         "about 0; positive: y* collects what all others lose; negative: y− was likely at many positions, and what it "
-        "gave up there went to others than y*, which does not rule out squeezing where y− was unlikely or along chosen",
+        "gave up there went to others than y*; squeezing where y− was unlikely, or along chosen, is not ruled out",
     ),
     "entropy": Term(
         "entropy",
@@ -132,6 +132,13 @@ SAMPLE_TERMS: dict[str, Term] = {
         "mean over probes of tokens in such runs / tokens",
         "share, 0 to 1",
         "below 0.1; near 1 the answers are loops",
+    ),
+    "same_share": Term(
+        "same answer to different prompts",
+        "How often two different prompts are answered with the very same tokens.",
+        "mean over probes of (other prompts with the same answer) / (other prompts)",
+        "share, 0 to 1",
+        "0 where prompts ask different things; rising means that the model falls back on a phrase",
     ),
     "length": Term(
         "length of answers",

@@ -22,8 +22,8 @@ MIN_EOS_FALL = 0.5
 # Greedy answers: shares of distinct pairs of tokens, and tokens of the longest run said twice. Longer answers repeat
 # a little more by themselves.
 MIN_DISTINCT_FALL, ALERT_DISTINCT_FALL, MIN_REPEAT_GROWTH = 0.1, 0.3, 3.0
-# Share of their length that greedy answers lose when they become stubs.
-MIN_SHORTENING = 0.5
+# Share of their length that greedy answers lose when they become stubs; how much likelier two prompts get one answer.
+MIN_SHORTENING, MIN_SAMENESS = 0.5, 0.1
 # A peak is the best of many steps: noise alone puts it about two standard errors above the rest.
 PEAK_STANDARD_ERRORS = 4.0
 
@@ -292,7 +292,7 @@ def end_of_turn_loss(summary: Summary, changes: Changes, method: str) -> Finding
 
 
 def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | None:
-    """The model's own greedy answers become loops, or stubs of what they were."""
+    """The model's own greedy answers become loops, stubs of what they were, or one phrase for many prompts."""
     samples = summary.samples
     if samples is None or len(samples.steps) < 2:
         return None
@@ -300,29 +300,37 @@ def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | N
     loops, lengths, ends = (samples.value(name) for name in ("repeat_share", "length", "ended"))
     repeats = distinct.down(MIN_DISTINCT_FALL) and repeat.up(MIN_REPEAT_GROWTH)
     may_shrink = method == "sft" or ends[0] < 0.5
-    if not repeats and (may_shrink or not samples.change("num_tokens").down(MIN_SHORTENING * lengths[0])):
+    same, alike = samples.change("same_share"), samples.value("same_share")
+    signs = {
+        "repeat themselves": repeats,
+        "are the same for different prompts": same.up(MIN_SAMENESS),
+        "shrink to stubs": not may_shrink and samples.change("num_tokens").down(MIN_SHORTENING * lengths[0]),
+    }
+    if not any(signs.values()):
         return None
     return Finding(
         "degeneration",
         ALERT if repeats and -distinct.mean >= ALERT_DISTINCT_FALL else WARNING,
-        f"degeneration: the model's own answers {'repeat themselves' if repeats else 'shrink to stubs'}",
+        f"degeneration: the model's own answers {' and '.join(sign for sign, holds in signs.items() if holds)}",
         f"From step {samples.steps[0]} to {samples.steps[-1]} the share of distinct token pairs in greedy answers "
         f"moved {distinct}, the longest run that an answer says twice {repeat} tokens. Of their tokens {loops[0]:.0%} "
         f"stood in immediate repetitions at the start and {loops[1]:.0%} do now; answers have {lengths[1]:.0f} tokens "
-        f"(before {lengths[0]:.0f}), and {ends[1]:.0%} end by themselves (before {ends[0]:.0%}).",
+        f"(before {lengths[0]:.0f}), and {ends[1]:.0%} end by themselves (before {ends[0]:.0%}). Two different "
+        f"prompts get the same answer in {alike[1]:.0%} of cases (before {alike[0]:.0%}).",
         {
             "distinct_2_change": distinct.mean,
             "longest_repeat_change": repeat.mean,
             "repeat_share_start": loops[0],
             "repeat_share_end": loops[1],
+            "same_share_change": same.mean,
             "length_start": lengths[0],
             "length_end": lengths[1],
             "num_answers": float(distinct.num_probes),
         },
         f"greedy answers, first to last step: distinct-2 falls by at least {MIN_DISTINCT_FALL} and the longest repeat "
-        f"grows by at least {MIN_REPEAT_GROWTH:g} tokens; or their length falls by {MIN_SHORTENING:.0%}, but for SFT, "
-        "which teaches lengths, and where less than half ended by themselves at the start; "
-        f"{COUNTS}. Alert from {ALERT_DISTINCT_FALL} of distinct-2.",
+        f"grows by at least {MIN_REPEAT_GROWTH:g} tokens; or two prompts get the same answer in {MIN_SAMENESS:.0%} "
+        f"more of cases; or their length falls by {MIN_SHORTENING:.0%}, but not for SFT, which teaches lengths, nor "
+        f"where less than half ended by themselves at the start; {COUNTS}. Alert from {ALERT_DISTINCT_FALL} of distinct-2.",
         f"Read the answers in the probe explorer, and use a checkpoint from before. {REMEDIES[method]} Decoding "
         "options (a repetition penalty, sampling) hide it without mending it.",
     )

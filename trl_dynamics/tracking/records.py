@@ -54,6 +54,7 @@ SAMPLE_VALUE_COLUMNS: dict[str, str] = {
     "distinct_3": "distinct triples of neighbouring tokens / all triples; NaN below 3 tokens",
     "longest_repeat": "tokens of the longest run that stands at two places of the answer, which may overlap",
     "repeat_share": "share of tokens in a run that stands right after itself; NaN for an empty answer",
+    "same_share": "share of the other prompts with the same answer, token by token; NaN for a single prompt",
 }
 
 SAMPLE_SCHEMA = pa.schema(

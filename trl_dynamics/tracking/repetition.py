@@ -1,9 +1,10 @@
-"""How repetitive a sequence of token ids is: three numbers, each with a slow reference in the tests.
+"""How repetitive sequences of token ids are: four numbers, each with a slow reference in the tests.
 
 Ids are those of an answer's own tokens, without the end-of-turn token that closed it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -44,6 +45,18 @@ def repeat_share(ids: Sequence[int]) -> float:
         if length >= lag:
             covered[start : start + length + lag] = True
     return float(covered.mean())
+
+
+def same_shares(answers: Sequence[Sequence[int]]) -> list[float]:
+    """For each answer, the share of the other prompts that are answered with the very same tokens.
+
+    (number of j != i with answers[j] = answers[i]) / (number of answers - 1).
+
+    Unit: share in [0, 1]; NaN for a single answer. Different prompts that deserve different answers give 0.
+    """
+    counts = Counter(map(tuple, answers))
+    others = len(answers) - 1
+    return [(counts[tuple(ids)] - 1) / others if others else math.nan for ids in answers]
 
 
 def _equal_runs(ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:

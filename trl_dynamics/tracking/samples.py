@@ -102,10 +102,20 @@ def repeat_share(rows: pd.DataFrame) -> float:
     return _mean(rows, "repeat_share")
 
 
+def same_share(rows: pd.DataFrame) -> float:
+    """Prompts that get the same answer; mean over probes of [`repetition.same_shares`].
+
+    Unit: share in [0, 1]: how often two different prompts are answered alike. Healthy: 0 where prompts ask different
+    things. Rising: the model falls back on a phrase.
+    """
+    return _mean(rows, "same_share")
+
+
 SAMPLE_METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
     "distinct_2": distinct_2,
     "longest_repeat": longest_repeat,
     "repeat_share": repeat_share,
+    "same_share": same_share,
     "length": length,
     "ended": ended,
     "greedy_logp": greedy_logp,

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from trl_dynamics.probing.encode import EncodedPrompt, answer_text
 from trl_dynamics.stats_head import StatsRequest, is_installed
 from trl_dynamics.tracking.engine import ProbeEngine
-from trl_dynamics.tracking.repetition import distinct_share, longest_repeat, repeat_share
+from trl_dynamics.tracking.repetition import distinct_share, longest_repeat, repeat_share, same_shares
 
 # New tokens between two looks at whether all answers have ended, which wait for the device and the other processes.
 LOOK_EVERY = 8
@@ -187,7 +187,7 @@ class GreedySampler:
                 "text": answer_text(self.reading.tokenizer, prompt.input_ids, own),
             }.items():
                 columns.setdefault(name, []).append(value)
-        return columns
+        return columns | {"same_share": same_shares(columns["token_ids"])}
 
 
 class _CachedRows:

@@ -330,7 +330,8 @@ def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | N
         f"greedy answers, first to last step: distinct-2 falls by at least {MIN_DISTINCT_FALL} and the longest repeat "
         f"grows by at least {MIN_REPEAT_GROWTH:g} tokens; or two prompts get the same answer in {MIN_SAMENESS:.0%} "
         f"more of cases; or their length falls by {MIN_SHORTENING:.0%}, but not for SFT, which teaches lengths, nor "
-        f"where less than half ended by themselves at the start; {COUNTS}. Alert from {ALERT_DISTINCT_FALL} of distinct-2.",
+        f"where less than half ended by themselves at the start; {COUNTS}. Alert from {ALERT_DISTINCT_FALL} of "
+        "distinct-2.",
         f"Read the answers in the probe explorer, and use a checkpoint from before. {REMEDIES[method]} Decoding "
         "options (a repetition penalty, sampling) hide it without mending it.",
     )

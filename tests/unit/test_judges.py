@@ -10,8 +10,10 @@ from http_backend import Backend
 from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from trl_dynamics import embedded
 from trl_dynamics.embedded.recogniser import parse_answer
+from trl_dynamics.judging.folder import to_row
 from trl_dynamics.judging.likelihood import Likelihood
 from trl_dynamics.judging.match import Match, Verdict, both_orders, prompt_text
+from trl_dynamics.judging.outcome import outcomes
 from trl_dynamics.judging.pairwise import PairwiseJudge, parse
 from trl_dynamics.judging.reward import RewardModel
 from trl_dynamics.judging.scores import CHUNK, Score, ScoreJudge
@@ -98,6 +100,14 @@ def test_the_server_sees_prompt_and_answers_in_both_orders(backend):
         + ["Q prompt 1|x|yy|", "Q prompt 1|yy|x|"]
     )
     assert all(body["temperature"] == 0 for body in backend.bodies)
+
+
+def test_answers_that_differ_in_space_alone_are_judged_in_both_orders_and_tie(backend):
+    backend.default = lambda question: "A"
+    judge = PairwiseJudge(OpenAIServer(backend.url, "j"))
+    pair = matches(("Yes.", "Yes.\n"))
+    rows = [to_row(*judged) for judged in judge.judge(both_orders(pair))]
+    assert outcomes(pair, {row["key"]: row for row in rows}).tolist() == [0.5]
 
 
 def test_the_judges_question_needs_its_slots():

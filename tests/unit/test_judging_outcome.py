@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trl_dynamics.judging.folder import to_row
-from trl_dynamics.judging.match import Match, Verdict, both_orders
+from trl_dynamics.judging.match import SIDES, Match, Verdict, both_orders
 from trl_dynamics.judging.outcome import (
     by_order,
     lengths,
@@ -18,6 +18,7 @@ from trl_dynamics.judging.outcome import (
     summarise,
     win_rate_interval,
 )
+from trl_dynamics.judging.table import table
 
 CHOICES = ("first", "second", "tie", "unparsable")
 
@@ -152,3 +153,22 @@ def test_numbers_are_means_by_side():
     identical = Match(1, "q", {"A": "s", "B": "s"})
     assert numbers([match, identical], rows) == {"A": {"reward": 2.0}, "B": {"reward": -1.0}}
     assert math.isclose(summarise([match, identical], rows)["win_rate"], 0.5)
+
+
+def shown(found: dict) -> list[str]:
+    counts = dict.fromkeys(("left_out", "new_verdicts", "kept_verdicts"), 0)
+    return table(found | counts | {"sees_order": False} | {s: {"num_cut": 0} for s in SIDES}, {"A": "a", "B": "b"})
+
+
+@pytest.mark.parametrize(("side", "line"), [("A", "A -1.500, B -"), ("B", "A -, B -1.500")])
+def test_a_side_of_blank_answers_has_no_mean_in_the_table(side, line):
+    """A model that ends at once has no likelihood per token."""
+    match = Match(0, "p", {"A": "a", "B": " "})
+    verdict = Verdict("tie", numbers=dict.fromkeys(SIDES, {}) | {side: {"logp_mean": -1.5}})
+    rows = {showing.key: to_row(showing, verdict) for showing in both_orders([match])}
+    assert f"mean logp_mean: {line}" in shown(summarise([match], rows))
+
+
+def test_the_table_names_the_confidence_that_was_asked_for():
+    found = summarise(*contest([("first", "second")]), confidence=0.995)
+    assert [text for text in shown(found) if "99.5% interval" in text]

@@ -58,9 +58,13 @@ class PairwiseJudge:
 
     def judge(self, showings: Sequence[Showing]) -> Iterator[tuple[Showing, Verdict | Failure]]:
         """Ask for each showing; see [`parse`] for what counts as a verdict."""
-        asked = {self._request(showing): showing for showing in showings}
+        # Answers that differ in the space around them alone make one question of both orders.
+        asked: dict[Request, list[Showing]] = {}
+        for showing in showings:
+            asked.setdefault(self._request(showing), []).append(showing)
         for request, outcome in self.generator.generate(list(asked)):
-            yield asked[request], outcome if isinstance(outcome, Failure) else parse(outcome)
+            for showing in asked[request]:
+                yield showing, outcome if isinstance(outcome, Failure) else parse(outcome)
 
     def _request(self, showing: Showing) -> Request:
         slots = dict(zip(("first", "second"), showing.texts, strict=True)) | {

@@ -19,7 +19,7 @@ def table(summary: Mapping, names: Mapping[str, str]) -> list[str]:
         lines.append(f"{label:<28}{summary[key]:>8}{summary[key] / total:>8.1%}")
     boot = summary["bootstrap"]
     lines += [
-        f"win rate of A, (wins + ties/2)/prompts: {summary['win_rate']:.3f}, {boot['confidence']:.0%} interval "
+        f"win rate of A, (wins + ties/2)/prompts: {summary['win_rate']:.3f}, {100 * boot['confidence']:g}% interval "
         f"{low:.3f} to {high:.3f} (bootstrap over prompts, {boot['num_resamples']} resamples, seed {boot['seed']})",
         *(["the interval has no width because all prompts ended alike, not because it is certain"] * (low == high)),
         _position_line(summary, bias),
@@ -28,8 +28,10 @@ def table(summary: Mapping, names: Mapping[str, str]) -> list[str]:
         _rate_line("win rate of A among answers of similar length", size["similar"]),
         _rate_line("the longer answer of the other pairs wins", size["longer"]),
     ]
-    for key in summary["numbers"]["A"]:
-        lines.append(f"mean {key}: " + ", ".join(f"{s} {summary['numbers'][s][key]:.3f}" for s in SIDES))
+    # A side whose answers are all blank has no likelihood.
+    for key in dict.fromkeys(name for side in SIDES for name in summary["numbers"][side]):
+        means = {side: summary["numbers"][side].get(key) for side in SIDES}
+        lines.append(f"mean {key}: " + ", ".join(f"{s} {'-' if m is None else f'{m:.3f}'}" for s, m in means.items()))
     counts = {
         "verdicts that could not be read, counted as ties": summary["verdicts"].get(UNPARSABLE, 0),
         "prompts with identical answers, which tie": summary["identical"],

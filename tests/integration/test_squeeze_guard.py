@@ -217,9 +217,9 @@ def test_controls_deal_out_the_guards_weights(tmp_path):
         ({"squeeze_guard": 0.1, "squeeze_guard_every": 0}, "expected a number of steps from 1 on"),
     ],
 )
-def test_options_out_of_range_are_refused(options, said, tmp_path):
+def test_options_out_of_range_are_refused_before_a_model_is_looked_for(options, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        make_trainer("dpo", tmp_path, **options)
+        trl_dynamics.DPOTrainer("no/such-model", args=trl_dynamics.DPOConfig(str(tmp_path), use_cpu=True, **options))
 
 
 def test_what_a_push_on_one_token_alone_drains_is_predicted_in_rank_and_scale():

@@ -1,11 +1,13 @@
 """The gauge's sums: against loops over tokens, and however a batch is cut into parts."""
 
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trl_dynamics.trainers.gauge import QUANTITIES, risk_metrics, risk_sums
+from trl_dynamics.trainers.gauge import QUANTITIES, Gauge, risk_metrics, risk_sums
 from trl_dynamics.trainers.recording import TokenForward
 
 VALLEY = 0.2
@@ -71,6 +73,21 @@ def test_uneven_parts_add_up_to_the_whole():
     assert risk_metrics(parts) == pytest.approx(risk_metrics(whole), rel=1e-6)
     mean_of_means = (part([1])[2] / part([1])[2, 1] + part([0, 2])[2] / part([0, 2])[2, 1]) / 2
     assert mean_of_means[0] != pytest.approx((whole[2, 0] / whole[2, 1]).item(), rel=1e-3)
+
+
+def test_a_step_that_an_exception_ended_is_not_in_the_next_runs_first():
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(reduce=lambda sums, how: sums), _metrics={"train": None})
+    gauge, logged = Gauge(trainer, 1, VALLEY), []
+    for lost in (True, False):
+        trainer._metrics["train"] = defaultdict(list)
+        gauge.on_train_begin(None, None, None)
+        if lost:
+            gauge.measure(*batch(3, [2, 7, 1, 12]))
+            gauge.on_train_begin(None, None, None)
+        gauge.measure(*batch(0, [3, 12, 5, 9]))
+        gauge.on_step_end(None, SimpleNamespace(global_step=1), None)
+        logged.append(dict(trainer._metrics["train"]))
+    assert logged[0] == logged[1] and len(logged[0]) == len(QUANTITIES)
 
 
 def test_what_nothing_was_counted_for_is_left_out():

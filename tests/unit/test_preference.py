@@ -67,14 +67,17 @@ PROBS = [[0.5, 0.1, 0.9, 0.3], [0.2, 0.8]]
         ("q10", [[0.1 + 0.3 * 0.2] * 4, [0.2 + 0.1 * 0.6] * 2]),
     ],
 )
-@pytest.mark.parametrize("padding", [0, 3])
-def test_gated_probabilities_do_not_see_padding_or_prompts(kind, expected, padding):
+@pytest.mark.parametrize(("padding", "dtype"), [(0, torch.float64), (3, torch.float64), (3, torch.bfloat16)])
+def test_gated_probabilities_do_not_see_padding_or_prompts(kind, expected, padding, dtype):
+    """In half precision too, which FSDP2 rounds the log-probabilities to."""
     width = 1 + 4 + padding
-    logp_BT, mask_BT = torch.zeros(3, width, dtype=torch.float64), torch.zeros(3, width, dtype=torch.bool)
+    logp_BT, mask_BT = torch.zeros(3, width, dtype=dtype), torch.zeros(3, width, dtype=torch.bool)
     for row, probs in enumerate(PROBS):
         logp_BT[row, 1 : 1 + len(probs)] = torch.tensor(probs, dtype=torch.float64).log()
         mask_BT[row, 1 : 1 + len(probs)] = True
     got_BT = preference.GATED_PROB[kind](logp_BT, mask_BT)
     assert got_BT.shape == logp_BT.shape and got_BT.isfinite().all()
     for row, values in enumerate(expected):
-        assert got_BT[row, 1 : 1 + len(values)].tolist() == pytest.approx(values)
+        assert got_BT[row, 1 : 1 + len(values)].tolist() == pytest.approx(
+            values, rel=2e-2 if dtype == torch.bfloat16 else 1e-6
+        )

@@ -76,7 +76,8 @@ def sequence_prob(logp_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
 
 def low_prob(logp_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     """(B, T) the 10 % quantile of an answer's token probabilities, at each of its tokens ("q10" in the paper)."""
-    prob_BT = logp_BT.exp().masked_fill(~mask_BT, torch.nan)
+    # FSDP2 in half precision rounds what the loss' forward returns, and quantiles of halves there are none.
+    prob_BT = logp_BT.to(torch.promote_types(logp_BT.dtype, torch.float32)).exp().masked_fill(~mask_BT, torch.nan)
     return prob_BT.nanquantile(0.1, dim=-1, keepdim=True).nan_to_num().expand_as(logp_BT)
 
 

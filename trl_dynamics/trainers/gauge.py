@@ -97,6 +97,10 @@ class Gauge(TrainerCallback):
             sums_K2 = risk_sums(gradient_BT, weight_BT, forward, self.valley_prob)
             self._sums_K2 = sums_K2 if self._sums_K2 is None else self._sums_K2 + sums_K2
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Forget the micro-batches of a step that an exception ended, such as one out of memory."""
+        self._sums_K2 = None
+
     def on_step_end(self, args, state, control, **kwargs):
         """Every process comes here at the same steps, and before the step's line is logged."""
         if not self.is_due(state.global_step) or self._sums_K2 is None:

@@ -89,17 +89,13 @@ class SqueezeGuard(TrainerCallback):
 
     Args:
         trainer ([`~trl.DPOTrainer`]): Its `args` have `squeeze_guard` (the budget), `squeeze_guard_mode` and
-            `squeeze_guard_every`; the guard adds itself to its callbacks.
-
-    Raises:
-        ValueError: If an option is out of range.
+            `squeeze_guard_every`, checked by [`check_guard`]; the guard adds itself to its callbacks.
     """
 
     observes_tokens = True
 
     def __init__(self, trainer):
         args = trainer.args
-        check_guard(args.squeeze_guard, args.squeeze_guard_mode, args.squeeze_guard_every)
         self.trainer, self.budget, self.every = trainer, float(args.squeeze_guard), args.squeeze_guard_every
         self.mode = MODES[args.squeeze_guard_mode]
         self.kappa: float | None = None

@@ -14,7 +14,7 @@ from trl_dynamics.ops.preference import GATED_PROB, MARGIN_TERMS, cal_dpo, dpo, 
 from trl_dynamics.trainers import loss_head
 from trl_dynamics.trainers.gate import Gate
 from trl_dynamics.trainers.gauge import Gauge
-from trl_dynamics.trainers.guard import SqueezeGuard
+from trl_dynamics.trainers.guard import SqueezeGuard, check_guard
 from trl_dynamics.trainers.loss_head import LossRequest
 from trl_dynamics.trainers.recording import (
     LossRecorder,
@@ -40,6 +40,8 @@ def squeeze_options(args: TrainingArguments | None) -> SqueezeArguments:
     fields = dataclasses.fields(SqueezeArguments)
     options = SqueezeArguments(**{field.name: getattr(args, field.name, field.default) for field in fields})
     _check_values(options)
+    if options.squeeze_guard is not None:
+        check_guard(options.squeeze_guard, options.squeeze_guard_mode, options.squeeze_guard_every)
     pair_options = [name for name in PAIR_OPTIONS if getattr(options, name) is not None]
     if pair_options:
         _check_pair_loss(" and ".join(pair_options), options, args)

@@ -1,7 +1,10 @@
 """Training rows: preference pairs as completions, blank answers, prompts cut to a number of tokens."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -72,6 +75,26 @@ def test_pairs_stay_together_over_batches():
     rows = [{"prompt": str(i), "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(2100)]
     both = preference_to_completion(Dataset.from_list(rows), "both")
     assert both["completion"][:] == [f"{side}{i}" for i in range(2100) for side in "cr"]
+
+
+PREPARED = """
+from datasets import Dataset
+from trl_dynamics.trainers.data import preference_to_completion
+rows = Dataset.from_list([{"prompt": "p", "chosen": "c", "rejected": "r", "source": "s", "score": 1, "id": 2}])
+print(preference_to_completion(rows, "both")._fingerprint)
+"""
+
+
+def test_another_process_finds_the_prepared_rows_again():
+    """Names in sets come in another order in each."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARED], env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE
+        )
+        for seed in ("1", "2")
+    ]
+    first, second = (run.communicate(timeout=300)[0] for run in runs)
+    assert first == second and first.strip()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

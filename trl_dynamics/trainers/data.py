@@ -85,7 +85,8 @@ def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) ->
             dataset = dataset.map(maybe_extract_prompt)
         if "other" in answers:
             dataset = _with_other(dataset)
-        used = list({*names, "prompt", *answers} - set(kept))
+        # Sorted: the fingerprint by which prepared data is found again, also by other processes, holds the order.
+        used = sorted({*names, "prompt", *answers} - set(kept))
         batch_size = 1000 if isinstance(dataset, Dataset) else _STREAM_BATCH
         return dataset.map(split, batched=True, batch_size=batch_size, remove_columns=used)
 

@@ -48,6 +48,16 @@ def test_a_root_handler_gets_it_instead(monkeypatch, capsys):
     assert own.getvalue() == "trl_dynamics.tracking.series good news\n"
 
 
+@pytest.mark.parametrize("name", ["trl_dynamics", None])
+def test_logging_that_is_set_up_later_gets_it_alone(monkeypatch, capsys, name):
+    own = io.StringIO()
+    with fresh_logging(monkeypatch):
+        show_messages()
+        logging.getLogger(name).addHandler(logging.StreamHandler(own))
+        assert said(capsys) == ""
+    assert own.getvalue() == "good news\n"
+
+
 @pytest.mark.parametrize("quiet", ["trl_dynamics", "root"])
 def test_who_asked_for_less_gets_less(monkeypatch, capsys, quiet):
     with fresh_logging(monkeypatch) as ours:

@@ -26,11 +26,19 @@ def show_messages() -> None:
     """Let this package's info messages be seen, unless logging is set up otherwise.
 
     A level that somebody gave the logger `trl_dynamics`, or a root logger that is stricter than warnings, stays. Where
-    the messages would reach no handler, this adds one that writes them to stderr. To be called on the main process;
-    a second call changes nothing.
+    the messages would reach no handler, this adds one that writes them to stderr, and falls silent once there is
+    another. To be called on the main process; a second call changes nothing.
     """
     logger = logging.getLogger(OUR_LOGGER)
     if logger.level == logging.NOTSET and logging.root.level <= logging.WARNING:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
-        logger.addHandler(ConsoleHandler())
+        handler = ConsoleHandler()
+        handler.addFilter(_reaches_no_other)
+        logger.addHandler(handler)
+
+
+def _reaches_no_other(record: logging.LogRecord) -> bool:
+    """Whether nobody has set up logging since: a message would stand there twice."""
+    logger = logging.getLogger(OUR_LOGGER)
+    return len(logger.handlers) == 1 and not (logger.propagate and logging.root.handlers)

@@ -1,7 +1,9 @@
 """`trl-dynamics track` gives the numbers that training recorded, does nothing twice, and goes on where it stopped."""
 
+import contextlib
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -129,6 +131,47 @@ def test_an_interrupted_call_goes_on(tmp_path, probe_file, monkeypatch, scorings
     assert len(scorings) == 3
     whole, after = frames(tmp_path / "whole", tmp_path / "after")
     assert whole.equals(after)
+
+
+def test_an_interrupted_call_keeps_the_y_star_of_every_tokenizer(tmp_path, probe_file, monkeypatch, scorings):
+    train("sft", tmp_path / "run", probe_file, max_steps=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for checkpoint in (tmp_path / "other").glob("checkpoint-*"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.eos_token = "<|im_start|>"
+        tokenizer.save_pretrained(checkpoint)
+    models = ["--model_name_or_path", str(tmp_path / "run"), str(tmp_path / "other")]
+    wanted = ["--probe_set", str(probe_file), "--checkpoints", "checkpoint-*"]
+    for stop in (99, 3, 99):
+        output_dir = tmp_path / ("whole" if not (tmp_path / "whole").exists() else "after")
+        counted = ProbeEngine.score
+
+        def interrupted(self, model, star_ids=None, stop=stop, counted=counted):
+            if len(scorings) == stop:
+                raise KeyboardInterrupt
+            return counted(self, model, star_ids)
+
+        scorings.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(ProbeEngine, "score", interrupted)
+            with pytest.raises(KeyboardInterrupt) if stop == 3 else contextlib.nullcontext():
+                main(["track", *models, *wanted, "--output_dir", str(output_dir)])
+    assert len(scorings) == 1
+    whole, after = (trl_dynamics.load_records(tmp_path / name).drop(columns="run") for name in ("whole", "after"))
+    assert whole["model"].nunique() == 2 and whole.equals(after)
+
+
+def test_what_an_earlier_release_did_not_ask_is_no_difference(tmp_path, probe_file, scorings):
+    train("sft", tmp_path / "run", probe_file, max_steps=1)
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    path = tmp_path / "after/dynamics/meta.json"
+    meta = json.loads(path.read_text())
+    for name in ("probe_samples", "probe_sample_tokens", "probe_max_probes", "probe_subset"):
+        del meta["settings"][name]
+    path.write_text(json.dumps(meta))
+    scorings.clear()
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
+    assert not scorings and not (tmp_path / "after/dynamics-old-1").exists()
 
 
 def test_other_settings_start_anew(tmp_path, probe_file, scorings, caplog):

@@ -1,5 +1,6 @@
 """trl-dynamics track: score models, or the checkpoints of a run, on a probe set, without training."""
 
+import dataclasses
 import logging
 import re
 import time
@@ -204,7 +205,10 @@ class _Session:
             num_rows = len(answers["probe_id"])
             keys = {"model": [target.model] * num_rows, "step": [target.step] * num_rows}
             samples = to_table(keys | answers, SAMPLES)
-        is_first = "batch_plan" not in self.meta
+        # Which y* goes on after an interruption: that of each model's first target.
+        plans = self.meta.setdefault("plans", {})
+        is_first, is_begun = "batch_plan" not in self.meta, str(target.model_index) in plans
+        plans.setdefault(str(target.model_index), plan)
         if is_first:
             self.meta |= describe_run(model, probe_set, engine, "track", args, sampler) | self.meta
 
@@ -214,6 +218,8 @@ class _Session:
                 self.store.create(probe_set, self.meta, changed_fields(args), why)
             if not self.store.has_baseline(model_index=target.model_index):
                 self.store.write_baseline(scores.star_ids, model_index=target.model_index)
+            if not is_begun:
+                self.store.write_meta(self.meta)
             self.store.write_records(table, step=target.step, model_index=target.model_index, samples=samples)
             logger.info(f"scored {target.model} at step {target.step}")
 
@@ -227,7 +233,7 @@ class _Session:
         on_main(lambda: self.store.write_meta(self.meta))
 
     def _continued(self, probe_set) -> tuple[dict, set[tuple[int, int]], dict[str, list[list[int]]]]:
-        """What the store of an interrupted or smaller call says: meta, the done, the y* of the plan."""
+        """What the store of an interrupted or smaller call says: meta, the done, the y* of each plan."""
         self.store.open()
         earlier = self.store.read_meta() if self.store.exists else {}
         if earlier and not is_tracked(earlier):
@@ -242,8 +248,10 @@ class _Session:
         if not done:
             return self.facts, set(), {}
         logger.info(f"{self.store.root} has records of {len(done)} of {len(self.targets)} targets already")
-        star_ids = self.store.read_baseline(model_index=min(index for index, _ in done))
-        return earlier | self.facts, done, {earlier["batch_plan"]["fingerprint"]: star_ids}
+        begun = sorted({index for index, _ in done})
+        plans = {str(begun[0]): earlier["batch_plan"]["fingerprint"]} | earlier.get("plans", {})
+        star_ids = {plans[str(i)]: self.store.read_baseline(model_index=i) for i in begun if str(i) in plans}
+        return earlier | self.facts | {"plans": plans}, done, star_ids
 
 
 def what_differs(earlier: dict, facts: dict, probe_set: ProbeSet) -> list[str]:
@@ -260,7 +268,10 @@ def what_differs(earlier: dict, facts: dict, probe_set: ProbeSet) -> list[str]:
             f"the probe set {probe_set.name!r} now asked for is another ({len(probe_set)} probes, fingerprint "
             f"{probe_set.fingerprint[:12]})"
         )
-    was, now = earlier.get("settings", {}), facts["settings"]
+    # A setting that the earlier call did not know yet had what is its default now.
+    defaults = {option.name: option.default for option in dataclasses.fields(TrackArguments)}
+    was = {name: defaults.get(name) for name in facts["settings"]} | earlier.get("settings", {})
+    now = facts["settings"]
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
             news.append(f"{name} was {was.get(name)}, is {now.get(name)}")

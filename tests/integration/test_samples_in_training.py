@@ -76,6 +76,10 @@ def test_a_resumed_run_has_the_same_answers_once(run, tmp_path):
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert_same(load_samples(folder), load_samples(whole))
     assert len(list((folder / "dynamics/samples").iterdir())) == 1
+    without = make_trainer("sft", folder, probes=PROBES, **SAVED | {"probe_samples": None})
+    without.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert sorted(load_samples(folder)["step"].unique()) == [0, 1, 2, 4]
+    assert json.loads((folder / "dynamics/meta.json").read_text())["samples"]["num_probes"] == 2
     for change, said in (
         ({"probe_samples": 1}, "the number of prompts to answer was 2, is 1;.* Keep probe_samples as in the run"),
         ({"probe_sample_tokens": 9}, "probe_sample_tokens was 10, is 9;"),

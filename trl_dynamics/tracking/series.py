@@ -64,7 +64,7 @@ class Series:
         if on_error not in ON_ERROR:
             raise ValueError(f"probe_on_error is {on_error!r}, expected one of {', '.join(ON_ERROR)}")
         self.store, self.probe_set, self.meta, self.config = store, probe_set, meta, config
-        self.accelerator, self.on_error = accelerator, on_error
+        self.accelerator, self.on_error, self._asked = accelerator, on_error, meta.get("samples")
         self.cost = CostLedger()
         self.star_ids: list[list[int]] | None = None
         self.baseline: StepTable | None = None
@@ -95,6 +95,7 @@ class Series:
             self.meta.pop(name, None)
         part = {"after_step": step, "num_processes": self.accelerator.num_processes}
         self.meta |= {"run_id": mark.get("run_id"), "status": "running", "parts": [part], "lost_steps": []}
+        self.meta["samples"] = self._asked
         self.cost.restart(step, [])
         self._note_cost()
         position = self._on_main(lambda: self._begin(step, mark))
@@ -112,6 +113,8 @@ class Series:
     def _take_over(self, earlier: dict, step: int) -> None:
         """What meta.json said as of the checkpoint's step."""
         self.meta |= {name: earlier[name] for name in ("created", "baseline_step", "alerts") if name in earlier}
+        # Answers that were taken are described, and not mixed with others later, where this part takes none.
+        self.meta["samples"] = self._asked or earlier.get("samples")
         # Each part of a run says how many processes took its records.
         self.meta["parts"] = [p for p in earlier.get("parts", []) if p["after_step"] < step] + self.meta["parts"]
         self.meta["lost_steps"] = [lost for lost in earlier.get("lost_steps", []) if lost <= step]

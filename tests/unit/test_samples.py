@@ -76,6 +76,7 @@ def test_loops_are_found_with_what_they_are():
     assert finding.evidence["longest_repeat_change"] > 15 and finding.evidence["num_answers"] == 8
     assert "at least 0.1" in finding.rule and "gate_dpo" in finding.remedy
     assert found(0.3)["degeneration"].severity == "warning"
+    assert "Use an earlier checkpoint" in found(0.9, method="another")["degeneration"].remedy
 
 
 def test_answers_that_shrink_to_stubs_are_found():

@@ -22,8 +22,8 @@ def explorer(series: list[Series]) -> dict:
     Every probe has `id`, `prompt` (list of role and text) and `responses`: type, text, number of tokens, whether the
     response was cut, and `path` (logp_mean in nats per token at `steps`, null where not scored). Its `answers` are the
     greedy ones of the first, the middle and the last step that have any: step, text, tokens, whether it ended by
-    itself, log-probability per token (null for an empty one) and the longest repeat. Probes with answers are always
-    among those kept.
+    itself, log-probability per token (null for an empty one) and the longest repeat. Probes with answers are the
+    first to be kept.
     """
     share = max(MAX_PROBES // len(series), 5)
     types = order_types(name for one in series for name in one.summary.types)

@@ -332,8 +332,9 @@ def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | N
         f"more of cases; or their length falls by {MIN_SHORTENING:.0%}, but not for SFT, which teaches lengths, nor "
         f"where less than half ended by themselves at the start; {COUNTS}. Alert from {ALERT_DISTINCT_FALL} of "
         "distinct-2.",
-        f"Read the answers in the probe explorer, and use a checkpoint from before. {REMEDIES[method]} Decoding "
-        "options (a repetition penalty, sampling) hide it without mending it.",
+        "Read the answers in the probe explorer, and use a checkpoint from before. "
+        f"{REMEDIES.get(method, REMEDIES['track'])} Decoding options (a repetition penalty, sampling) hide it without "
+        "mending it.",
     )
 
 

@@ -1,10 +1,13 @@
 """The quickstart, on a handful of pairs: four runs, one page, findings in words; and its recipes say the same."""
 
+import logging
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
+from transformers.utils import logging as transformers_logging
 
 import trl_dynamics
 from trl_dynamics.cli.main import main
@@ -16,7 +19,11 @@ SMALL = ["--num_pairs", "8", "--num_probes", "4"]
 
 def test_four_runs_and_one_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    trainers = logging.getLogger("trl_dynamics.trainers")
+    before = trainers.level, datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
     assert main(["quickstart", "--output_dir", "out", *SMALL]) == 0
+    after = trainers.level, datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    assert after == before
     printed = capsys.readouterr().out
     names = ["sft", "dpo", "sft_both", "dpo_after_sft_both"]
     frame = trl_dynamics.load_records(*(tmp_path / "out" / name for name in names))

@@ -113,9 +113,12 @@ def train(command, settings: dict, model: str, output_dir: Path, args: argparse.
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Only the probes' lines: no progress bars of data preparation and loading, and at the end what all runs say."""
+    bars = (datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled())
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("trl_dynamics.trainers").setLevel(logging.WARNING)
+    trainers = logging.getLogger("trl_dynamics.trainers")
+    level = trainers.level
+    trainers.setLevel(logging.WARNING)
     # Findings, places and cost are printed together at the end.
     told_at_the_end = ("records: ", "page: ", "probing will take ", *(f"{name}: " for name, *_ in STAGES))
     loggers = [logging.getLogger(f"trl_dynamics.tracking.{module}") for module in ("callback", "series")]
@@ -130,6 +133,11 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(is_for_now)
+        trainers.setLevel(level)
+        if not bars[0]:
+            datasets.enable_progress_bars()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()
 
 
 def _write_page(runs: list[Path], path: Path) -> None:

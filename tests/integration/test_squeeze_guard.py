@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, TrainerCallback
 
 import trl_dynamics
+from tiny import tiny_model
 from tiny_runs import make_trainer
 from trl_dynamics.embedded.base_model import model_path
 from trl_dynamics.embedded.data import preference_rows
 from trl_dynamics.ops import squeeze
-from trl_dynamics.trainers.guard import SqueezeGuard
+from trl_dynamics.trainers.guard import SqueezeGuard, drops_out
 
 KAPPA, BUDGET = 2e4, 1e-3
 
@@ -168,6 +169,12 @@ def test_without_a_learning_rate_nothing_is_calibrated(tmp_path):
     trainer.train()
     steps = [entry["step"] for entry in trainer.state.log_history if "squeeze_guard/kappa" in entry]
     assert steps == [2, 3]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_dropout_is_found_as_a_number_and_as_a_module(rate):
+    bloom = BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2, attention_dropout=rate)
+    assert drops_out(tiny_model(attention_dropout=rate)) == drops_out(BloomForCausalLM(bloom)) == (rate > 0)
 
 
 def test_a_resumed_run_goes_on_with_its_kappa(tmp_path):

@@ -152,7 +152,7 @@ class SqueezeGuard(TrainerCallback):
         kept = state.stateful_callbacks.get(CHECKPOINT_KEY, {}) if state.global_step else {}
         self.kappa = kept.get("kappa")
         self._rows, self._pushed, self._sums, self._num_micro = None, None, None, 0
-        if _drops_out(self.trainer.model):
+        if drops_out(self.trainer.model):
             logger.warning(
                 "squeeze_guard compares log-probabilities before a step, with dropout, to those after it, without: "
                 "set disable_dropout, and the model config's dropout (attention_dropout, ...) to 0"
@@ -207,11 +207,12 @@ class SqueezeGuard(TrainerCallback):
             self.trainer._metrics["train"][f"squeeze_guard/{name}"].append(value)
 
 
-def _drops_out(model: nn.Module) -> bool:
+def drops_out(model: nn.Module) -> bool:
     """Whether the model has dropout, as modules or as numbers that its attention passes on."""
-    return any(
-        (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0
-        for module in model.modules()
+    # Where an attention keeps a module under this name, such as Bloom's, that is among the modules.
+    passed_on = (getattr(module, "attention_dropout", None) for module in model.modules())
+    return any(isinstance(rate, float | int) and rate > 0 for rate in passed_on) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
     )
 
 

@@ -13,7 +13,9 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics import ProbeSet
 from trl_dynamics.cli.main import main
+from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.engine import ProbeEngine
+from trl_dynamics.tracking.store import DynamicsStore
 
 KEYS = ["step", "probe_id", "response_type"]
 
@@ -59,6 +61,10 @@ def frames(*output_dirs):
         trl_dynamics.load_records(path).drop(columns=["run", "model"]).set_index(KEYS).sort_index()
         for path in output_dirs
     ]
+
+
+def metric(output_dir, name):
+    return next(iter(summarise_store(DynamicsStore(output_dir)).values())).metric(name)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,17 @@ def test_an_interrupted_call_goes_on(tmp_path, probe_file, monkeypatch, scorings
     assert len(scorings) == 3
     whole, after = frames(tmp_path / "whole", tmp_path / "after")
     assert whole.equals(after)
+    normalizer, trained = (metric(tmp_path / name, "normalizer_chosen") for name in ("after", "run"))
+    assert list(normalizer.index) == [1, 2, 3] and normalizer.equals(trained[normalizer.index])
+
+
+def test_vocabularies_of_different_sizes_have_no_common_normaliser(tmp_path, probe_file):
+    for name, size in (("small", 260), ("large", 300)):
+        tiny_model(vocab_size=size).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    models = ["--model_name_or_path", str(tmp_path / "small"), str(tmp_path / "large")]
+    assert main(["track", *models, "--probe_set", str(probe_file), "--output_dir", str(tmp_path / "out")]) == 0
+    assert metric(tmp_path / "out", "normalizer_chosen").empty and len(metric(tmp_path / "out", "entropy")) == 1
 
 
 def test_an_interrupted_call_keeps_the_y_star_of_every_tokenizer(tmp_path, probe_file, monkeypatch, scorings):

@@ -19,6 +19,7 @@ from trl_dynamics.cli import sources
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.aside import is_tracked
+from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import SAMPLES, to_table
 from trl_dynamics.tracking.run import LIMITS, build_engine, build_sampler, changed_fields, describe_run
@@ -211,6 +212,9 @@ class _Session:
         plans.setdefault(str(target.model_index), plan)
         if is_first:
             self.meta |= describe_run(model, probe_set, engine, "track", args, sampler) | self.meta
+        size = model_identity(model)["vocab_size"]
+        # Metrics that need it are left out where models have vocabularies of different sizes.
+        self.meta["model"]["vocab_size"] = size if is_first or size == self.meta["model"].get("vocab_size") else None
 
         def write() -> None:
             if is_first:

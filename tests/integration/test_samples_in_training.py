@@ -98,6 +98,12 @@ def test_checkpoints_tracked_later_answer_as_training_did(run, tmp_path):
         wanted = ["--checkpoints", "checkpoint-*", "--output_dir", str(tmp_path / name)]
         assert main(["track", *flags, *wanted, *more]) == 0
     assert_same(load_samples(tmp_path / "replayed"), load_samples(folder).query("step in [2, 4, 6]"))
+    # Answers that were lost are given again, although their records are there.
+    store = DynamicsStore(tmp_path / "replayed")
+    next((store.root / "samples").glob("*step000000004*")).unlink()
+    assert store.drop_damaged() == [(0, 4)]
+    assert main(["track", *flags, "--checkpoints", "checkpoint-*", "--output_dir", str(tmp_path / "replayed")]) == 0
+    assert_same(load_samples(tmp_path / "replayed"), load_samples(folder).query("step in [2, 4, 6]"))
     few = load_samples(tmp_path / "own")
     assert len(few) == 3 and few["num_tokens"].max() <= 4
 

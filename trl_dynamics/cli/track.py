@@ -249,6 +249,8 @@ class _Session:
         self.news = what_differs(earlier, self.facts, probe_set) if earlier else []
         indices = {target.model_index for target in self.targets}
         done = set() if self.news else {(i, step) for i in indices for step in self.store.recorded_steps(i)}
+        if self.facts["settings"]["probe_samples"]:
+            done &= {(i, step) for i in indices for step in self.store.recorded_steps(i, SAMPLES)}
         if not done:
             return self.facts, set(), {}
         logger.info(f"{self.store.root} has records of {len(done)} of {len(self.targets)} targets already")

@@ -202,6 +202,16 @@ def test_a_row_with_two_blanks_is_counted_once():
     assert check_answers(dataset, drop_invalid_rows=True).to_list() == PAIRS[:1]
 
 
+def test_answers_that_come_in_parts_are_read():
+    def row(*parts):
+        return {"completion": [{"role": "assistant", "content": list(parts)}]}
+
+    full, blank = row({"type": "text", "text": "yes"}), row({"type": "text", "text": " "})
+    with pytest.raises(ValueError, match="row 1 has a blank 'completion'"):
+        check_answers(Dataset.from_list([full, blank]), drop_invalid_rows=False)
+    assert len(check_answers(Dataset.from_list([full]), drop_invalid_rows=False)) == 1
+
+
 @pytest.mark.parametrize("rows", [PAIRS, CHATS, [{"prompt": "?", "completion": "x"}], [{"text": ""}]])
 def test_good_rows_are_left_as_they_are(rows):
     dataset = Dataset.from_list(rows)

@@ -175,7 +175,7 @@ class ProbeCallback(TrainerCallback):
             # An evaluation, or the end, asked for what the budget had said no to.
             decisions[-1] |= {"taken": True, "affordable": False}
         series.add(rows, step, samples)
-        news = series.look(table) if state.is_world_process_zero else []
+        news = series.look(table)
         self._mark_checkpoints(state)
         seconds = series.cost.now() - began
         series.cost.add(step, seconds)

@@ -136,7 +136,10 @@ class Series:
         return split_frame(records, self.meta["model"]["vocab_size"])[0]
 
     def look(self, table: StepTable) -> list[Finding]:
-        """Findings that stand with the records of this step and were not told before; for the main process."""
+        """Findings that stand with the records of this step and were not told before; all processes together."""
+        return self._on_main(lambda: self._look(table))
+
+    def _look(self, table: StepTable) -> list[Finding]:
         found = self.watch.add(table)
         news = [{"name": finding.name, "severity": finding.severity, "step": table.step} for finding in found]
         self.meta["alerts"] = [*self.meta.get("alerts", []), *news]

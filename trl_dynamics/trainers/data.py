@@ -199,4 +199,11 @@ def _last_tokens(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> s
 
 
 def _answer_text(answer: str | list[dict] | None) -> str | None:
-    return " ".join(message["content"] or "" for message in answer) if isinstance(answer, list) else answer
+    return " ".join(_content_text(message["content"]) for message in answer) if isinstance(answer, list) else answer
+
+
+def _content_text(content: str | list[dict] | None) -> str:
+    """A message's text; content may come in parts, of which those without text are no blank answer either."""
+    if isinstance(content, list):
+        return " ".join(part.get("text") or part["type"] for part in content)
+    return content or ""

@@ -180,6 +180,8 @@ def sequence_weights(mask_BT: torch.Tensor, ld_alpha: float | None) -> torch.Ten
 
 def _answer_sums(log_probs: torch.Tensor, token_weight_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logp_BT = log_probs[:, -token_weight_BT.shape[1] :]
+    # FSDP2 hands out bf16, in which a sum of -150 nats is good to one nat.
+    logp_BT = logp_BT.to(torch.promote_types(logp_BT.dtype, torch.float32))
     return (logp_BT * token_weight_BT).sum(dim=1).chunk(2)
 
 

@@ -46,7 +46,7 @@ def test_a_model_that_was_loaded_in_parts_is_refused(trainer, monkeypatch):
 def test_processes_that_would_train_alone_are_refused(trainer, monkeypatch):
     refuse_silent_fallback(trainer)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"2 processes were started, but each would train alone.*use_cpu=True"):
+    with pytest.raises(ValueError, match=r"2 processes were started, but each would work alone.*use_cpu=True"):
         refuse_silent_fallback(trainer)
 
 
@@ -70,7 +70,7 @@ def test_sharding_that_is_not_there_is_refused(asked, runs_as, refused, trainer,
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("config", "use_cpu", "message"),
-    [("fsdp2", True, "FSDP was asked for, but on a CPU"), ("ddp", False, "each would train alone")],
+    [("fsdp2", True, "FSDP was asked for, but on a CPU"), ("ddp", False, "each would work alone")],
 )
 def test_launches_on_a_cpu_that_are_not_what_they_say_end_in_one_sentence(config, use_cpu, message, tmp_path):
     options = {"use_cpu": use_cpu, "bf16": False, "max_steps": 1, "report_to": "none", "probe_set": "embedded"}

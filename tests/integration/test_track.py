@@ -247,3 +247,10 @@ def test_adapters_are_scored_on_their_base(tmp_path, probe_file):
     assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
     recorded, tracked = frames(tmp_path / "run", tmp_path / "after")
     assert recorded.loc[[1, 2]].equals(tracked)
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path, probe_file, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "scores")) == 1
+    assert "each would work alone: on a CPU, processes work together only with" in capsys.readouterr().err
+    assert not (tmp_path / "scores").exists()

@@ -25,6 +25,7 @@ from trl_dynamics.tracking.records import SAMPLES, to_table
 from trl_dynamics.tracking.run import LIMITS, build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ScoringArguments
+from trl_dynamics.trainers.parallelism import refuse_lone_processes
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
     starts a baseline of its own. An interrupted call goes on where it stopped when it is given again.
     """
     # Whoever asks first settles who the processes are, and only `Accelerator` would look at this variable by itself.
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    refuse_lone_processes(state.num_processes, "with ACCELERATE_USE_CPU=true in their environment")
     # One process looks at the files, for all: they may see them at different moments.
     targets, run = on_main(
         lambda: (find_targets(args.model_name_or_path, args.checkpoints), recorded_run(args) if args.replay else None)

@@ -46,15 +46,29 @@ def refuse_silent_fallback(trainer: Trainer) -> None:
     Raises:
         ValueError: Names the option or the config that helps.
     """
-    started, state = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.state
-    if started > 1 and state.num_processes == 1:
-        raise ValueError(
-            f"{started} processes were started, but each would train alone: on a CPU, processes train together with "
-            "use_cpu=True (--use_cpu True) only; on accelerators, start them with `accelerate launch`"
-        )
+    state = trainer.accelerator.state
+    refuse_lone_processes(state.num_processes, "with use_cpu=True (--use_cpu True)")
     asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
     if asked and state.distributed_type == DistributedType.MULTI_CPU:
         raise ValueError(
             f"{asked[0]} was asked for, but on a CPU accelerate trains data parallel instead, with the whole model in "
             "every process: take recipes/accelerate_configs/ddp.yaml there"
+        )
+
+
+def refuse_lone_processes(num_processes: int, on_a_cpu: str) -> None:
+    """Refuse processes that a launcher started together and that know nothing of each other.
+
+    Args:
+        num_processes (`int`): How many accelerate sees.
+        on_a_cpu (`str`): What lets processes on a CPU work together.
+
+    Raises:
+        ValueError: If more were started than are seen.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started, but each would work alone: on a CPU, processes work together only "
+            f"{on_a_cpu}; on accelerators, start them with `accelerate launch`"
         )

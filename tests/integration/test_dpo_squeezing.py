@@ -1,0 +1,151 @@
+"""The study of the squeezing effect: its arms, its arithmetic, and a run of a few steps; its YAML files are read."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import load_from_disk
+
+import trl_dynamics
+from trl_dynamics.cli import dpo, sft
+from trl_dynamics.tracking.effects import Effect
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+YAMLS = [path for study in ("dpo_squeezing", "sft_probing") for path in sorted((RECIPES / study).glob("*.yaml"))]
+ON_CPU = ["--use_cpu", "True", "--bf16", "False"]
+COMMANDS = {"sft": sft, "dpo": dpo}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The modules of the recipe's folder."""
+    sys.path.insert(0, str(RECIPES / "dpo_squeezing"))
+    import claims
+    import measures
+    import study
+
+    yield SimpleNamespace(study=study, measures=measures, claims=claims)
+    sys.path.remove(str(RECIPES / "dpo_squeezing"))
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    """Runs the driver on a handful of pairs; returns its folder."""
+    folder = tmp_path_factory.mktemp("study")
+
+    def start(*more: str) -> Path:
+        small = ["--num_pairs", "16", "--num_probes", "4", "--max_steps", "5", "--workers", "1"]
+        recipe.study.main(
+            ["--output_dir", str(folder), "--seeds", "3", "--arms", "dpo", "dpo_on_policy", *small, *more]
+        )
+        return folder
+
+    return start
+
+
+def lines_of(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted(path.glob("*.log"))}
+
+
+def test_arms_are_trained_once_judged_and_summarised(run, capsys):
+    folder = run()
+    seed = folder / "seed3"
+    frame = trl_dynamics.load_records(*(seed / name for name in ("sft", "dpo", "dpo_on_policy")))
+    assert frame.groupby("run")["step"].max().eq(5).all() and frame["probe_id"].nunique() == 4
+    drawn, pairs = (load_from_disk(str(seed / name))["train"] for name in ("on_policy", "pairs"))
+    assert 0 < len(drawn) <= len(pairs) == 16
+    assert not {str(row["rejected"]) for row in drawn} & {str(row["rejected"]) for row in pairs}
+    assert all(row["rejected"] != row["chosen"] for row in drawn)
+    text = (folder / "summary.md").read_text()
+    assert "Seeds 3; at least 5 are needed before a verdict." in text
+    assert "| sft |" in text and "## Difference to plain DPO at equal margin" in text and "does not hold" not in text
+    assert all(name in (folder / "report.html").read_text() for name in ("dpo_on_policy", "sft"))
+
+    before = lines_of(seed)
+    run()
+    assert lines_of(seed) == before
+    (seed / "dpo" / "training_args.bin").unlink()  # as if it had been stopped before its model was saved
+    run()
+    changed = {name for name, text in lines_of(seed).items() if text != before[name]}
+    assert changed == {"dpo.log"}
+
+
+def test_a_folder_of_other_settings_is_refused(run):
+    with pytest.raises(ValueError, match="choose another folder"):
+        run("--guard_budget", "0.5")
+
+
+def test_every_arm_is_a_valid_command_and_comes_after_what_it_starts_from(recipe, tmp_path):
+    study = recipe.study
+    args = study.argparse.Namespace(num_pairs=200, num_probes=32, guard_budget=1e-3, max_steps=None)
+    for name, arm in study.ARMS.items():
+        method, *words = study.words_of(name, tmp_path, 7, args)
+        (_, config, model, _), launch = COMMANDS[method].command().parse(words)
+        assert launch == [] and config.seed == 7 and config.probe_max_probes == 32
+        assert model.model_name_or_path == ("embedded" if arm.start == "embedded" else str(tmp_path / arm.start))
+        assert config.max_steps == arm.options.get("max_steps", 150 if method == "sft" else 100)
+    assert study.with_starts(["dpo_after_both"]) == ["sft_both", "dpo_after_both"]
+    assert study.with_starts(list(reversed(study.ARMS))) == list(study.ARMS)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_yaml_is_read_and_says_what_it_trains_on(path, tmp_path):
+    method = "dpo" if path.name.startswith("dpo") else "sft"
+    words = ["--config", str(path), "--output_dir", str(tmp_path), *ON_CPU]
+    (script, config, model, data), launch = COMMANDS[method].command().parse(words)
+    assert launch == [] and config.probe_every > 0
+    if not path.stem.endswith("_cpu"):
+        assert [(one.path, one.data_dir, one.split) for one in data.datasets] == [
+            ("Anthropic/hh-rlhf", "helpful-base", "train[:5000]")
+        ]
+        assert model.use_peft == path.stem.endswith("_lora") and "not run here" in path.read_text().split("\n")[0]
+
+
+def test_a_curve_is_read_where_another_first_reaches_a_level(recipe):
+    measures = recipe.measures
+    margin = pd.Series({0: 0.0, 10: 4.0, 20: 3.0, 30: 8.0})
+    curve = pd.Series({0: 0.0, 5: -1.0, 10: -2.0, 30: -6.0})
+    assert measures.value_at_level(curve, margin, 2.0) == pytest.approx(-1.0)  # at step 5
+    assert measures.value_at_level(curve, margin, 4.0) == pytest.approx(-2.0)
+    assert measures.value_at_level(curve, margin, 5.5) == pytest.approx(-5.0)  # at step 25
+    assert np.isnan(measures.value_at_level(curve, margin, 8.1))
+    assert np.isnan(measures.value_at_level(curve, pd.Series(dtype=float), 1.0))
+
+
+def test_verdicts_know_their_direction_and_need_five_seeds(recipe):
+    measures = recipe.measures
+    rise = Effect(0.3, 0.05, 5)
+    assert (measures.verdict(rise, up=True), measures.verdict(rise, up=False)) == ("holds", "the reverse holds")
+    assert measures.verdict(Effect(0.3, 0.2, 5), up=True) == "undecided"
+    assert measures.verdict(Effect(0.3, 0.05, 4), up=True).startswith("no verdict")
+    assert measures.count_verdict([True] * 4 + [False]) == "holds, 4 of 5 seeds"
+    assert measures.count_verdict([True] * 3 + [False] * 2).startswith("does not hold")
+    assert recipe.claims.whole("x", [("a", "holds"), ("b", "undecided")])[1] == "**does not hold**"
+    assert recipe.claims.whole("x", [("a", "holds")])[1] == "**holds**"
+
+
+def planted(measures, margin_at_end: float, drained_per_margin: float):
+    """A run whose margin grows evenly over 10 steps, and drained mass with it."""
+    margin = pd.Series(np.linspace(0.0, margin_at_end, 11))
+    run = measures.Run.__new__(measures.Run)
+    run.curves = {"margin": margin, "drained mass": margin * drained_per_margin}
+    return run
+
+
+def test_arms_are_compared_seed_by_seed_at_the_margin_that_both_reach(recipe):
+    measures = recipe.measures
+    study = measures.Study({}, [])
+    rates = (0.01, 0.02, 0.03, 0.02, 0.01)
+    study.runs = {
+        "slow": [planted(measures, 5.0, rate + 0.004 + seed * 1e-5) for seed, rate in enumerate(rates)],
+        "fast": [planted(measures, 10.0, rate) for rate in rates],
+    }
+    at_end = study.difference("slow", "fast", "drained mass")
+    at_margin = study.difference("slow", "fast", "drained mass", measures.EQUAL_MARGIN)
+    assert at_margin.mean == pytest.approx(5 * (0.004 + 2e-5)) and at_margin.num_probes == 5
+    assert at_end.mean < 0 < at_margin.mean
+    assert measures.verdict(at_margin, up=False) == "the reverse holds"

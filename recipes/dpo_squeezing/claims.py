@@ -11,8 +11,8 @@ from measures import (
     HOLDS,
     Study,
     count_verdict,
-    fine,
     over_seeds,
+    shown,
     verdict,
 )
 
@@ -46,7 +46,7 @@ def sft_claims(study: Study) -> list[tuple[str, str]]:
     return [
         (f"C10: chosen rises throughout (no step down of more than {NOISE:g})", count_verdict(rises)),
         ("C10: every rephrase rises then falls, or rises less than half as much as chosen", count_verdict(bell)),
-        (f"C10: other_train still rises in the last quarter ({late})", verdict(late, up=True)),
+        (f"C10: other_train still rises in the last quarter ({shown(late)})", verdict(late, up=True)),
         ("C10: both shuffled types are below their start within 5 % of the run", count_verdict(shuffled)),
         ("C10: the semantic rephrase of chosen is above its start then", count_verdict(fluent)),
     ]
@@ -61,7 +61,7 @@ def peak_claims(study: Study) -> list[tuple[str, str]]:
         inside = 0 < peak < curve.index[-1]
         fall = study.mean(arm, lambda run: run.curves["chosen"].loc[peak] - run.end("chosen"))
         said = verdict(fall, up=True, unless="" if inside else "the peak is at an end")
-        claim = f"C11, from base: chosen peaks inside the run (step {peak}) and falls from there ({fall})"
+        claim = f"C11, from base: chosen peaks inside the run (step {peak}) and falls from there ({shown(fall)})"
         found.append((claim, said))
         most = [run.types.iloc[-1].idxmin() == "rejected" for run in study.runs[arm]]
         found.append(("C11, from base: no type falls as much as rejected", count_verdict(most)))
@@ -72,10 +72,10 @@ def peak_claims(study: Study) -> list[tuple[str, str]]:
         peak, fall = int(curve.idxmax()), study.end("dpo", "chosen")
         is_early = peak <= EARLY * curve.index[-1]
         said = verdict(fall, up=False, unless="" if is_early else f"it peaks at step {peak}")
-        found.append((f"C12, after long SFT: chosen falls from the start ({fall} at the end)", said))
+        found.append((f"C12, after long SFT: chosen falls from the start ({shown(fall)} at the end)", said))
     if study.has("dpo", "dpo_after_short_sft"):
         worse = study.difference("dpo", "dpo_after_short_sft", "chosen")
-        found.append((f"C12: longer SFT makes chosen fall more in DPO ({worse})", verdict(worse, up=False)))
+        found.append((f"C12: longer SFT makes chosen fall more in DPO ({shown(worse)})", verdict(worse, up=False)))
     return found
 
 
@@ -91,11 +91,11 @@ def squeezing_claims(study: Study) -> list[tuple[str, str]]:
     rows = []
     for name, way, up in (("gap", "widens", True), ("third parties", "fall", False)):
         effect = study.end("dpo", name)
-        rows.append((f"Squeezing: {name} {way} in plain DPO ({effect})", verdict(effect, up=up)))
+        rows.append((f"Squeezing: {name} {way} in plain DPO ({shown(effect)})", verdict(effect, up=up)))
         for control in controls:
             effect = study.difference("dpo", control, name)
             label = "C14" if control == "dpo_on_policy" else "Squeezing"
-            rows.append((f"{label}: {name} {way} more than in {control} ({effect})", verdict(effect, up=up)))
+            rows.append((f"{label}: {name} {way} more than in {control} ({shown(effect)})", verdict(effect, up=up)))
     return [*rows, whole("Squeezing in plain DPO, beyond both controls", rows)]
 
 
@@ -107,7 +107,7 @@ def extended_claims(study: Study) -> list[tuple[str, str]]:
         return []
     pairs = zip(study.runs[arm], study.runs["dpo"], strict=True)
     lift = over_seeds([extended.start("rejected") - plain.start("rejected") for extended, plain in pairs])
-    claim = f"C13: rejected starts higher after extended SFT than after plain SFT ({lift})"
+    claim = f"C13: rejected starts higher after extended SFT than after plain SFT ({shown(lift)})"
     found.append((claim, verdict(lift, up=True)))
     for equality in EQUALITIES:
         rows = []
@@ -115,7 +115,9 @@ def extended_claims(study: Study) -> list[tuple[str, str]]:
             for name, up in (("chosen", True), ("argmax", False)):
                 effect = study.difference(arm, other, name, equality)
                 way = "falls less" if up else "grows less"
-                rows.append((f"C13, {equality}: {name} {way} than in {other} ({effect})", verdict(effect, up=up)))
+                rows.append(
+                    (f"C13, {equality}: {name} {way} than in {other} ({shown(effect)})", verdict(effect, up=up))
+                )
         found += [*rows, whole(f"C13, {equality}: extended SFT beats plain SFT and both controls", rows)]
     return found
 
@@ -127,7 +129,7 @@ def guard_claims(study: Study) -> list[tuple[str, str]]:
     for other in rivals:
         for equality in (EQUAL_MARGIN, EQUAL_ACCURACY):
             effect = study.difference("guard", other, "drained mass", equality)
-            claim = f"squeeze_guard, {equality}: drains less than {other} ({fine(effect)})"
+            claim = f"squeeze_guard, {equality}: drains less than {other} ({shown(effect)})"
             rows.append((claim, verdict(effect, up=False)))
     return [*rows, whole("squeeze_guard succeeds: it drains less than each", rows)] if rows else []
 

@@ -134,7 +134,7 @@ def verdict(effect: Effect, up: bool, unless: str = "") -> str:
     nothing is decided.
     """
     if effect.num_probes < MIN_SEEDS:
-        return f"no verdict from {effect.num_probes} seeds"
+        return f"no verdict, {effect.num_probes} of {MIN_SEEDS} seeds"
     if unless:
         return f"does not hold: {unless}"
     if effect.up(minimum=0.0):
@@ -152,9 +152,9 @@ def count_verdict(hits: Sequence[bool]) -> str:
     return f"{'holds' if sum(hits) >= 0.8 * len(hits) else 'does not hold'}, {shown}"
 
 
-def fine(effect: Effect) -> str:
-    """A change with a digit more where it is small, as drained mass is; a dash where nothing was recorded."""
+def shown(effect: Effect, sign: str = "+") -> str:
+    """A mean ± its standard error; without the error where one seed is all there is, a dash where nothing is known."""
     if not effect.known:
         return "-"
-    small = abs(effect.mean) < 0.1 and effect.se < 0.01
-    return f"{effect.mean:+.4f} ± {effect.se:.4f}" if small else f"{effect.mean:+.2f} ± {effect.se:.2f}"
+    mean = f"{effect.mean:{sign}.3f}"
+    return mean if np.isnan(effect.se) else f"{mean} ± {effect.se:.3f}"

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from claims import EARLY, all_claims
-from measures import CHANGES, EQUALITIES, MIN_SEEDS, Run, Study, fine, over_seeds
-
-from trl_dynamics.tracking.effects import Effect
+from measures import CHANGES, EQUALITIES, MIN_SEEDS, Run, Study, over_seeds, shown
 
 
 def judged(study: Study, arm: str) -> list[dict]:
@@ -21,13 +19,13 @@ def tables(study: Study) -> list[str]:
     """Markdown: what moved in every arm, differences to plain DPO, answers."""
     lines = ["## Change over the run, mean over seeds ± standard error over seeds", "", *_header("arm", CHANGES)]
     for arm in study.arms:
-        lines.append(_row(arm, [fine(study.end(arm, name)) for name in CHANGES]))
+        lines.append(_row(arm, [shown(study.end(arm, name)) for name in CHANGES]))
     lines += sft_table(study)
     others = [arm for arm in study.arms if arm != "dpo" and study.method(arm) == "dpo"]
     for equality in EQUALITIES if study.has("dpo") else ():
         lines += ["", f"## Difference to plain DPO at {equality}", "", *_header("arm", CHANGES[:6])]
         for arm in others:
-            cells = [fine(study.difference(arm, "dpo", name, equality)) for name in CHANGES[:6]]
+            cells = [shown(study.difference(arm, "dpo", name, equality)) for name in CHANGES[:6]]
             lines.append(_row(arm, cells))
     return lines + answer_table(study)
 
@@ -46,7 +44,7 @@ def sft_table(study: Study) -> list[str]:
 
     for name in study.runs["sft"][0].types:
         cells = [study.mean("sft", lambda run, share=share, name=name: value(run, name, share)) for share in shares]
-        lines.append(_row(name, map(str, cells)))
+        lines.append(_row(name, map(shown, cells)))
     return lines
 
 
@@ -64,7 +62,7 @@ def answer_table(study: Study) -> list[str]:
         cells = [over_seeds([one.value(name)[1] for one in samples]) for name in metrics]
         cells += [over_seeds([one["numbers"]["A"][name] for one in verdicts]) for name in checks]
         cells.append(over_seeds([one["win_rate"] for one in verdicts]))
-        lines.append(_row(arm, [*map(_level, cells), "sft" if arm == "dpo" else "dpo"]))
+        lines.append(_row(arm, [*(shown(cell, "") for cell in cells), "sft" if arm == "dpo" else "dpo"]))
     return lines
 
 
@@ -76,7 +74,7 @@ def write_summary(folders: Mapping[int, Path], arms: Sequence[str], path: Path) 
     head = f"Seeds {seeds}." if enough else f"Seeds {seeds}; at least {MIN_SEEDS} are needed before a verdict."
     seconds = sum(_seconds(run) for runs in study.runs.values() for run in runs)
     lines = [
-        f"# {len(folders)} seeds of the squeezing study",
+        "# The squeezing study",
         "",
         f"{head} Training and probing: {seconds:.0f} s.",
         "",
@@ -103,7 +101,3 @@ def _header(first: str, heads: Sequence[str]) -> list[str]:
 
 def _row(first: str, cells) -> str:
     return f"| {' | '.join([first, *cells])} |"
-
-
-def _level(effect: Effect) -> str:
-    return f"{effect.mean:.2f} ± {effect.se:.2f}" if effect.known else "-"

@@ -8,6 +8,8 @@ from trl_dynamics.tracking.cost import CostLedger
 SETTLED_STEPS, UNSETTLED_TRUST = 10, 0.5
 # What closing the store and summing it up may take, in probes.
 CLOSING = 0.25
+# Share of the budget that is planned with: a probe also leaves cold caches to the step after it, on no clock of ours.
+PLANNED = 0.9
 
 
 def check_budget(share: float | None) -> None:
@@ -25,10 +27,10 @@ def is_affordable(
 ) -> bool:
     """Whether the probe that is due now is taken, such that all of the run's stay within `share` of training time.
 
-    Affordable are n = floor((share x projected training time - spent - what the end takes) / median cost) of the m
-    scheduled probes from here to the one before the end; every (m / n)-th is taken, so that what is left out is left
-    out evenly. The end takes the last probe and a quarter of one to close the store. The first probe, which is the
-    baseline, and the last are always taken.
+    Affordable are n = floor((0.9 x share x projected training time - spent - what the end takes) / median cost) of
+    the m scheduled probes from here to the one before the end; every (m / n)-th is taken, so that what is left out is
+    left out evenly. The end takes the last probe and a quarter of one to close the store. The first probe, which is
+    the baseline, and the last are always taken.
 
     Args:
         ledger ([`CostLedger`]): What probing and training took so far.
@@ -50,7 +52,7 @@ def is_affordable(
     training = trust * (trained + min(recent, trained / step) * (max_steps - step))
     cost = median(costs[-5:])
     ends = CLOSING + (1 if max_steps in scheduled else 0)
-    affordable = int((share * training - ledger.probe_seconds - ends * cost) / cost)
+    affordable = int((PLANNED * share * training - ledger.probe_seconds - ends * cost) / cost)
     if affordable < 1:
         return False
     taken = [choice["step"] for choice in decisions if choice["taken"]]

@@ -1,6 +1,7 @@
 """The packages of the `report` extra, asked for only when a page or a picture is made."""
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 
@@ -20,13 +21,21 @@ def vl_convert() -> ModuleType:
     return _imported("vl_convert", package="vl-convert-python")
 
 
-def jinja2() -> ModuleType:
-    """The template engine.
+def template(name: str):
+    """A page's template, which escapes whatever it is given and refuses names that it is not given.
 
     Raises:
-        ReportExtraMissing: If it is not installed.
+        ReportExtraMissing: If the template engine is not installed.
     """
-    return _imported("jinja2", package="jinja2")
+    jinja2 = _imported("jinja2", package="jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name)
 
 
 def _imported(module: str, package: str) -> ModuleType:

@@ -33,7 +33,7 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
         ReportExtraMissing: If jinja2 or vl-convert-python is not installed.
         ValueError: If a folder holds no records.
     """
-    renderer, jinja2 = extra.vl_convert(), extra.jinja2()
+    renderer, template = extra.vl_convert(), extra.template(TEMPLATE)
     runs = load_runs(run_dirs)
     series = split_series(runs)
     sections = [_section(index, one) for index, one in enumerate(series)]
@@ -43,14 +43,7 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
     specs = {key: spec for charts in drawn for key, spec in charts.items()}
     specs |= _keyed("scalar", scalars) | _keyed("compare", comparison)
     main_chart = next(iter(sections[0]["paths"].values()))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template(TEMPLATE).render(
+    page = template.render(
         title=", ".join(run.name for run in runs),
         runs=[_run_view(run) for run in runs],
         sections=sections,

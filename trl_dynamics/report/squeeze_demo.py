@@ -166,16 +166,9 @@ def build_page(cases: list[StepCase], output: str | Path) -> Path:
     Raises:
         ReportExtraMissing: If jinja2 or vl-convert-python is not installed.
     """
-    renderer, jinja2 = extra.vl_convert(), extra.jinja2()
+    renderer, template = extra.vl_convert(), extra.template(TEMPLATE)
     charts = {f"{case.name}-{draw.__name__}": draw(case) for case in cases for draw in (probabilities, factors)}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template(TEMPLATE).render(
+    page = template.render(
         cases=[{"case": case, "numbers": number_rows(case)} for case in cases],
         roles=ROLES,
         data_json=inline_json({"charts": charts}),

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import trl
@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 
 from trl_dynamics.cli import sources
 from trl_dynamics.cli.main import raised_here
+from trl_dynamics.cli.options import option
 from trl_dynamics.judging.answers import FileSide, ModelSide
 from trl_dynamics.judging.compare import Side, compare
 from trl_dynamics.judging.folder import SUMMARY_FILE, ComparisonFolder
@@ -35,51 +36,44 @@ JUDGES = ("embedded", "reward", "likelihood", "server")
 FORMATS = {"auto": None, "chat": True, "plain": False}
 
 
-def _option(default, text: str, *aliases: str):
-    metadata = {"help": text} | ({"aliases": list(aliases)} if aliases else {})
-    if isinstance(default, list):
-        return field(default_factory=list, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class JudgeArguments:
     """Options of `trl-dynamics judge`."""
 
-    prompts: str | None = _option(None, "Probe set, file, folder or hub dataset with prompts, or 'embedded'.")
-    split: str | None = _option(None, "Split of the prompts; by default 'test' if there is one, else 'train'.")
-    dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
-    dataset_data_dir: str | None = _option(None, "Folder inside a hub dataset.")
-    num_prompts: int | None = _option(None, "Take the prompts of the first so many rows. None: all.")
-    output_dir: str | None = _option(None, "Folder of answers, verdicts and summary; resumed if begun.", "-o")
-    judge: str | None = _option(
+    prompts: str | None = option(None, "Probe set, file, folder or hub dataset with prompts, or 'embedded'.")
+    split: str | None = option(None, "Split of the prompts; by default 'test' if there is one, else 'train'.")
+    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_data_dir: str | None = option(None, "Folder inside a hub dataset.")
+    num_prompts: int | None = option(None, "Take the prompts of the first so many rows. None: all.")
+    output_dir: str | None = option(None, "Folder of answers, verdicts and summary; resumed if begun.", "-o")
+    judge: str | None = option(
         None,
         "'reward' (a sequence classifier), 'server' (OpenAI-compatible), 'likelihood' (per token, under a third "
         "model) or 'embedded' (the embedded world's own checker).",
     )
-    judge_model: str | None = _option(None, "The judge's folder or hub name, or its name on the server.")
-    judge_url: str | None = _option(None, "The server's address, such as http://localhost:8000/v1.")
-    judge_format: str = _option("auto", "How a reward model reads: 'chat', 'plain', or by whether it has a template.")
-    judge_prompt: str | None = _option(None, "Text file with a question of your own: {prompt}, {first}, {second}.")
-    judge_max_new_tokens: int = _option(512, "Room for the server's reasons and verdict.")
-    tie_margin: float = _option(0.0, "Scores that differ by so much or less tie; in the judge's unit.")
-    concurrency: int = _option(8, "Requests to the server under way at a time.")
-    requests_per_minute: float | None = _option(None, "Rate limit.")
-    timeout: float = _option(120.0, "Seconds without a byte from the server.")
-    max_retries: int = _option(5, "Further attempts of a request that failed.")
-    server_options: str | None = _option(None, "JSON object added to every request.")
-    temperature: float = _option(0.0, "Of the answers; 0 takes the likeliest token at each step.")
-    top_p: float = _option(1.0, "Probability mass of the tokens to draw from.")
-    seed: int = _option(0, "Of sampled answers and of the interval.")
-    max_new_tokens: int = _option(256, "Longest answer, in tokens.")
-    max_prompt_length: int | None = _option(None, "A longer prompt keeps its last tokens.")
-    stop: list[str] = _option([], "Texts before which an answer ends.")
-    batch_size: int = _option(16, "Rows that a local model or judge runs at a time.")
-    dtype: str = _option("auto", "Weights' dtype of local models and judges.")
-    trust_remote_code: bool = _option(False, "Run model code that comes from the hub.")
-    confidence: float = _option(0.95, "Of the bootstrap interval.")
-    num_resamples: int = _option(10_000, "Of the bootstrap.")
-    allow_failures: bool = _option(False, "Leave out prompts without answer or verdict, instead of stopping.")
+    judge_model: str | None = option(None, "The judge's folder or hub name, or its name on the server.")
+    judge_url: str | None = option(None, "The server's address, such as http://localhost:8000/v1.")
+    judge_format: str = option("auto", "How a reward model reads: 'chat', 'plain', or by whether it has a template.")
+    judge_prompt: str | None = option(None, "Text file with a question of your own: {prompt}, {first}, {second}.")
+    judge_max_new_tokens: int = option(512, "Room for the server's reasons and verdict.")
+    tie_margin: float = option(0.0, "Scores that differ by so much or less tie; in the judge's unit.")
+    concurrency: int = option(8, "Requests to the server under way at a time.")
+    requests_per_minute: float | None = option(None, "Rate limit.")
+    timeout: float = option(120.0, "Seconds without a byte from the server.")
+    max_retries: int = option(5, "Further attempts of a request that failed.")
+    server_options: str | None = option(None, "JSON object added to every request.")
+    temperature: float = option(0.0, "Of the answers; 0 takes the likeliest token at each step.")
+    top_p: float = option(1.0, "Probability mass of the tokens to draw from.")
+    seed: int = option(0, "Of sampled answers and of the interval.")
+    max_new_tokens: int = option(256, "Longest answer, in tokens.")
+    max_prompt_length: int | None = option(None, "A longer prompt keeps its last tokens.")
+    stop: list[str] = option([], "Texts before which an answer ends.")
+    batch_size: int = option(16, "Rows that a local model or judge runs at a time.")
+    dtype: str = option("auto", "Weights' dtype of local models and judges.")
+    trust_remote_code: bool = option(False, "Run model code that comes from the hub.")
+    confidence: float = option(0.95, "Of the bootstrap interval.")
+    num_resamples: int = option(10_000, "Of the bootstrap.")
+    allow_failures: bool = option(False, "Leave out prompts without answer or verdict, instead of stopping.")
 
 
 def run(argv: list[str]) -> int:

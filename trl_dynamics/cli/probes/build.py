@@ -1,7 +1,7 @@
 """trl-dynamics probes build: preference or prompt/completion data -> a probe set's folder."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import trl
@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from trl_dynamics.cli import sources
+from trl_dynamics.cli.options import option
 from trl_dynamics.probing import card
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.build import Built, build, read_lines, settle_seams
@@ -22,69 +23,62 @@ from trl_dynamics.probing.server import OpenAIServer
 logger = logging.getLogger(__name__)
 
 
-def _option(default, text: str, *aliases: str):
-    metadata = {"help": text} | ({"aliases": list(aliases)} if aliases else {})
-    if isinstance(default, list):
-        return field(default_factory=list, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class DataArguments:
     """Where the pairs come from, and where the set goes."""
 
-    dataset_name: str | None = _option(None, "File, folder, hub dataset, or 'embedded'.", "--dataset")
-    dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
-    dataset_data_dir: str | None = _option(None, "Folder inside a hub dataset, such as helpful-base of hh-rlhf.")
-    split: str = _option("train", "Split that is trained on.")
-    dataset_num_rows: int | None = _option(None, "Use the first so many rows only. None: all.")
-    dataset_streaming: bool = _option(False, "Read a hub dataset without downloading all of it.")
-    held_out: str | None = _option(None, "Data that is not trained on; by default the dataset's own held-out split.")
-    held_out_split: str = _option("test", "Split of the held-out data.")
-    output_dir: str | None = _option(None, "Folder of the new set.", "-o")
-    overwrite: bool = _option(False, "Replace a probe set that lies there.")
-    name: str | None = _option(None, "Name of the set; by default that of its folder.")
-    license: str | None = _option(None, "Licence of the source, for the card.")
+    dataset_name: str | None = option(None, "File, folder, hub dataset, or 'embedded'.", "--dataset")
+    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_data_dir: str | None = option(None, "Folder inside a hub dataset, such as helpful-base of hh-rlhf.")
+    split: str = option("train", "Split that is trained on.")
+    dataset_num_rows: int | None = option(None, "Use the first so many rows only. None: all.")
+    dataset_streaming: bool = option(False, "Read a hub dataset without downloading all of it.")
+    held_out: str | None = option(None, "Data that is not trained on; by default the dataset's own held-out split.")
+    held_out_split: str = option("test", "Split of the held-out data.")
+    output_dir: str | None = option(None, "Folder of the new set.", "-o")
+    overwrite: bool = option(False, "Replace a probe set that lies there.")
+    name: str | None = option(None, "Name of the set; by default that of its folder.")
+    license: str | None = option(None, "Licence of the source, for the card.")
 
 
 @dataclass
 class BuildArguments(DataArguments):
     """Options of `trl-dynamics probes build`."""
 
-    types: list[str] = _option([], "Response types; by default all that the data and the models given allow.")
-    num_probes: int = _option(500, "Prompts to probe.")
-    seed: int = _option(0, "Of the selection and of every draw.")
-    select: str = _option("random", "'random', or 'first' for the first rows of the data.")
-    columns: list[str] = _option([], "COLUMN=TYPE: answers that the data already has.")
-    human_text: str | None = _option(None, "Text file, one fluent sentence per line, for human_unrelated.")
-    dictionary: str | None = _option(None, "Text file, one word per line, for random_words.")
-    model: str | None = _option(None, "The model to be tracked: its own answers, its tokenizer's boundaries.")
-    dtype: str = _option("auto", "Dtype of local models' weights.")
-    batch_size: int = _option(16, "Prompts that a local model answers at a time.")
-    trust_remote_code: bool = _option(False, "Run model code that comes from the hub.")
-    max_new_tokens: int = _option(256, "Longest answer or rephrase, in tokens.")
-    max_prompt_length: int | None = _option(None, "For own answers: a longer prompt keeps its last tokens.")
-    stop: list[str] = _option([], "Texts before which the model's own answers end.")
-    rephraser: str | None = _option(
+    types: list[str] = option([], "Response types; by default all that the data and the models given allow.")
+    num_probes: int = option(500, "Prompts to probe.")
+    seed: int = option(0, "Of the selection and of every draw.")
+    select: str = option("random", "'random', or 'first' for the first rows of the data.")
+    columns: list[str] = option([], "COLUMN=TYPE: answers that the data already has.")
+    human_text: str | None = option(None, "Text file, one fluent sentence per line, for human_unrelated.")
+    dictionary: str | None = option(None, "Text file, one word per line, for random_words.")
+    model: str | None = option(None, "The model to be tracked: its own answers, its tokenizer's boundaries.")
+    dtype: str = option("auto", "Dtype of local models' weights.")
+    batch_size: int = option(16, "Prompts that a local model answers at a time.")
+    trust_remote_code: bool = option(False, "Run model code that comes from the hub.")
+    max_new_tokens: int = option(256, "Longest answer or rephrase, in tokens.")
+    max_prompt_length: int | None = option(None, "For own answers: a longer prompt keeps its last tokens.")
+    stop: list[str] = option([], "Texts before which the model's own answers end.")
+    rephraser: str | None = option(
         None, "Who rephrases: a server's URL (OpenAI-compatible), a file of ready rephrases, or a model as in --model."
     )
-    rephraser_model: str | None = _option(None, "Name of the model on the server.")
-    temperature: float = _option(0.7, "Of rephrases.")
-    attempts: int = _option(3, "Rephrases to ask for until one passes the checks.")
-    instructions: str | None = _option(
+    rephraser_model: str | None = option(None, "Name of the model on the server.")
+    temperature: float = option(0.7, "Of rephrases.")
+    attempts: int = option(3, "Rephrases to ask for until one passes the checks.")
+    instructions: str | None = option(
         None, "YAML file with prompts of your own: 'semantic' and 'format', each with {text}."
     )
-    concurrency: int = _option(8, "Requests under way at a time.")
-    requests_per_minute: float | None = _option(None, "Rate limit.")
-    timeout: float = _option(120.0, "Seconds without a byte from the server.")
-    max_retries: int = _option(5, "Further attempts of a request that failed.")
-    server_options: str | None = _option(None, "JSON object added to every request.")
-    cache: str | None = _option(None, "File of answers so far; by default OUTPUT_DIR.answers.jsonl.")
-    allow_failures: bool = _option(False, "Leave out responses that got no answer, instead of stopping.")
-    min_length_ratio: float = _option(0.4, "Shortest rephrase, in characters per character of its source.")
-    max_length_ratio: float = _option(2.5, "Longest rephrase.")
-    embedding_model: str | None = _option(None, "Encoder that compares meanings; none: they are not compared.")
-    similarity: float = _option(0.7, "Cosine that semantic rephrases reach and format rephrases do not.")
+    concurrency: int = option(8, "Requests under way at a time.")
+    requests_per_minute: float | None = option(None, "Rate limit.")
+    timeout: float = option(120.0, "Seconds without a byte from the server.")
+    max_retries: int = option(5, "Further attempts of a request that failed.")
+    server_options: str | None = option(None, "JSON object added to every request.")
+    cache: str | None = option(None, "File of answers so far; by default OUTPUT_DIR.answers.jsonl.")
+    allow_failures: bool = option(False, "Leave out responses that got no answer, instead of stopping.")
+    min_length_ratio: float = option(0.4, "Shortest rephrase, in characters per character of its source.")
+    max_length_ratio: float = option(2.5, "Longest rephrase.")
+    embedding_model: str | None = option(None, "Encoder that compares meanings; none: they are not compared.")
+    similarity: float = option(0.7, "Cosine that semantic rephrases reach and format rephrases do not.")
 
 
 def run(argv: list[str]) -> int:

@@ -55,8 +55,9 @@ def sft_claims(study: Study) -> list[tuple[str, str]]:
 def peak_claims(study: Study) -> list[tuple[str, str]]:
     """C11 and C12: where chosen peaks, and how it falls."""
     found = []
-    if study.has("dpo_from_base"):
-        arm, curve = "dpo_from_base", study.mean_curve("dpo_from_base", "chosen")
+    arm = next((name for name in ("dpo_from_base_long", "dpo_from_base") if study.has(name)), None)
+    if arm:
+        curve = study.mean_curve(arm, "chosen")
         peak = int(curve.idxmax())
         inside = 0 < peak < curve.index[-1]
         fall = study.mean(arm, lambda run: run.curves["chosen"].loc[peak] - run.end("chosen"))

@@ -1,8 +1,8 @@
 """Curves of the study's runs, read from their stores, and what two arms differ by.
 
 A value with ± is a mean over seeds and its standard error; two arms are compared seed by seed: at equal steps (the
-end), or where both have the same margin, or the same held-out accuracy: the largest that both reach, at the step,
-interpolated, where each first reaches it.
+last that both have), or where both have the same margin, or the same held-out accuracy: the largest that both reach,
+at the step, interpolated, where each first reaches it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +81,15 @@ def value_at_level(curve: pd.Series, level_curve: pd.Series, level: float) -> fl
     return float(np.interp(step, curve.index.to_numpy(float), curve.to_numpy()))
 
 
+def end_difference(mine: pd.Series, theirs: pd.Series) -> float:
+    """Difference of two curves at the shorter one's end; NaN where one was not recorded."""
+    if not len(mine) or not len(theirs):
+        return np.nan
+    step = min(mine.index[-1], theirs.index[-1])
+    values = [np.interp(step, curve.index.to_numpy(float), curve.to_numpy()) for curve in (mine, theirs)]
+    return float(values[0] - values[1])
+
+
 class Study:
     """All runs of some seeds.
 
@@ -112,7 +121,7 @@ class Study:
         found = []
         for mine, theirs in zip(self.runs[arm], self.runs[other], strict=True):
             if level_of is None:
-                found.append(mine.end(name) - theirs.end(name))
+                found.append(end_difference(mine.curves[name], theirs.curves[name]))
             else:
                 level = min(mine.curves[level_of].max(), theirs.curves[level_of].max())
                 found.append(mine.at(name, level_of, level) - theirs.at(name, level_of, level))

@@ -1,6 +1,7 @@
-"""The study of the squeezing effect on the embedded model: every arm, seed by seed, then tables, verdicts and a page.
+"""The study of the squeezing effect on a small model: every arm, seed by seed, then tables, verdicts and a page.
 
     python recipes/dpo_squeezing/study.py --output_dir runs/dpo_squeezing --seeds 0 1 2 3 4
+    python recipes/dpo_squeezing/study.py --world helpful_base --output_dir runs/dpo_squeezing_real --seeds 0 1 2 3 4
 
 A seed draws its own pairs, probes and held-out pairs. What has finished is skipped: the same command goes on after an
 interruption, and adds seeds.
@@ -19,29 +20,27 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, disable_caching, load_from_disk
 from summary import write_summary
+from worlds import HERE, WORLDS, world_of
 
-from trl_dynamics import embedded
 from trl_dynamics.cli.main import main as run_command
 from trl_dynamics.probing.generate import Answer, LocalModel, Request, Sampling
 from trl_dynamics.report.page import build_page
 from trl_dynamics.tracking.store import DynamicsStore
 
-HERE = Path(__file__).parent
-BASE = "embedded"
-NUM_HELD_OUT, MAX_ANSWER = 48, 40
+BASE = "base"
 # Draws of one prompt before it is left out of the pairs with on-policy negatives.
 NUM_DRAWS = 4
-# Drained mass per token and step. Tried on seed 100: see RESULTS.md.
-GUARD_BUDGET = 1.0e-4
+# Drained mass per token and step; tuned on seeds 100 and 101: see RESULTS.md.
+GUARD_BUDGET = 1.0e-5
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: `trl-dynamics sft` or `dpo` with the settings of sft_cpu.yaml or dpo_cpu.yaml and these.
+    """One run: `trl-dynamics sft` or `dpo` with the settings of the world's YAML file and these.
 
     Args:
         method (`str`): `"sft"` or `"dpo"`.
-        start (`str`): The arm whose model it starts from, or `"embedded"`.
+        start (`str`): The arm whose model it starts from, or `"base"`.
         options (`dict`): What differs from the YAML file.
         data (`str`): `"pairs"`, or `"on_policy"` for rejected answers drawn from the model it starts from.
     """
@@ -66,6 +65,8 @@ ARMS: dict[str, Arm] = {
     "sft_chosen_and_other": Arm("sft", options={"sft_on": "chosen_and_other", "max_steps": 300}),
     "dpo": Arm("dpo", "sft"),
     "dpo_from_base": Arm("dpo"),
+    # Chosen turns late when nothing has raised it before.
+    "dpo_from_base_long": Arm("dpo", options={"max_steps": 300}),
     "dpo_after_short_sft": Arm("dpo", "sft_short"),
     "dpo_on_policy": Arm("dpo", "sft", data="on_policy"),
     "more_sft": Arm("sft", "sft", {"max_steps": 100, "learning_rate": 2e-4}),
@@ -83,7 +84,9 @@ ARMS: dict[str, Arm] = {
     "sft_term": Arm("dpo", "sft", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 1]}),
 }
 # Options that all runs of a folder share.
-SETTINGS = ("max_steps", "num_pairs", "num_probes", "guard_budget")
+SETTINGS = ("world", "max_steps", "num_pairs", "num_probes", "guard_budget")
+# What the real world leaves out: half an hour is enough.
+ONLY_EMBEDDED = ("dpop", "shift", "cal", "sft_term", "low_rate", "guard_uniform", "guard_shuffled")
 # What the page of a seed compares; the first run of a method is what the others of it are compared with.
 ON_PAGE = ("dpo", "dpo_from_base", "dpo_after_short_sft", "dpo_on_policy", "dpo_after_both", "gate", "guard", "sft")
 
@@ -100,26 +103,35 @@ class Task:
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, judge it, write summary.md, summary.csv and the first seed's page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--world", choices=WORLDS, default=WORLDS[0], help="embedded, or the small real model and text"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/dpo_squeezing"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="with those they start from")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these and those they start from; default: all")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 uses this process")
     parser.add_argument("--max_steps", type=int, help="at most so many steps per run, for a trial")
-    parser.add_argument("--num_pairs", type=int, default=200)
-    parser.add_argument("--num_probes", type=int, default=24)
+    parser.add_argument("--num_pairs", type=int)
+    parser.add_argument("--num_probes", type=int)
     parser.add_argument("--guard_budget", type=float, default=GUARD_BUDGET)
     args = parser.parse_args(argv)
-    arms = with_starts(args.arms)
+    world = world_of(args.world)
+    args.num_pairs, args.num_probes = args.num_pairs or world.num_pairs, args.num_probes or world.num_probes
+    if args.num_probes > args.num_pairs:
+        parser.error(f"{args.num_probes} probes and {args.num_pairs} pairs: probes are the first training pairs")
+    arms = with_starts(args.arms or [name for name in ARMS if world.judged or name not in ONLY_EMBEDDED])
     settle(args.output_dir / "settings.json", {name: getattr(args, name) for name in SETTINGS})
     tasks: dict[str, Task] = {}
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"
-        write_data(folder, seed, args.num_pairs, args.num_probes)
+        world.write(folder, seed, args.num_pairs, args.num_probes)
         for name in arms:
             needs = frozenset({f"{folder.name}/{ARMS[name].start}"} - {f"{folder.name}/{BASE}"})
             tasks[f"{folder.name}/{name}"] = Task(needs, run_arm, (name, folder, seed, args))
-        judged = [name for name in arms if ARMS[name].method == "dpo" and "dpo" in arms]
-        tasks[f"{folder.name}/judge"] = Task(frozenset(f"{folder.name}/{n}" for n in arms), judge, (folder, judged))
+        judged = [name for name in arms if ARMS[name].method == "dpo" and "dpo" in arms and world.judged]
+        tasks[f"{folder.name}/judge"] = Task(
+            frozenset(f"{folder.name}/{name}" for name in arms), judge, (folder, judged, world.max_answer)
+        )
     run_all(tasks, args.workers)
     first = args.output_dir / f"seed{args.seeds[0]}"
     print(build_page([first / name for name in ON_PAGE if name in arms], args.output_dir / "report.html"))
@@ -150,50 +162,28 @@ def settle(path: Path, settings: dict) -> None:
     path.write_text(json.dumps(settings), encoding="utf-8")
 
 
-def write_data(folder: Path, seed: int, num_pairs: int, num_probes: int) -> None:
-    """Pairs, probes and prompts of a seed; every probe, and every source of an `other_train`, is a training row.
-
-    Raises:
-        ValueError: If there are more probes than pairs, so that this would not hold.
-    """
-    if num_probes > num_pairs:
-        raise ValueError(f"{num_probes} probes and {num_pairs} pairs: probes are the first training pairs")
-    if (folder / "held_out.jsonl").is_file():
-        return
-    held_out = embedded.preference_rows(NUM_HELD_OUT, seed, "test")
-    pairs = {"train": embedded.preference_rows(num_pairs, seed), "test": held_out}
-    DatasetDict({split: Dataset.from_list(rows) for split, rows in pairs.items()}).save_to_disk(folder / "pairs")
-    embedded.probe_set(num_probes, seed).save(folder / "probes")
-    write_lines(folder / "held_out.jsonl", [{"prompt": row["prompt"]} for row in held_out])
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """One JSON object per line, complete or not there at all."""
-    path.with_suffix(".part").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    path.with_suffix(".part").rename(path)
-
-
 def run_arm(name: str, folder: Path, seed: int, args: argparse.Namespace) -> None:
     """Train one arm unless it has finished; what it prints goes to `<arm>.log`."""
     arm = ARMS[name]
     if has_finished(folder / name):
         return
     if arm.data == "on_policy":
-        write_on_policy(folder, start_of(arm, folder), seed)
+        world = world_of(args.world)
+        write_on_policy(folder, start_of(arm, folder, world.base), seed, world.max_answer, world.max_prompt)
     run_logged(folder / f"{name}.log", words_of(name, folder, seed, args))
 
 
-def start_of(arm: Arm, folder: Path) -> str:
+def start_of(arm: Arm, folder: Path, base: str) -> str:
     """The model that an arm of a seed starts from."""
-    return BASE if arm.start == BASE else str(folder / arm.start)
+    return base if arm.start == BASE else str(folder / arm.start)
 
 
 def words_of(name: str, folder: Path, seed: int, args: argparse.Namespace) -> list[str]:
     """The command of an arm, as one would type it after `trl-dynamics`."""
-    arm = ARMS[name]
+    arm, world = ARMS[name], world_of(args.world)
     options = {
-        "config": HERE / f"{arm.method}_cpu.yaml",
-        "model_name_or_path": start_of(arm, folder),
+        "config": HERE / world.configs[arm.method],
+        "model_name_or_path": start_of(arm, folder, world.base),
         "dataset_name": folder / arm.data,
         "dataset_num_rows": args.num_pairs,
         "probe_set": folder / "probes",
@@ -236,7 +226,7 @@ def run_logged(log: Path, words: list[str]) -> None:
         raise RuntimeError(f"trl-dynamics {words[0]} ended with status {status}, see {log}")
 
 
-def write_on_policy(folder: Path, start: str, seed: int) -> None:
+def write_on_policy(folder: Path, start: str, seed: int, max_answer: int, max_prompt: int | None) -> None:
     """The pairs with answers drawn from the starting model at temperature 1 in place of the rejected ones.
 
     A draw that is cut, blank or the chosen answer itself is drawn again; a prompt without another answer is left out.
@@ -249,14 +239,15 @@ def write_on_policy(folder: Path, start: str, seed: int) -> None:
     drawn: dict[int, dict] = {}
     for attempt in range(NUM_DRAWS):
         open_rows = [index for index in rows if index not in drawn]
-        requests = {
-            Request.of(rows[i]["prompt"], Sampling(MAX_ANSWER, 1.0, seed=(seed * NUM_DRAWS + attempt) * 10_000 + i)): i
-            for i in open_rows
-        }
+        requests = {}
+        for i in open_rows:
+            draw = (seed * NUM_DRAWS + attempt) * 10_000 + i
+            sampling = Sampling(max_answer, 1.0, seed=draw, max_prompt_length=max_prompt)
+            requests[Request.of(rows[i]["prompt"], sampling)] = i
         for request, answer in model.generate(list(requests)):
             row = rows[requests[request]]
             if isinstance(answer, Answer) and answer.finish == "stop" and answer.text.strip():
-                rejected = [{"role": "assistant", "content": answer.text.strip()}]
+                rejected = like(row["chosen"], answer.text.strip())
                 if rejected != row["chosen"]:
                     drawn[requests[request]] = row | {"rejected": rejected}
     kept = DatasetDict({"train": Dataset.from_list([drawn[i] for i in sorted(drawn)]), "test": pairs["test"]})
@@ -264,14 +255,19 @@ def write_on_policy(folder: Path, start: str, seed: int) -> None:
     (folder / "on_policy.part").rename(folder / "on_policy")
 
 
-def judge(folder: Path, names: list[str]) -> None:
+def like(chosen: str | list[dict], text: str) -> str | list[dict]:
+    """`text` as an answer in the form of `chosen`: plain with a leading space, or a chat message."""
+    return f" {text}" if isinstance(chosen, str) else [{"role": "assistant", "content": text}]
+
+
+def judge(folder: Path, names: list[str], max_answer: int) -> None:
     """Greedy answers to held-out prompts by the world's own checker: `dpo` against `sft`, all others against `dpo`."""
     for name in sorted(names, key=lambda name: name != "dpo"):
         if (folder / "judged" / name / "summary.json").is_file():
             continue
         other = folder / "sft" if name == "dpo" else folder / "judged" / "dpo" / "answers_A.jsonl"
-        options = {"prompts": folder / "held_out.jsonl", "judge": BASE, "output_dir": folder / "judged" / name}
-        options |= {"max_new_tokens": MAX_ANSWER, "batch_size": NUM_HELD_OUT}
+        options = {"prompts": folder / "held_out.jsonl", "judge": "embedded", "output_dir": folder / "judged" / name}
+        options |= {"max_new_tokens": max_answer, "batch_size": 64}
         run_logged(folder / "judge.log", ["judge", str(folder / name), str(other), *flags(options)])
 
 

@@ -27,8 +27,9 @@ def recipe():
     import claims
     import measures
     import study
+    import worlds
 
-    yield SimpleNamespace(study=study, measures=measures, claims=claims)
+    yield SimpleNamespace(study=study, measures=measures, claims=claims, worlds=worlds)
     sys.path.remove(str(RECIPES / "dpo_squeezing"))
 
 
@@ -79,14 +80,42 @@ def test_a_folder_of_other_settings_is_refused(run):
         run("--guard_budget", "0.5")
 
 
+def test_more_probes_than_pairs_are_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--num_probes", "17")
+    assert "17 probes and 16 pairs: probes are the first training pairs" in capsys.readouterr().err
+
+
+def test_the_real_world_needs_its_files_named(recipe, monkeypatch):
+    monkeypatch.delenv("TRL_DYNAMICS_DATA", raising=False)
+    with pytest.raises(ValueError, match="set TRL_DYNAMICS_DATA to the folder"):
+        recipe.worlds.world_of("helpful_base")
+
+
+def test_the_real_world_probes_what_it_trains_on(recipe, data_dir):
+    world = recipe.worlds.world_of("helpful_base")
+    train, held_out, probes = world.draw(3, 20, 8, 6)
+    trained_on = [row["chosen"] for row in train]
+    assert (len(train), len(held_out), len(probes)) == (20, 6, 8)
+    assert [(probe.prompt, probe.responses["chosen"]) for probe in probes] == [
+        (row["prompt"], row["chosen"]) for row in train[:8]
+    ]
+    assert [probe.responses["other_train"] for probe in probes] == trained_on[1:9]
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert all(len(row[name]) <= 250 and row[name].strip() for row in train for name in ("chosen", "rejected"))
+    assert world.draw(4, 20, 8, 6)[0] != train == world.draw(3, 20, 8, 6)[0]
+    with pytest.raises(ValueError, match="300 pairs and 6 held-out ones wanted, and 249 and"):
+        world.draw(3, 300, 8, 6)
+
+
 def test_every_arm_is_a_valid_command_and_comes_after_what_it_starts_from(recipe, tmp_path):
     study = recipe.study
-    args = study.argparse.Namespace(num_pairs=200, num_probes=32, guard_budget=1e-3, max_steps=None)
+    args = study.argparse.Namespace(world="embedded", num_pairs=200, num_probes=32, guard_budget=1e-3, max_steps=None)
     for name, arm in study.ARMS.items():
         method, *words = study.words_of(name, tmp_path, 7, args)
         (_, config, model, _), launch = COMMANDS[method].command().parse(words)
         assert launch == [] and config.seed == 7 and config.probe_max_probes == 32
-        assert model.model_name_or_path == ("embedded" if arm.start == "embedded" else str(tmp_path / arm.start))
+        assert model.model_name_or_path == ("embedded" if arm.start == study.BASE else str(tmp_path / arm.start))
         assert config.max_steps == arm.options.get("max_steps", 150 if method == "sft" else 100)
     assert study.with_starts(["dpo_after_both"]) == ["sft_both", "dpo_after_both"]
     assert study.with_starts(list(reversed(study.ARMS))) == list(study.ARMS)
@@ -114,6 +143,13 @@ def test_a_curve_is_read_where_another_first_reaches_a_level(recipe):
     assert measures.value_at_level(curve, margin, 5.5) == pytest.approx(-5.0)  # at step 25
     assert np.isnan(measures.value_at_level(curve, margin, 8.1))
     assert np.isnan(measures.value_at_level(curve, pd.Series(dtype=float), 1.0))
+
+
+def test_arms_of_unequal_length_are_compared_at_the_end_of_the_shorter_one(recipe):
+    short, long = pd.Series({0: 0.0, 10: 1.0}), pd.Series({0: 0.0, 8: 0.4, 12: 0.8, 30: 9.0})
+    assert recipe.measures.end_difference(short, long) == pytest.approx(1.0 - 0.6)
+    assert recipe.measures.end_difference(long, short) == pytest.approx(0.6 - 1.0)
+    assert np.isnan(recipe.measures.end_difference(short, pd.Series(dtype=float)))
 
 
 def test_verdicts_know_their_direction_and_need_five_seeds(recipe):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_dynamics.embedded import check_answer, is_grammatical, preference_rows, probe_set
+from trl_dynamics.embedded import check_answer, is_grammatical, preference_rows, probe_set, style_rows
 from trl_dynamics.embedded.data import text_documents
 from trl_dynamics.embedded.recogniser import parse_answer, parse_question
 from trl_dynamics.embedded.vocabulary import ATTRIBUTES, PEOPLE
@@ -73,6 +73,16 @@ def test_both_styles_are_equally_long():
         sum(len(text_of(row[side]).split()) for row in rows) / len(rows) for side in ("chosen", "rejected")
     )
     assert abs(chosen - rejected) < 0.5
+
+
+def test_style_rows_say_the_same_in_both_styles_and_keep_prompt_and_chosen():
+    plain, rows = (draw(300, seed=2, split="test") for draw in (preference_rows, style_rows))
+    for row, other in zip(rows, plain, strict=True):
+        assert (row["prompt"], row["chosen"]) == (other["prompt"], other["chosen"])
+        chosen, rejected, rude = (
+            parse_answer(text_of(answer)) for answer in (row["chosen"], row["rejected"], other["rejected"])
+        )
+        assert rejected.claim == chosen.claim != rude.claim and rejected.style == rude.style != chosen.style
 
 
 def test_probes_have_every_type_and_only_shuffled_ones_are_ungrammatical():

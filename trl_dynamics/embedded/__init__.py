@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trl_dynamics.embedded.base_model import model_path
-    from trl_dynamics.embedded.data import preference_rows, probe_set
+    from trl_dynamics.embedded.data import preference_rows, probe_set, style_rows
     from trl_dynamics.embedded.recogniser import is_grammatical
     from trl_dynamics.embedded.world import AnswerCheck, check_answer
 
@@ -19,8 +19,9 @@ _HOMES = {
     "model_path": "trl_dynamics.embedded.base_model",
     "preference_rows": "trl_dynamics.embedded.data",
     "probe_set": "trl_dynamics.embedded.data",
+    "style_rows": "trl_dynamics.embedded.data",
 }
-__all__ = ["AnswerCheck", "check_answer", "is_grammatical", "model_path", "preference_rows", "probe_set"]
+__all__ = ["AnswerCheck", "check_answer", "is_grammatical", "model_path", "preference_rows", "probe_set", "style_rows"]
 
 
 def __getattr__(name: str):

@@ -40,6 +40,25 @@ def preference_rows(num_pairs: int, seed: int = 0, split: str = "train") -> list
     return [_row(seed, split, index) for index in range(num_pairs)]
 
 
+def style_rows(num_pairs: int, seed: int = 0, split: str = "train") -> list[dict]:
+    """`preference_rows` whose rejected answers tell the truth, too, so that the style alone is what differs.
+
+    As held-out pairs they are harder: a model that has begun to prefer what is true and helpful gets all of
+    `preference_rows` right at once.
+
+    Args:
+        num_pairs, seed, split: See [`preference_rows`].
+
+    Raises:
+        ValueError: If `num_pairs` is below 1 or the split is unknown.
+    """
+    rows = preference_rows(num_pairs, seed, split)
+    for index, row in enumerate(rows):
+        chosen, rejected = _answers(seed, split, index)
+        row["rejected"] = [{"role": "assistant", "content": rejected.about(chosen.claim).render()}]
+    return rows
+
+
 def probe_set(num_probes: int = 40, seed: int = 0) -> ProbeSet:
     """A probe set over the first training pairs of the same seed, with eleven response types.
 

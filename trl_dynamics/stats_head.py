@@ -141,7 +141,8 @@ def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> T
     if request.backbone_only:
         return TokenStats()
     shift = hidden_BTD.shape[1] - request.num_columns
-    hidden_ND = hidden_BTD[request.rows_N, request.cols_N + shift].to(device)
+    last = hidden_BTD.device
+    hidden_ND = hidden_BTD[request.rows_N.to(last), (request.cols_N + shift).to(last)].to(device)
     extra_NE = None if request.extra_NE is None else request.extra_NE.to(hidden_ND.device)
     with whole_head(base, hidden_ND) as head:
         stats = token_stats(hidden_ND, head, request.target_N.to(hidden_ND.device), extra_NE, request.top_k)

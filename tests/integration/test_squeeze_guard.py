@@ -1,12 +1,14 @@
 """squeeze_guard in DPO runs: the loss' value stays, rejected tokens are held back as a slow reference says."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import trl
 from datasets import Dataset
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, TrainerCallback
 
 import trl_dynamics
@@ -187,6 +189,32 @@ def test_a_resumed_run_goes_on_with_its_kappa(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     given = resumed.model.state_dict()
     assert not [name for name, value in expected.items() if not torch.equal(given[name], value)]
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """What goes to Apple's GPU stays on the CPU, and fails in float64 as it does there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ == "to" and torch.device("mps") in args:
+            dtype = next((arg for arg in args if isinstance(arg, torch.dtype)), args[0].dtype)
+            if dtype == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+            return args[0].to(dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_kappa_can_be_measured_on_a_device_without_float64(tmp_path, monkeypatch):
+    trainer = make_trainer("dpo", tmp_path, dropout=0.0, squeeze_guard=BUDGET)
+    trainer.compute_loss(trainer.model, first_batch(trainer)).backward()
+    trainer.optimizer.step()
+    guard = guard_of(trainer)
+    expected = guard._response(guard._pushed)
+    there = SimpleNamespace(device=torch.device("mps"), autocast=trainer.accelerator.autocast)
+    monkeypatch.setattr(trainer, "accelerator", there)
+    with WithoutFloat64():
+        given = guard._response(guard._pushed)
+    assert expected.dtype == torch.float64 and (expected != 0).all()
+    torch.testing.assert_close(given, expected.float())
 
 
 def first_weights(trainer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from transformers import TrainerCallback
 
-from trl_dynamics.trainers.recording import TokenForward
+from trl_dynamics.trainers.recording import TokenForward, widest_float
 
 # What is made of each ratio of sums, in the order of the rows of `risk_sums`.
 QUANTITIES: dict[str, Callable[[float], float]] = {
@@ -43,8 +43,7 @@ def risk_sums(
 
     Shapes: gradient, weight (B, T), the latter None for no weights.
     """
-    device = gradient_BT.device
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = widest_float(gradient_BT.device)
     mask_2PT = forward.mask_BT.view(2, forward.num_pairs, -1)
     # Of a pair's own loss, whatever number of pairs the micro-batch averages over.
     size_2PT = forward.num_pairs * (gradient_BT.to(wide).abs() * forward.mask_BT).view_as(mask_2PT)

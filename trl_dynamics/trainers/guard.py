@@ -16,7 +16,7 @@ from trl_dynamics import stats_head
 from trl_dynamics.ops import squeeze
 from trl_dynamics.ops.tiled_head import Head, squeeze_rows
 from trl_dynamics.tracking.engine import evaluating
-from trl_dynamics.trainers.recording import TokenForward
+from trl_dynamics.trainers.recording import TokenForward, widest_float
 
 logger = get_logger(__name__)
 
@@ -200,7 +200,8 @@ class SqueezeGuard(TrainerCallback):
         with evaluating(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
             after = trainer.model(**inputs, stats_request=request)
         sums = squeeze.response_sums(rows, after["target_logp"], after["extra_logp"][:, 0], pushed.unit_N)
-        return sums.to(trainer.accelerator.device)
+        device = trainer.accelerator.device
+        return sums.to(device, widest_float(device))
 
     def _log(self, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -27,7 +27,7 @@ class TokenObserver(Protocol):
         """Once per forward, without gradients; `head` is whole here and only here.
 
         Shapes: hidden (N, D), the states that predict the tokens; target (N,) int64, the tokens; in the order of
-        `mask_BT.nonzero()`.
+        `mask_BT.nonzero()`, and on the device of the head.
         """
 
 
@@ -84,9 +84,12 @@ def _observed(base: nn.Module, request: LossRequest, fused, *args, **kwargs):
     rows_N, cols_N = request.observed_mask_BT.nonzero(as_tuple=True)
     # An adapter that prepends virtual tokens makes the hidden states longer than the input.
     shift = states[0].shape[1] - request.input_ids.shape[1]
+    # With a `device_map`, input, last layer and head may be on three devices; all that observers see is on the head's.
+    last, device = states[0].device, base.get_output_embeddings().weight.device
     with torch.no_grad():
-        hidden_ND = states[0][rows_N, cols_N + shift]
+        hidden_ND = states[0][rows_N.to(last), (cols_N + shift).to(last)].to(device)
+        target_N = request.input_ids[rows_N, cols_N + 1].to(device)
         with whole_head(base, hidden_ND) as head:
             for observer in request.observers:
-                observer.observe(hidden_ND, head, request.input_ids[rows_N, cols_N + 1])
+                observer.observe(hidden_ND, head, target_N)
     return output

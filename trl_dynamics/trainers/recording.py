@@ -40,6 +40,11 @@ class TokenForward:
         return rejected_only(self.mask_BT)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no more than that."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def rejected_only(mask_BT: torch.Tensor) -> torch.Tensor:
     """`mask_BT` without its first half of rows, the chosen answers."""
     return torch.cat([torch.zeros_like(mask_BT[: len(mask_BT) // 2]), mask_BT[len(mask_BT) // 2 :]])

@@ -1,5 +1,6 @@
 """Training rows: preference pairs as completions, blank answers, prompts cut to a number of tokens."""
 
+import itertools
 import json
 import os
 import random
@@ -139,10 +140,34 @@ def test_other_rows_are_a_permutation_that_gives_every_row_something_else(num_ro
         assert prompts[row] != prompts[other] and answers[row] != answers[other]
 
 
-@pytest.mark.parametrize("prompts", [["a"], ["a", "a", "b"]])
-def test_too_few_other_prompts_are_refused(prompts):
-    with pytest.raises(ValueError, match=f"no answer of another prompt for row 0 of {len(prompts)}"):
-        other_rows(prompts, list(range(len(prompts))))
+def partitions(num_rows: int) -> list[tuple[int, ...]]:
+    """Every way in which rows can have the same value or others, numbered in order of appearance."""
+    found = [()]
+    for _ in range(num_rows):
+        found = [(*row, value) for row in found for value in range(max(row, default=-1) + 2)]
+    return found
+
+
+@pytest.mark.parametrize("num_rows", range(6))
+def test_other_rows_are_found_wherever_there_are_any(num_rows):
+    for prompts, answers in itertools.product(partitions(num_rows), repeat=2):
+
+        def fits(others, prompts=prompts, answers=answers):
+            return all(prompts[i] != prompts[j] and answers[i] != answers[j] for i, j in enumerate(others))
+
+        if any(map(fits, itertools.permutations(range(num_rows)))):
+            others = other_rows(list(prompts), list(answers))
+            assert sorted(others) == list(range(num_rows)) and fits(others)
+        else:
+            with pytest.raises(ValueError, match="of which no prompt and no chosen answer makes up more than half"):
+                other_rows(list(prompts), list(answers))
+
+
+def test_what_owns_too_many_rows_is_named():
+    with pytest.raises(ValueError, match="the prompt of row 1 is that of 2 of 3 rows"):
+        other_rows(["b", "a", "a"], [1, 2, 3])
+    with pytest.raises(ValueError, match="the chosen answer of row 0 is that of 3 of 5 rows"):
+        other_rows([[user(f"{i}?")] for i in range(5)], [[assistant(text)] for text in "xyxyx"])
 
 
 @pytest.mark.parametrize("sft_on", SFT_ON)

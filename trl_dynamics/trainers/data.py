@@ -1,5 +1,8 @@
 """Training data in TRL's formats: preference rows as SFT rows, blank answers, over-long prompts."""
 
+from collections import Counter, deque
+from collections.abc import Callable
+
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -94,29 +97,65 @@ def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) ->
 def other_rows(prompts: list, answers: list) -> list[int]:
     """For each row another row, with another prompt and another answer; each row once, always the same ones.
 
-    The rows half of the data away, and where these have the same prompt or answer, two rows swap theirs.
+    The rows half of the data away; where one of these has the same prompt or answer, rows hand theirs on in a circle,
+    most often two that swap.
+
+    Unless a prompt or an answer makes up more than half of the rows, there is a solution. By Hall's theorem it is
+    enough that any rows S and the rows X, none of which fits any of S, are together no more than all rows. Call P and
+    A the rows with some prompt and those with some answer, each at most half. If S shares a prompt, and not an answer,
+    both S and X lie in its P. If S is of one kind, S lies in P and in A, X in one of them. Otherwise X is of one kind,
+    with X and S the other way round, or X and S are of two kinds each and have no row in common.
 
     Raises:
-        ValueError: If a row has nobody to swap with.
+        ValueError: If a prompt or an answer makes up more than half of the rows.
     """
-    num_rows = len(prompts)
+    num_rows, prompts, answers = len(prompts), _numbered(prompts), _numbered(answers)
+    for kind, of_rows in (("prompt", prompts), ("chosen answer", answers)):
+        for value, count in Counter(of_rows).most_common(1):
+            if 2 * count > num_rows:
+                raise ValueError(
+                    f"sft_on='chosen_and_other' cannot give every row an answer of another prompt: the {kind} of row "
+                    f"{of_rows.index(value)} is that of {count} of {num_rows} rows; it needs data of which no prompt "
+                    "and no chosen answer makes up more than half"
+                )
     others = [(index + num_rows // 2) % num_rows for index in range(num_rows)]
 
     def fits(row: int, other: int) -> bool:
         return prompts[row] != prompts[other] and answers[row] != answers[other]
 
     for row in range(num_rows):
-        if fits(row, others[row]):
-            continue
-        following = ((row + step) % num_rows for step in range(1, num_rows))
-        swap = next((s for s in following if fits(row, others[s]) and fits(s, others[row])), None)
-        if swap is None:
-            raise ValueError(
-                f"sft_on='chosen_and_other' finds no answer of another prompt for row {row} of {num_rows}; it needs "
-                "data of which no prompt and no chosen answer makes up more than half"
-            )
-        others[row], others[swap] = others[swap], others[row]
+        if not fits(row, others[row]):
+            circle = _circle(row, others, fits)
+            handed_on = [others[giver] for giver in [*circle[1:], row]]
+            for taker, other in zip(circle, handed_on, strict=True):
+                others[taker] = other
     return others
+
+
+def _circle(row: int, others: list[int], fits: Callable[[int, int], bool]) -> list[int]:
+    """The fewest rows, `row` first, each of which fits the other of the next one, the last that of `row`.
+
+    There is one wherever there is a solution: follow each row to the one that now has what it gets there.
+    """
+    taker_of, queue, num_rows = {row: row}, deque([row]), len(others)
+    while True:
+        taker = queue.popleft()
+        for giver in ((row + step) % num_rows for step in range(1, num_rows)):
+            if giver in taker_of or not fits(taker, others[giver]):
+                continue
+            taker_of[giver] = taker
+            if fits(giver, others[row]):
+                circle = [giver]
+                while circle[-1] != row:
+                    circle.append(taker_of[circle[-1]])
+                return circle[::-1]
+            queue.append(giver)
+
+
+def _numbered(values: list) -> list[int]:
+    """Numbers that are equal where the values, texts or chats, are."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(repr(value), len(numbers)) for value in values]
 
 
 def _with_other(dataset: Dataset) -> Dataset:

@@ -1,6 +1,7 @@
 """Options of the tracker inside a run: budget, subset, float32, probe scalars among the evaluation metrics."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -14,7 +15,10 @@ from tiny_runs import PAIRS, PROBES, make_trainer
 from trl_dynamics import ProbeSet, stats_head
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
+from trl_dynamics.tracking.callback import OWN_KEYS
 from trl_dynamics.tracking.engine import ProbeEngine
+from trl_dynamics.trainers.config import ProbeArguments
+from trl_dynamics.trainers.probe_checks import find_probes
 
 
 def meta(output_dir) -> dict:
@@ -72,11 +76,22 @@ def test_a_subset_is_the_same_whatever_else_is_in_the_set(tmp_path):
             whole.sample(wrong)
 
 
-def test_a_subset_larger_than_the_set_is_told(caplog):
-    whole = ProbeSet.load(PROBES)
-    assert whole.narrow(None, 3).probes == whole.probes and not caplog.records
-    assert whole.narrow(None, 500).probes == whole.probes
-    assert "probe_subset is 500, but the probe set 'probes' has 3 probes: all are scored" in caplog.text
+@pytest.mark.parametrize("process_index", [0, 1])
+def test_a_subset_larger_than_the_set_is_told_by_the_main_process_alone(process_index, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(trl_dynamics.SFTConfig, "process_index", process_index)
+    for subset in (3, 500):
+        assert not caplog.records
+        args = trl_dynamics.SFTConfig(str(tmp_path), probe_subset=subset, use_cpu=True, bf16=False)
+        assert len(find_probes(PROBES, args)) == 3
+    said = "probe_subset is 500, but the probe set 'probes' has 3 probes: all are scored"
+    assert [record.message for record in caplog.records] == ([] if process_index else [said])
+
+
+def test_the_help_names_all_that_an_evaluation_gets():
+    told = next(
+        field.metadata["help"] for field in dataclasses.fields(ProbeArguments) if field.name == "probe_on_evaluate"
+    )
+    assert all(f"eval_{key}..." in told for key in OWN_KEYS)
 
 
 @pytest.mark.parametrize("options", [{"probe_subset": 0.5}, {"probe_max_probes": 12, "probe_subset": 0.5}])

@@ -13,6 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics import ProbeSet
 from trl_dynamics.cli.main import main
+from trl_dynamics.cli.track import what_differs
 from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.store import DynamicsStore
@@ -189,6 +190,19 @@ def test_what_an_earlier_release_did_not_ask_is_no_difference(tmp_path, probe_fi
     scorings.clear()
     assert main(argv(tmp_path / "run", probe_file, tmp_path / "after")) == 0
     assert not scorings and not (tmp_path / "after/dynamics-old-1").exists()
+
+
+def test_the_length_of_answers_is_a_difference_only_where_answers_are_asked_for():
+    probes = ProbeSet.load(PROBES)
+
+    def differences(was: tuple, now: tuple) -> list[str]:
+        was, now = (dict(zip(("probe_samples", "probe_sample_tokens"), given, strict=True)) for given in (was, now))
+        earlier = {"probe_set": {"fingerprint": probes.fingerprint}, "settings": was, "targets": []}
+        return what_differs(earlier, {"settings": now, "targets": []}, probes)
+
+    assert differences((None, 64), (0, 32)) == []
+    assert differences((2, 64), (2, 32)) == ["probe_sample_tokens was 64, is 32"]
+    assert differences((None, 64), (2, 64)) == ["probe_samples was None, is 2"]
 
 
 def test_other_settings_start_anew(tmp_path, probe_file, scorings, caplog):

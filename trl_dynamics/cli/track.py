@@ -26,6 +26,7 @@ from trl_dynamics.tracking.run import LIMITS, build_engine, build_sampler, chang
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ScoringArguments
 from trl_dynamics.trainers.parallelism import refuse_lone_processes
+from trl_dynamics.trainers.probe_checks import narrow
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(0)
     probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes)
-    probe_set = probe_set.narrow(args.probe_max_probes, args.probe_subset)
+    probe_set = narrow(probe_set, args.probe_max_probes, args.probe_subset, tells=state.is_main_process)
     sources.require_writable(args.output_dir)
     store = DynamicsStore(args.output_dir)
     session = _Session(store, run, accelerator, targets, settings | {"model_revision": args.model_revision})
@@ -280,7 +281,10 @@ def what_differs(earlier: dict, facts: dict, probe_set: ProbeSet) -> list[str]:
     defaults = {option.name: option.default for option in dataclasses.fields(TrackArguments)}
     was = {name: defaults.get(name) for name in facts["settings"]} | earlier.get("settings", {})
     now = facts["settings"]
-    for name in sorted(was.keys() | now.keys()):
+    names = was.keys() | now.keys()
+    if not was["probe_samples"] and not now["probe_samples"]:
+        names -= {"probe_samples", "probe_sample_tokens"}
+    for name in sorted(names):
         if was.get(name) != now.get(name):
             news.append(f"{name} was {was.get(name)}, is {now.get(name)}")
     gone = [target["path"] for target in earlier["targets"] if target not in facts["targets"]]

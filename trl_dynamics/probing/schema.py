@@ -6,14 +6,11 @@ Plain data, no model, no torch. Response types follow the probing study of "Lear
 
 import hashlib
 import json
-import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-
-logger = logging.getLogger(__name__)
 
 IN_DISTRIBUTION, REPHRASE, IRRELEVANT, RANDOM, CUSTOM = "in_distribution", "rephrase", "irrelevant", "random", "custom"
 GROUPS = (IN_DISTRIBUTION, REPHRASE, IRRELEVANT, RANDOM, CUSTOM)
@@ -191,10 +188,6 @@ class ProbeSet:
         if (max_probes is None and subset is None) or self.selection == options:
             return self
         kept = self if max_probes is None else self.select(max_probes)
-        if subset is not None and subset > len(kept):
-            logger.warning(
-                f"probe_subset is {subset:g}, but the probe set {self.name!r} has {len(kept)} probes: all are scored"
-            )
         kept = kept if subset is None else kept.sample(subset)
         return ProbeSet(kept.probes, self.name, self.metadata | {"selection": options}, self.required_types)
 

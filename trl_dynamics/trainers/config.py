@@ -101,8 +101,8 @@ class ProbeArguments(ScoringArguments):
     probe_on_evaluate: bool = field(
         default=False,
         metadata={
-            "help": "Add the probe scalars to every evaluation as eval_probe/... and eval_squeeze/..., usable as "
-            "metric_for_best_model."
+            "help": "Add the probe scalars to every evaluation as eval_probe/... and eval_squeeze/..., and with "
+            "`probe_samples` as eval_samples/..., usable as metric_for_best_model."
         },
     )
     probe_budget: float | None = field(

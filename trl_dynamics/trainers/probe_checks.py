@@ -1,6 +1,7 @@
 """What is wrong with probe options, told before a model is loaded or a folder is made."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -10,6 +11,8 @@ from trl_dynamics.probing.encode import LengthLimits
 from trl_dynamics.probing.schema import ProbeSet, check_amount
 from trl_dynamics.tracking.budget import check_budget
 from trl_dynamics.tracking.schedule import check_every
+
+logger = logging.getLogger(__name__)
 
 _LEAST = {
     "probe_max_probes": 1,
@@ -32,9 +35,12 @@ def check_probe_options(options) -> None:
     for field in dataclasses.fields(options):
         if field.name.startswith("probe_") and "choices" in field.metadata:
             _check_choice(field, getattr(options, field.name))
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
     for name, least in _LEAST.items():
         value = getattr(options, name)
-        if value is not None and (value < least or value != int(value)):
+        if value is None and defaults[name] is None:
+            continue
+        if value is None or value < least or value != int(value):
             raise ValueError(f"{name} is {value}, expected at least {least}, as a whole number")
     if options.probe_subset is not None:
         check_amount(options.probe_subset)
@@ -62,7 +68,17 @@ def find_probes(probe_set, args: TrainingArguments) -> ProbeSet | None:
     if source is None:
         return None
     options = (getattr(args, name, None) for name in ("probe_max_probes", "probe_subset"))
-    return probe_io.load(source).narrow(*options)
+    return narrow(probe_io.load(source), *options, tells=args.process_index == 0)
+
+
+def narrow(probe_set: ProbeSet, max_probes: int | None, subset: float | None, *, tells: bool) -> ProbeSet:
+    """[`ProbeSet.narrow`]; the process that `tells` warns of a subset larger than the set."""
+    kept = probe_set.narrow(max_probes, subset)
+    if tells and subset is not None and subset > len(kept):
+        logger.warning(
+            f"probe_subset is {subset:g}, but the probe set {kept.name!r} has {len(kept)} probes: all are scored"
+        )
+    return kept
 
 
 def _check_choice(field: dataclasses.Field, value: object) -> None:

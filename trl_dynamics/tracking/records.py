@@ -30,19 +30,6 @@ VALUE_COLUMNS: dict[str, str] = {
     "eos_logp": "log pi of the end-of-turn token right after the response; NaN where the response was cut",
 }
 
-RECORD_SCHEMA = pa.schema(
-    [
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("step", pa.int64(), nullable=False),
-        pa.field("probe_id", pa.string(), nullable=False),
-        pa.field("response_type", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("truncated", pa.bool_(), nullable=False),
-        *(pa.field(name, pa.float64(), nullable=False) for name in VALUE_COLUMNS),
-    ],
-    metadata={"trl_dynamics_schema_version": str(SCHEMA_VERSION)},
-)
-
 SAMPLE_KEY_COLUMNS = ("model", "step", "probe_id")
 # What is measured per greedy answer, and what each value means.
 SAMPLE_VALUE_COLUMNS: dict[str, str] = {
@@ -57,20 +44,24 @@ SAMPLE_VALUE_COLUMNS: dict[str, str] = {
     "same_share": "share of the other prompts with the same answer, token by token; NaN for a single prompt",
 }
 
-SAMPLE_SCHEMA = pa.schema(
-    [
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("step", pa.int64(), nullable=False),
-        pa.field("probe_id", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("ended", pa.bool_(), nullable=False),
-        *(pa.field(name, pa.float64(), nullable=False) for name in SAMPLE_VALUE_COLUMNS),
-        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-    ],
-    metadata={"trl_dynamics_schema_version": str(SCHEMA_VERSION)},
-)
+_TYPES = {
+    "step": pa.int64(),
+    "num_tokens": pa.int32(),
+    "truncated": pa.bool_(),
+    "ended": pa.bool_(),
+    "token_ids": pa.list_(pa.int32()),
+    **dict.fromkeys((*VALUE_COLUMNS, *SAMPLE_VALUE_COLUMNS), pa.float64()),
+}
 
+
+def _schema(*names: str) -> pa.Schema:
+    """Columns without nulls, text unless `_TYPES` says otherwise."""
+    fields = [pa.field(name, _TYPES.get(name, pa.string()), nullable=False) for name in names]
+    return pa.schema(fields, metadata={"trl_dynamics_schema_version": str(SCHEMA_VERSION)})
+
+
+RECORD_SCHEMA = _schema(*KEY_COLUMNS, "num_tokens", "truncated", *VALUE_COLUMNS)
+SAMPLE_SCHEMA = _schema(*SAMPLE_KEY_COLUMNS, "num_tokens", "ended", *SAMPLE_VALUE_COLUMNS, "token_ids", "text")
 SCHEMAS = {RECORDS: RECORD_SCHEMA, SAMPLES: SAMPLE_SCHEMA}
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from trl_dynamics.tracking.effects import Effect, clustered_effect
 from trl_dynamics.tracking.metrics import mean
 from trl_dynamics.tracking.records import SAMPLE_VALUE_COLUMNS
-from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
+from trl_dynamics.tracking.store import DynamicsStore, read_runs
 
 # What is read of every step; ids and texts are for those who ask for them.
 NUMBERS = ["num_tokens", "ended", *SAMPLE_VALUE_COLUMNS]
@@ -203,16 +203,7 @@ def load_samples(*output_dirs: str | Path) -> pd.DataFrame:
     Raises:
         ValueError: If a folder is no run.
     """
-    if not output_dirs:
-        raise ValueError("load_samples needs at least one output directory")
-    stores = [open_store(path) for path in output_dirs]
-    frames = []
-    for run, store in zip(run_names(stores), stores, strict=True):
-        frame = store.read_samples()
-        frame.insert(0, "run", run)
-        frames.append(frame)
-    kept = [frame for frame in frames if len(frame)]
-    return pd.concat(kept, ignore_index=True) if kept else frames[0]
+    return read_runs("load_samples", output_dirs, DynamicsStore.read_samples)
 
 
 def _mean(rows: pd.DataFrame, column: str) -> float:

@@ -16,6 +16,7 @@ at any moment loses at most the step being written.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -343,15 +344,26 @@ def load_records(*output_dirs: str | Path) -> pd.DataFrame:
     Raises:
         ValueError: If a folder holds no records.
     """
+    return read_runs("load_records", output_dirs, DynamicsStore.read_records)
+
+
+def read_runs(
+    caller: str, output_dirs: Sequence[str | Path], read: Callable[[DynamicsStore], pd.DataFrame]
+) -> pd.DataFrame:
+    """What `read` gives of each run, as one frame with `run` in front.
+
+    Raises:
+        ValueError: If there is no directory, with the name of the `caller`, or one holds no run.
+    """
     if not output_dirs:
-        raise ValueError("load_records needs at least one output directory")
+        raise ValueError(f"{caller} needs at least one output directory")
     stores = [open_store(path) for path in output_dirs]
     frames = []
     for run, store in zip(run_names(stores), stores, strict=True):
-        frame = store.read_records()
+        frame = read(store)
         frame.insert(0, "run", run)
         frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 
 def open_store(path: str | Path) -> DynamicsStore:

@@ -123,7 +123,8 @@ class Series:
             self.meta["decisions"] = [choice for choice in earlier["decisions"] if choice["step"] <= step]
 
     def _begin_watch(self) -> None:
-        """What was told stays told, whatever step the run goes on from; what fires at its last records is seen."""
+        """What was told stays told, whatever step the run goes on from; what fires at its last records, against the
+        start, is seen."""
         self.watch = Watch(self.meta["method"], [alert["name"] for alert in self.meta.get("alerts", [])])
         if self.baseline is not None and self.accelerator.is_main_process:
             self.watch.add(self.baseline)

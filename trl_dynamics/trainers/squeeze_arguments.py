@@ -16,7 +16,10 @@ class SqueezeArguments:
     )
     gauge_valley_prob: float = field(
         default=0.01,
-        metadata={"help": "A rejected token less probable than this counts in squeeze_risk/rejected/valley_share."},
+        metadata={
+            "help": "What counts as a valley: squeeze_risk/rejected/valley_share is the share of rejected tokens to "
+            "which the policy gives less than this probability. The default is a convention, not a measured boundary."
+        },
     )
     gate_dpo: str | None = field(
         default=None,

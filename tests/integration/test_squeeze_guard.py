@@ -17,7 +17,7 @@ from tiny_runs import make_trainer
 from trl_dynamics.embedded.base_model import model_path
 from trl_dynamics.embedded.data import preference_rows
 from trl_dynamics.ops import squeeze
-from trl_dynamics.trainers.guard import SqueezeGuard, drops_out
+from trl_dynamics.trainers.squeeze.guard import SqueezeGuard, drops_out
 
 KAPPA, BUDGET = 2e4, 1e-3
 

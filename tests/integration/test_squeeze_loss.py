@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 import dpo_reference
 from tiny import tiny_model
 from tiny_runs import PROBES, make_trainer
-from trl_dynamics.trainers.recording import TokenForward
+from trl_dynamics.trainers.squeeze.recording import TokenForward
 
 BASE = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, "dropout": 0.0, "logging_steps": 1}
 ONCE = {"per_device_train_batch_size": 3, "gradient_checkpointing": False}

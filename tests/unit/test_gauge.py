@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trl_dynamics.trainers.gauge import QUANTITIES, Gauge, risk_metrics, risk_sums
-from trl_dynamics.trainers.recording import TokenForward
+from trl_dynamics.trainers.squeeze.gauge import QUANTITIES, Gauge, risk_metrics, risk_sums
+from trl_dynamics.trainers.squeeze.recording import TokenForward
 
 VALLEY = 0.2
 

@@ -6,8 +6,8 @@ import torch
 
 from tiny import tiny_model
 from trl_dynamics.ops.tiled_head import Head
-from trl_dynamics.trainers import loss_head
-from trl_dynamics.trainers.loss_head import LossRequest
+from trl_dynamics.trainers.squeeze import loss_head
+from trl_dynamics.trainers.squeeze.loss_head import LossRequest
 
 
 class Devices:

@@ -6,7 +6,7 @@ import trl
 
 from trl_dynamics.trainers.data import SFT_ON
 from trl_dynamics.trainers.probe_checks import check_probe_options
-from trl_dynamics.trainers.squeeze_arguments import SqueezeArguments
+from trl_dynamics.trainers.squeeze.arguments import SqueezeArguments
 
 
 @dataclass

@@ -3,9 +3,9 @@
 import trl
 
 from trl_dynamics.trainers.config import DPOConfig
-from trl_dynamics.trainers.interventions import SqueezeLoss, build_loss, squeeze_options
 from trl_dynamics.trainers.mixin import DynamicsMixin
 from trl_dynamics.trainers.probe_checks import find_probes
+from trl_dynamics.trainers.squeeze.interventions import SqueezeLoss, build_loss, squeeze_options
 
 
 class DPOTrainer(DynamicsMixin, trl.DPOTrainer):

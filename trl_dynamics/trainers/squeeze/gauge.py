@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from transformers import TrainerCallback
 
-from trl_dynamics.trainers.recording import TokenForward, widest_float
+from trl_dynamics.trainers.squeeze.recording import TokenForward, widest_float
 
 # What is made of each ratio of sums, in the order of the rows of `risk_sums`.
 QUANTITIES: dict[str, Callable[[float], float]] = {

@@ -3,7 +3,7 @@
 import torch
 
 from trl_dynamics.ops.preference import GATED_PROB, gate
-from trl_dynamics.trainers.recording import TokenForward
+from trl_dynamics.trainers.squeeze.recording import TokenForward
 
 
 class Gate:

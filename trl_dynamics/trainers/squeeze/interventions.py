@@ -11,12 +11,13 @@ import torch
 from transformers import TrainingArguments
 
 from trl_dynamics.ops.preference import GATED_PROB, MARGIN_TERMS, cal_dpo, dpo, linear
-from trl_dynamics.trainers import loss_head
-from trl_dynamics.trainers.gate import Gate
-from trl_dynamics.trainers.gauge import Gauge
-from trl_dynamics.trainers.guard import SqueezeGuard, check_guard
-from trl_dynamics.trainers.loss_head import LossRequest
-from trl_dynamics.trainers.recording import (
+from trl_dynamics.trainers.squeeze import loss_head
+from trl_dynamics.trainers.squeeze.arguments import SqueezeArguments
+from trl_dynamics.trainers.squeeze.gate import Gate
+from trl_dynamics.trainers.squeeze.gauge import Gauge
+from trl_dynamics.trainers.squeeze.guard import SqueezeGuard, check_guard
+from trl_dynamics.trainers.squeeze.loss_head import LossRequest
+from trl_dynamics.trainers.squeeze.recording import (
     LossRecorder,
     TokenForward,
     TokenWeigher,
@@ -24,7 +25,6 @@ from trl_dynamics.trainers.recording import (
     rejected_only,
     watch_gradient,
 )
-from trl_dynamics.trainers.squeeze_arguments import SqueezeArguments
 
 # What a batch holds for the loss and not for the model.
 LOSS_KEYS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from trl_dynamics.trainers.loss_head import LossRequest
 from trl_dynamics.trainers.recorder import Recorder
+from trl_dynamics.trainers.squeeze.loss_head import LossRequest
 
 
 @dataclass(frozen=True)

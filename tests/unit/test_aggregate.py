@@ -82,7 +82,7 @@ def test_effects_since_start_equal_those_of_two_steps_alone():
     frame = holed(3, num_probes=30)
     for part in aggregate.summarise(frame).parts:
         alone = aggregate.summarise(frame[frame["step"].isin([STEPS[0], part.step])]).changes()
-        for name in ("argmax", "gap", "third_parties"):
+        for name in ("argmax", "gap", "chosen", "bystanders"):
             ours, theirs = getattr(part.squeeze, name), getattr(alone, name)
             assert (ours.mean, ours.se, ours.num_probes) == close((theirs.mean, theirs.se, theirs.num_probes))
 

@@ -61,10 +61,11 @@ def test_a_finding_is_told_once_at_the_second_step_in_a_row():
 
 
 def test_what_comes_and_goes_is_not_told():
-    flicker = records(lambda name, t: -0.9 if name == "rejected" and t in (10 / 320, 40 / 320, 160 / 320) else 0.0)
+    falling = ("chosen", "other_test")
+    flicker = records(lambda name, t: -0.9 if name in falling and t in (10 / 320, 40 / 320, 160 / 320) else 0.0)
     assert not any(told(flicker).values())
-    longer = records(lambda name, t: -0.9 if name == "rejected" and t in (10 / 320, 20 / 320) else 0.0)
-    assert told(longer)[20] == ["margin_by_rejection"]
+    longer = records(lambda name, t: -0.9 if name in falling and t in (10 / 320, 20 / 320) else 0.0)
+    assert told(longer)[20] == ["displacement_harmful"]
 
 
 def test_information_and_noise_are_no_alerts():

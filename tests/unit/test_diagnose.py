@@ -17,7 +17,7 @@ from trl_dynamics.tracking.store import DynamicsStore
 
 FRAMES = {
     "alert": records(SQUEEZED, argmax=0.5),
-    "warning": records({"rejected": -0.8}),
+    "warning": records(eos=-0.8),
     "info": records({"chosen": 0.4}),
     "none": records(),
 }

@@ -29,8 +29,8 @@ def test_squeezing_has_its_numbers_and_its_onset():
     assert found.severity == "alert"
     assert found.evidence["argmax_change"] == pytest.approx(0.5, abs=0.02)
     assert found.evidence["gap_change"] == pytest.approx(0.65, abs=0.02)
-    assert found.evidence["third_party_change"] == pytest.approx(-0.8, abs=0.02)
-    # Third parties lose 0.05 at 1/16 of the run, the gap gains it at 1/13, argmax at 1/10: step 40 of 320 is first.
+    assert found.evidence["bystander_change"] == pytest.approx(-0.8, abs=0.02)
+    # Bystanders lose 0.05 at 1/16 of the run, the gap gains it at 1/13, argmax 0.02 at 1/25: step 40 of 320 is first.
     assert found.evidence["since_step"] == 40
     assert (
         "drained_mass" not in only(records(SQUEEZED, argmax=0.5, types=("chosen", "other_test")), "squeezing").evidence
@@ -44,13 +44,20 @@ def test_squeezing_has_its_numbers_and_its_onset():
     "drift, argmax",
     [
         (SQUEEZED, 0.0),
-        ({"rejected": -1.0}, 0.5),
+        ({"rejected": -1.0, "rejected_rephrase_semantic": -1.0, "chosen_permuted": -1.0}, 0.5),
         (SQUEEZED | {"chosen": 0.5}, 0.5),
+        (SQUEEZED | {"chosen": 0.1}, 0.5),
     ],
-    ids=["argmax holds", "third parties hold", "chosen keeps up"],
+    ids=["argmax holds", "bystanders and chosen hold", "chosen keeps up", "chosen gains, but less"],
 )
-def test_squeezing_needs_all_three_parts(drift, argmax):
+def test_squeezing_needs_all_its_parts(drift, argmax):
     assert "squeezing" not in names(records(drift, argmax=argmax))
+
+
+def test_where_chosen_is_sharp_a_small_gain_of_the_likeliest_token_is_enough():
+    squeezed = {"chosen": -0.04, "other_test": -0.3, "human_unrelated": -0.4}
+    assert "squeezing" in names(records(squeezed, argmax=0.03, num_probes=60))
+    assert "squeezing" not in names(records(squeezed, argmax=0.01, num_probes=60))
 
 
 def test_a_mild_squeeze_is_a_warning():
@@ -127,9 +134,32 @@ def test_displacement_without_other_answers_says_that_it_cannot_tell():
     assert "cannot tell" in found.text and found.severity == "warning"
 
 
+def test_what_says_the_same_as_rejected_is_meant_to_fall():
+    by_design = {"rejected": -0.9, "rejected_rephrase_semantic": -0.9, "rejected_rephrase_format": -0.9}
+    assert names(records(by_design)) == {"margin_by_rejection"}
+    assert "displacement_benign" in names(records(by_design | {"chosen": -0.3}))
+
+
+def test_bystanders_that_fall_hard_while_chosen_holds_are_told_of():
+    found = only(records({"rejected": -0.9, "human_unrelated": -0.6, "other_test": -0.1}), "bystander_loss")
+    assert found.severity == "info" and "human_unrelated -0.59" in found.text and "other_test" not in found.text
+    assert found.evidence["human_unrelated_change"] == pytest.approx(-0.6, abs=0.02)
+    assert set(found.evidence) == {"chosen_change", "human_unrelated_change"}
+    rises = names(records({"chosen": 0.4, "human_unrelated": -0.6}))
+    assert "bystander_loss" in rises and "improvement" not in rises
+    for drift in (
+        {"chosen": -0.3, "human_unrelated": -0.6},
+        {"human_unrelated": -0.2, "other_test": -0.2},
+        {"rejected_rephrase_format": -0.6, "chosen_permuted": -0.6},
+    ):
+        assert "bystander_loss" not in names(records(drift)), drift
+    assert "bystander_loss" not in names(records({"other_test": -0.6}, types=["rejected", "other_test"]))
+
+
 def test_margin_by_rejection_only_counts_outside_sft():
     frame = records({"rejected": -0.8})
     assert names(frame) == {"margin_by_rejection"}
+    assert only(frame, "margin_by_rejection").severity == "info"
     assert only(frame, "margin_by_rejection").evidence["rejected_change"] == pytest.approx(-0.8, abs=0.02)
     assert names(frame, SFT_META) == set()
     assert "margin_by_rejection" not in names(records({"rejected": -0.8, "chosen": 0.3}))
@@ -166,7 +196,10 @@ def test_improvement_is_good_news_only_without_side_effects():
     assert names(records(good, argmax=0.2)) == {"improvement"}
     assert only(records(good), "improvement").severity == "info"
     assert "improvement" not in names(records(good | {"other_test": -0.9, "human_unrelated": -0.9}))
-    assert "improvement" not in names(records(good, argmax=0.9))
+    # SFT makes the model surer of what is likely already, and its answers better.
+    assert "improvement" in names(records(good, argmax=0.9))
+    by_design = {"rejected_rephrase_semantic": -0.9, "rejected_rephrase_format": -0.9, "chosen_permuted": -0.9}
+    assert "improvement" in names(records(good | by_design))
     hidden = records(good | {"other_train": 0.9, "other_test": -0.2})
     assert summarise(hidden).changes().bystanders.up() and "improvement" not in names(hidden)
 

@@ -11,12 +11,17 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from trl_dynamics.probing.schema import RANDOM, group_of
+from trl_dynamics.probing.schema import RANDOM, REPHRASE, group_of
 from trl_dynamics.tracking.metrics import PER_TOKEN, argmax_per_token, gap_per_token, mean, third_party_types
 from trl_dynamics.tracking.step_table import StepTable
 
 # Smallest changes worth a word, nats per token. Typical runs move by 0.1 to 1; float32 noise is below 1e-4.
 MIN_EFFECT = 0.05
+# From here on a squeeze or a harmful displacement is an alert, and a loss of bystanders is told of.
+ALERT_EFFECT = 0.25
+# The likeliest token along chosen is likely from the start, and so has little to gain: 0.03 to 0.05 where plain DPO
+# squeezes the embedded model after SFT.
+MIN_ARGMAX_RISE = 0.02
 STANDARD_ERRORS = 2.0
 MIN_PROBES = 4
 
@@ -55,16 +60,18 @@ class Effect:
 
 @dataclass(frozen=True)
 class Squeeze:
-    """The three changes that make up squeezing, nats per token."""
+    """The four changes that make up squeezing, nats per token."""
 
     argmax: Effect
     gap: Effect
-    third_parties: Effect
+    chosen: Effect
+    bystanders: Effect
 
     @property
     def holds(self) -> bool:
-        """Whether the likeliest tokens gained, chosen fell behind them and third parties lost."""
-        return self.argmax.up() and self.gap.up() and self.third_parties.down()
+        """Whether the likeliest tokens gained, chosen fell behind them without a gain, and it or bystanders lost."""
+        gained = self.argmax.up(MIN_ARGMAX_RISE) and self.gap.up() and not self.chosen.up()
+        return gained and (self.chosen.down() or self.bystanders.down())
 
 
 class Changes:
@@ -116,12 +123,12 @@ class Changes:
 
     @cached_property
     def bystanders(self) -> Effect:
-        """The third parties that are fluent text."""
+        """The third parties that are fluent text and that nothing pushes down by meaning."""
         return self.of_types(bystander_types(self.types))
 
     @property
     def squeeze(self) -> Squeeze:
-        return Squeeze(self.argmax, self.gap, self.third_parties)
+        return Squeeze(self.argmax, self.gap, self.chosen, self.bystanders)
 
     def of_types(self, types: Sequence[str], column: str = PER_TOKEN) -> Effect:
         """Mean over `types` of the mean over probes of the change of `column`; types nobody has are left out."""
@@ -176,8 +183,17 @@ def clustered_effect(delta: np.ndarray | pd.DataFrame) -> Effect:
 
 
 def bystander_types(types: Iterable[str]) -> list[str]:
-    """Third-party types that are fluent text: paraphrases, unrelated answers and types of the user's own."""
-    return [name for name in third_party_types(types) if group_of(name) != RANDOM]
+    """Third-party types that are fluent text and should hold: unrelated answers, paraphrases of chosen, own types.
+
+    Paraphrases of rejected are left out: they fall because training does what it is asked for.
+    """
+    fluent = [name for name in third_party_types(types) if group_of(name) != RANDOM]
+    return [name for name in fluent if not (name.startswith("rejected_") and group_of(name) == REPHRASE)]
+
+
+def paraphrases_of_chosen(types: Iterable[str]) -> list[str]:
+    """Those of `types` that say what chosen says, or in its form, in other words."""
+    return [name for name in bystander_types(types) if name.startswith("chosen_") and group_of(name) == REPHRASE]
 
 
 def _critical(standard_errors: float, num_probes: int) -> float:

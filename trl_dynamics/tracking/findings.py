@@ -4,17 +4,21 @@ A finding says only what the records support; what counts as a change is defined
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pandas as pd
 
-from trl_dynamics.probing.schema import REPHRASE, group_of
 from trl_dynamics.tracking.aggregate import Summary, summarise
-from trl_dynamics.tracking.effects import COUNTS, MIN_EFFECT, Changes, Effect, bystander_types
-from trl_dynamics.tracking.metrics import PER_SEQUENCE
+from trl_dynamics.tracking.displacement import bystander_loss, displacement, margin_by_rejection
+from trl_dynamics.tracking.effects import (
+    ALERT_EFFECT,
+    COUNTS,
+    MIN_ARGMAX_RISE,
+    MIN_EFFECT,
+    Changes,
+    bystander_types,
+)
+from trl_dynamics.tracking.finding import ALERT, INFO, REMEDIES, SEVERITIES, WARNING, Finding
 
-# From here on a squeeze or a harmful displacement is an alert, nats per token.
-ALERT_EFFECT = 0.25
 # Share of the starting entropy whose loss is called a collapse.
 ENTROPY_COLLAPSE = 0.5
 # End-of-turn log-probability, nats.
@@ -24,45 +28,6 @@ MIN_EOS_FALL = 0.5
 MIN_DISTINCT_FALL, ALERT_DISTINCT_FALL, MIN_REPEAT_GROWTH = 0.1, 0.3, 3.0
 # Share of their length that greedy answers lose when they become stubs; how much likelier two prompts get one answer.
 MIN_SHORTENING, MIN_SAMENESS = 0.5, 0.1
-# A peak is the best of many steps: noise alone puts it about two standard errors above the rest.
-PEAK_STANDARD_ERRORS = 4.0
-
-INFO, WARNING, ALERT = "info", "warning", "alert"
-SEVERITIES = (ALERT, WARNING, INFO)
-
-
-# What holds chosen up and keeps probability from being squeezed, per training method.
-REMEDIES = {
-    "dpo": "Stop earlier or lower the learning rate. Damp the push on rejected tokens that are unlikely already "
-    "(gate_dpo, squeeze_guard) or use rejected answers that the model gives itself; hold chosen up (dpop_lambda, or "
-    'loss_type=["sigmoid", "sft"]); or first run SFT on chosen and rejected together (sft_on="both", extended SFT).',
-    "sft": "Stop earlier or lower the learning rate, and check that chosen is the kind of answer you train on.",
-    "grpo": "Stop earlier, lower the learning rate or raise beta, and check what the reward pays for.",
-    "track": "Use an earlier checkpoint, or train less, or at a lower learning rate.",
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that the records of a run say.
-
-    Args:
-        name (`str`): Stable identifier, e.g. `squeezing`.
-        severity (`str`): `info`, `warning` or `alert`.
-        title (`str`): The finding in a few words.
-        text (`str`): What happened, with numbers, in plain language.
-        evidence (`dict[str, float]`): The numbers the rule looked at.
-        rule (`str`): The exact rule with its thresholds.
-        remedy (`str`): What to do.
-    """
-
-    name: str
-    severity: str
-    title: str
-    text: str
-    evidence: dict[str, float] = field(default_factory=dict)
-    rule: str = ""
-    remedy: str = ""
 
 
 def find(records: pd.DataFrame | Summary, meta: dict) -> list[Finding]:
@@ -90,10 +55,10 @@ def summary_text(findings: list[Finding], run_name: str) -> str:
 
 def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Mass moves to tokens that are likely already, and nobody who was asked for gets it."""
-    third, since = changes.third_parties, summary.squeezed_since()
+    others, since = changes.bystanders, summary.squeezed_since()
     if since is None:
         return None
-    severe = changes.gap.mean >= ALERT_EFFECT or -third.mean >= ALERT_EFFECT
+    severe = changes.gap.mean >= ALERT_EFFECT or -others.mean >= ALERT_EFFECT
     drained = summary.metric("drained_mass")
     cause = "Off-policy rejected answers, which the model finds unlikely, are the usual cause. "
     return Finding(
@@ -101,126 +66,23 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
         ALERT if severe else WARNING,
         "squeezing: probability moves to tokens that were likely already",
         f"By step {changes.end} the likeliest token along the chosen responses moved {changes.argmax} nats per token, "
-        f"chosen itself {changes.chosen}, the gap between them {changes.gap}; third parties, which training does not "
-        f"name, moved {third}. All of it holds from step {since} on. Expect repetitive or degenerate samples.",
+        f"chosen itself {changes.chosen}, the gap between them {changes.gap}; other fluent answers, which nothing "
+        f"pushes down by name, moved {others}. All of it holds from step {since} on. Expect broken or "
+        "repetitive samples.",
         {
             "argmax_change": changes.argmax.mean,
             "chosen_change": changes.chosen.mean,
             "gap_change": changes.gap.mean,
-            "third_party_change": third.mean,
+            "bystander_change": others.mean,
             "since_step": float(since),
             **({"drained_mass": float(drained.iloc[-1])} if len(drained) else {}),
         },
-        f"argmax along chosen rises by at least {MIN_EFFECT} nats per token, the gap argmax minus chosen widens by at "
-        f"least {MIN_EFFECT} and third parties fall by at least {MIN_EFFECT}, start to end; {COUNTS}. Alert from "
-        f"{ALERT_EFFECT} nats per token of gap or third-party loss.",
+        f"argmax along chosen rises by at least {MIN_ARGMAX_RISE} nats per token while chosen does not rise by "
+        f"{MIN_EFFECT}, the gap argmax minus chosen widens by at least {MIN_EFFECT}, and chosen or bystanders (third "
+        f"parties except shuffled words and paraphrases of rejected) fall by at least {MIN_EFFECT}, start to end; "
+        f"{COUNTS}. Alert from {ALERT_EFFECT} nats per token of gap or of bystanders.",
         f"Use the checkpoint before step {since}. {cause if method == 'dpo' else ''}"
         f"{REMEDIES.get(method, REMEDIES['track'])}",
-    )
-
-
-def displacement(summary: Summary, changes: Changes, method: str) -> Finding | None:
-    """Chosen loses probability: below its start, or below a peak inside the run; others decide whether that harms."""
-    peak = _peak_step(summary)
-    if changes.chosen.down():
-        window, since = changes, "its start"
-    else:
-        window, since = summary.changes(start=peak), f"its peak (against the start it stands at {changes.chosen})"
-        if peak in (changes.start, changes.end) or not window.chosen.down(standard_errors=PEAK_STANDARD_ERRORS):
-            return None
-    others = {
-        "other fluent answers": window.bystanders,
-        "paraphrases of chosen": window.of_types(_paraphrases_of_chosen(summary.types)),
-    }
-    others = {label: effect for label, effect in others.items() if effect.known}
-    name, severity, title, meaning, remedy = _verdict(window, others, summary.squeezed_since() is not None, method)
-    shown = {"rejected": window.rejected} | others if window.rejected.known else others
-    numbers = "".join(f", {label} {effect}" for label, effect in shown.items())
-    falling = window.falling(bystander_types(summary.types))
-    alone = f" Types that fell by themselves: {', '.join(falling)}." if falling else ""
-    best = f"Chosen was highest at step {peak}. " if severity != INFO and peak > changes.start else ""
-    return Finding(
-        name,
-        severity,
-        title,
-        f"{meaning} From step {window.start} to {window.end} chosen moved {window.chosen} nats per token from "
-        f"{since}{numbers}.{alone}",
-        {
-            "chosen_change": window.chosen.mean,
-            "from_step": float(window.start),
-            **{f"{label.replace(' ', '_')}_change": effect.mean for label, effect in shown.items()},
-        },
-        f"chosen ends at least {MIN_EFFECT} nats per token below its start, or below a peak strictly inside the run "
-        f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Harmful if bystanders (third parties except "
-        f"shuffled words) or paraphrases of chosen fall over the same steps by {MIN_EFFECT}, or squeezing is found; "
-        f"benign if none of it; {COUNTS}.",
-        best + remedy,
-    )
-
-
-def _verdict(
-    window: Changes, others: dict[str, Effect], squeezed: bool, method: str
-) -> tuple[str, str, str, str, str]:
-    """Whether a fall of chosen harms, as (name, severity, title, why, remedy of the finding)."""
-    who = "chosen and rejected both fell" if window.rejected.down() else "chosen fell"
-    fell = [label for label, effect in others.items() if effect.down()]
-    if fell or squeezed:
-        severe = -window.chosen.mean >= ALERT_EFFECT or -window.bystanders.mean >= ALERT_EFFECT
-        severity, remedy = ALERT if severe else WARNING, REMEDIES.get(method, REMEDIES["track"])
-        if fell:
-            title = f"harmful displacement: {who} and took similar answers along"
-            why = f"{' and '.join(fell)} fell, too, so what you prefer is losing, not only its wording"
-        else:
-            title = f"harmful displacement: {who}, and likely tokens gained"
-            why = "other fluent answers hold, but what was lost went to tokens that were likely already"
-        return "displacement_harmful", severity, title, f"{_capital(who)}, and that does harm: {why}.", remedy
-    if not others:
-        return (
-            "displacement",
-            WARNING,
-            f"{who}: benign or harmful cannot be told",
-            "The probe set has no other fluent answers, so the records cannot tell whether this is harmful.",
-            "Add paraphrases and unrelated answers to the probe set to tell the two apart.",
-        )
-    asked = ": DPO's loss asks for a margin only" if method == "dpo" else ""
-    return (
-        "displacement_benign",
-        INFO,
-        f"benign displacement: {who}, other answers hold",
-        f"{_capital(who)}, and by itself that is no fault{asked}. On average {' and '.join(others)} hold, so what is "
-        "lost is this wording.",
-        "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
-    )
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def margin_by_rejection(summary: Summary, changes: Changes, method: str) -> Finding | None:
-    """The preference margin grows although chosen does not rise."""
-    per_token, per_sequence = (
-        changes.difference("chosen", "rejected"),
-        changes.difference("chosen", "rejected", PER_SEQUENCE),
-    )
-    pushed = per_token.up() and per_sequence.up() and changes.rejected.down() and not changes.chosen.up()
-    if method == "sft" or not pushed:
-        return None
-    return Finding(
-        "margin_by_rejection",
-        WARNING,
-        "the margin grows only by pushing rejected down",
-        f"The margin moved {per_sequence} nats per sequence, with rejected {changes.rejected} and chosen "
-        f"{changes.chosen} nats per token: reward accuracy improves while nothing preferred became likelier.",
-        {
-            "margin_change": per_sequence.mean,
-            "chosen_change": changes.chosen.mean,
-            "rejected_change": changes.rejected.mean,
-        },
-        f"the margin rises, per token by at least {MIN_EFFECT} nats, rejected falls by at least {MIN_EFFECT} and "
-        f"chosen does not rise by {MIN_EFFECT}; not for SFT; {COUNTS}.",
-        "Do not select checkpoints by reward margin or accuracy alone; watch chosen and the third parties."
-        + (' A term holds chosen up: dpop_lambda, or loss_type=["sigmoid", "sft"].' if method == "dpo" else ""),
     )
 
 
@@ -343,7 +205,6 @@ def improvement(summary: Summary, changes: Changes, method: str) -> Finding | No
     others = changes.bystanders
     paid = (
         changes.falling(bystander_types(summary.types))
-        or changes.gap.up()
         or changes.entropy.down(ENTROPY_COLLAPSE * changes.value_at_start("entropy_mean"))
         or degeneration(summary, changes, method)
     )
@@ -360,24 +221,16 @@ def improvement(summary: Summary, changes: Changes, method: str) -> Finding | No
         f"the gap to the likeliest token {changes.gap}.",
         {"chosen_change": changes.chosen.mean, "bystander_change": others.mean, "gap_change": changes.gap.mean},
         f"chosen rises by at least {MIN_EFFECT} nats per token and keeps it, while no bystander type falls by "
-        f"{MIN_EFFECT}, the gap argmax minus chosen does not widen by {MIN_EFFECT}, entropy does not collapse, "
-        f"greedy answers do not degenerate and unrelated_pull_up gives no warning; {COUNTS}.",
+        f"{MIN_EFFECT}, entropy does not collapse, greedy answers do not degenerate and unrelated_pull_up gives no "
+        f"warning; {COUNTS}.",
         "Carry on.",
     )
-
-
-def _paraphrases_of_chosen(types: list[str]) -> list[str]:
-    return [name for name in bystander_types(types) if name.startswith("chosen_") and group_of(name) == REPHRASE]
-
-
-def _peak_step(summary: Summary) -> int:
-    levels = summary.levels("chosen")
-    return max(levels, key=levels.__getitem__, default=summary.steps[0])
 
 
 RULES: dict[str, Callable[[Summary, Changes, str], Finding | None]] = {
     "squeezing": squeezing,
     "displacement": displacement,
+    "bystander_loss": bystander_loss,
     "margin_by_rejection": margin_by_rejection,
     "unrelated_pull_up": unrelated_pull_up,
     "entropy_collapse": entropy_collapse,

@@ -1,0 +1,148 @@
+"""Findings about who loses: chosen (displacement), others while chosen holds, or rejected alone."""
+
+from trl_dynamics.tracking.aggregate import Summary
+from trl_dynamics.tracking.effects import (
+    ALERT_EFFECT,
+    COUNTS,
+    MIN_EFFECT,
+    Changes,
+    Effect,
+    bystander_types,
+    paraphrases_of_chosen,
+)
+from trl_dynamics.tracking.finding import ALERT, INFO, REMEDIES, WARNING, Finding
+from trl_dynamics.tracking.metrics import PER_SEQUENCE
+
+# A peak is the best of many steps: noise alone puts it about two standard errors above the rest.
+PEAK_STANDARD_ERRORS = 4.0
+
+
+def displacement(summary: Summary, changes: Changes, method: str) -> Finding | None:
+    """Chosen loses probability: below its start, or below a peak inside the run; others decide whether that harms."""
+    peak = _peak_step(summary)
+    if changes.chosen.down():
+        window, since = changes, "its start"
+    else:
+        window, since = summary.changes(start=peak), f"its peak (against the start it stands at {changes.chosen})"
+        if peak in (changes.start, changes.end) or not window.chosen.down(standard_errors=PEAK_STANDARD_ERRORS):
+            return None
+    others = {
+        "other fluent answers": window.bystanders,
+        "paraphrases of chosen": window.of_types(paraphrases_of_chosen(summary.types)),
+    }
+    others = {label: effect for label, effect in others.items() if effect.known}
+    name, severity, title, meaning, remedy = _verdict(window, others, summary.squeezed_since() is not None, method)
+    shown = {"rejected": window.rejected} | others if window.rejected.known else others
+    numbers = "".join(f", {label} {effect}" for label, effect in shown.items())
+    falling = window.falling(bystander_types(summary.types))
+    alone = f" Types that fell by themselves: {', '.join(falling)}." if falling else ""
+    best = f"Chosen was highest at step {peak}. " if severity != INFO and peak > changes.start else ""
+    return Finding(
+        name,
+        severity,
+        title,
+        f"{meaning} From step {window.start} to {window.end} chosen moved {window.chosen} nats per token from "
+        f"{since}{numbers}.{alone}",
+        {
+            "chosen_change": window.chosen.mean,
+            "from_step": float(window.start),
+            **{f"{label.replace(' ', '_')}_change": effect.mean for label, effect in shown.items()},
+        },
+        f"chosen ends at least {MIN_EFFECT} nats per token below its start, or below a peak strictly inside the run "
+        f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Harmful if bystanders (third parties except "
+        "shuffled words and paraphrases of rejected) or paraphrases of chosen fall over the same steps by "
+        f"{MIN_EFFECT}, or squeezing is found; benign if none of it; {COUNTS}.",
+        best + remedy,
+    )
+
+
+def _verdict(
+    window: Changes, others: dict[str, Effect], squeezed: bool, method: str
+) -> tuple[str, str, str, str, str]:
+    """Whether a fall of chosen harms, as (name, severity, title, why, remedy of the finding)."""
+    who = "chosen and rejected both fell" if window.rejected.down() else "chosen fell"
+    fell = [label for label, effect in others.items() if effect.down()]
+    if fell or squeezed:
+        severe = -window.chosen.mean >= ALERT_EFFECT or -window.bystanders.mean >= ALERT_EFFECT
+        severity, remedy = ALERT if severe else WARNING, REMEDIES.get(method, REMEDIES["track"])
+        if fell:
+            title = f"harmful displacement: {who} and took similar answers along"
+            why = f"{' and '.join(fell)} fell, too, so what you prefer is losing, not only its wording"
+        else:
+            title = f"harmful displacement: {who}, and likely tokens gained"
+            why = "other fluent answers hold, but what was lost went to tokens that were likely already"
+        return "displacement_harmful", severity, title, f"{_capital(who)}, and that does harm: {why}.", remedy
+    if not others:
+        return (
+            "displacement",
+            WARNING,
+            f"{who}: benign or harmful cannot be told",
+            "The probe set has no other fluent answers, so the records cannot tell whether this is harmful.",
+            "Add paraphrases and unrelated answers to the probe set to tell the two apart.",
+        )
+    asked = ": DPO's loss asks for a margin only" if method == "dpo" else ""
+    return (
+        "displacement_benign",
+        INFO,
+        f"benign displacement: {who}, other answers hold",
+        f"{_capital(who)}, and by itself that is no fault{asked}. On average {' and '.join(others)} hold, so what is "
+        "lost is this wording.",
+        "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def bystander_loss(summary: Summary, changes: Changes, method: str) -> Finding | None:
+    """Chosen holds or rises, but other fluent answers fall hard."""
+    moved = {name: changes.of_types([name]) for name in bystander_types(summary.types)}
+    fallen = {name: effect for name, effect in moved.items() if effect.down(ALERT_EFFECT)}
+    if not changes.chosen.known or changes.chosen.down() or not fallen:
+        return None
+    numbers = ", ".join(f"{name} {effect}" for name, effect in fallen.items())
+    return Finding(
+        "bystander_loss",
+        INFO,
+        "chosen holds, but other fluent answers lose",
+        f"Chosen moved {changes.chosen} nats per token, while others that nothing pushes down by name fell: "
+        f"{numbers}. What holds chosen up protects chosen and what is like it, not everything else.",
+        {"chosen_change": changes.chosen.mean, **{f"{name}_change": effect.mean for name, effect in fallen.items()}},
+        f"chosen does not fall by {MIN_EFFECT} nats per token, and a type of bystanders (third parties except "
+        f"shuffled words and paraphrases of rejected) falls by at least {ALERT_EFFECT}; {COUNTS}.",
+        "Nothing urgent where only prompts like those of training count. If the model must go on writing such text, "
+        "mix some of it into training, stop earlier or lower the learning rate, and test it on such prompts.",
+    )
+
+
+def margin_by_rejection(summary: Summary, changes: Changes, method: str) -> Finding | None:
+    """The preference margin grows although chosen does not rise."""
+    per_token, per_sequence = (
+        changes.difference("chosen", "rejected"),
+        changes.difference("chosen", "rejected", PER_SEQUENCE),
+    )
+    pushed = per_token.up() and per_sequence.up() and changes.rejected.down() and not changes.chosen.up()
+    if method == "sft" or not pushed:
+        return None
+    return Finding(
+        "margin_by_rejection",
+        INFO,
+        "the margin grows only by pushing rejected down",
+        f"The margin moved {per_sequence} nats per sequence, with rejected {changes.rejected} and chosen "
+        f"{changes.chosen} nats per token: reward accuracy improves while nothing preferred became likelier.",
+        {
+            "margin_change": per_sequence.mean,
+            "chosen_change": changes.chosen.mean,
+            "rejected_change": changes.rejected.mean,
+        },
+        f"the margin rises, per token by at least {MIN_EFFECT} nats, rejected falls by at least {MIN_EFFECT} and "
+        f"chosen does not rise by {MIN_EFFECT}; not for SFT; {COUNTS}.",
+        "Do not select checkpoints by reward margin or accuracy alone; watch chosen and the third parties."
+        + (' A term holds chosen up: dpop_lambda, or loss_type=["sigmoid", "sft"].' if method == "dpo" else ""),
+    )
+
+
+def _peak_step(summary: Summary) -> int:
+    levels = summary.levels("chosen")
+    return max(levels, key=levels.__getitem__, default=summary.steps[0])

@@ -162,15 +162,15 @@ def settle(path: Path, settings: dict) -> None:
     path.write_text(json.dumps(settings), encoding="utf-8")
 
 
-def run_arm(name: str, folder: Path, seed: int, args: argparse.Namespace) -> None:
-    """Train one arm unless it has finished; what it prints goes to `<arm>.log`."""
-    arm = ARMS[name]
+def run_arm(name: str, folder: Path, seed: int, args: argparse.Namespace, arms: dict[str, Arm] = ARMS) -> None:
+    """Train one of `arms` unless it has finished; what it prints goes to `<arm>.log`."""
+    arm = arms[name]
     if has_finished(folder / name):
         return
     if arm.data == "on_policy":
         world = world_of(args.world)
         write_on_policy(folder, start_of(arm, folder, world.base), seed, world.max_answer, world.max_prompt)
-    run_logged(folder / f"{name}.log", words_of(name, folder, seed, args))
+    run_logged(folder / f"{name}.log", words_of(name, folder, seed, args, arms))
 
 
 def start_of(arm: Arm, folder: Path, base: str) -> str:
@@ -178,9 +178,9 @@ def start_of(arm: Arm, folder: Path, base: str) -> str:
     return base if arm.start == BASE else str(folder / arm.start)
 
 
-def words_of(name: str, folder: Path, seed: int, args: argparse.Namespace) -> list[str]:
-    """The command of an arm, as one would type it after `trl-dynamics`."""
-    arm, world = ARMS[name], world_of(args.world)
+def words_of(name: str, folder: Path, seed: int, args: argparse.Namespace, arms: dict[str, Arm] = ARMS) -> list[str]:
+    """The command of one of `arms`, as one would type it after `trl-dynamics`."""
+    arm, world = arms[name], world_of(args.world)
     options = {
         "config": HERE / world.configs[arm.method],
         "model_name_or_path": start_of(arm, folder, world.base),

@@ -1,0 +1,420 @@
+"""The one-step influence against A, K and G written out, against real optimiser steps, and what must not matter."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tiny import tiny_model
+from trl_dynamics.akg import losses
+from trl_dynamics.akg.influence import influence
+from trl_dynamics.akg.task import causal_lm, classifier
+from true_float64 import true_float64
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3"]
+
+
+def language_model(family: str = "llama", **options):
+    return true_float64(tiny_model(family, initializer_range=0.15, **options))
+
+
+def batch_of(num_rows: int, num_tokens: int, seed: int, num_labels: int = 4) -> dict[str, torch.Tensor]:
+    """Random tokens of which the last few of each row are labels, one fewer in every row."""
+    rng = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(0, 250, (num_rows, num_tokens), generator=rng)
+    labels_BT = ids_BT.clone()
+    for row in range(num_rows):
+        labels_BT[row, : num_tokens - max(1, num_labels - row)] = -100
+    return {"input_ids": ids_BT, "labels": labels_BT}
+
+
+def small_classifier(num_classes: int = 5) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, num_classes)).double()
+
+
+def written_out(task, update, observe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A (N, V, V), K (N, V, U, V) and G (U, V) of the thesis, each as it is defined."""
+    parameters = task.trainable()
+    names, values = list(parameters), tuple(p.detach() for p in parameters.values())
+
+    def logits_of(batch):
+        class Call(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = task.model
+
+            def forward(self):
+                return torch.cat(list(task.logits(self.model, batch)))
+
+        def at(*values):
+            named = {f"model.{name}": value for name, value in zip(names, values, strict=True)}
+            return torch.func.functional_call(Call(), named, ())
+
+        return at
+
+    def jacobian(batch):
+        parts = torch.func.jacrev(logits_of(batch), argnums=tuple(range(len(values))))(*values)
+        return torch.cat([part.flatten(2) for part in parts], dim=-1)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        kernel = torch.einsum("nvp,ukp->nvuk", jacobian(observe), jacobian(update))
+        logits_UV = logits_of(update)(*values).detach().requires_grad_()
+        loss = task.loss(logits_UV, task.labels(update), task.items(update), update)
+        (force,) = torch.autograd.grad(loss, logits_UV)
+        prob_NV = logits_of(observe)(*values).detach().softmax(dim=-1)
+    eye = torch.eye(prob_NV.shape[-1], dtype=prob_NV.dtype)
+    return eye - prob_NV[:, None, :].expand(-1, len(eye), -1), kernel, force
+
+
+def moved(task, update, observe, optimizer, max_grad_norm=None) -> torch.Tensor:
+    """(N, V) the true change of ln pi after one step of an optimiser; the model is put back."""
+    before, state = copy.deepcopy(task.model.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+    def logp(batch):
+        return torch.cat(list(task.logits(task.model, batch))).log_softmax(dim=-1)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with torch.no_grad():
+            start = logp(observe)
+        optimizer.zero_grad()
+        logits_UV = torch.cat(list(task.logits(task.model, update)))
+        task.loss(logits_UV, task.labels(update), task.items(update), update).backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(task.model.parameters(), max_grad_norm)
+        optimizer.step()
+        with torch.no_grad():
+            change = logp(observe) - start
+    optimizer.zero_grad()
+    task.model.load_state_dict(before)
+    optimizer.load_state_dict(state)
+    return change
+
+
+def error(predicted: torch.Tensor, true: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(predicted - true) / torch.linalg.vector_norm(true))
+
+
+def toy_tasks():
+    rng = torch.Generator().manual_seed(1)
+    rows = torch.randn(5, 6, generator=rng, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 1, 4, 2])
+    yield classifier(small_classifier()), (rows[:2], labels[:2]), (rows[2:], labels[2:])
+    model = language_model(hidden_size=8, intermediate_size=12, vocab_size=40, num_hidden_layers=1, pad_token_id=0)
+    update, observe = batch_of(2, 6, 0, num_labels=2), batch_of(2, 5, 1, num_labels=2)
+    for batch in (update, observe):
+        batch["input_ids"] %= 40
+        batch["labels"] = torch.where(batch["labels"] >= 0, batch["labels"] % 40, -100)
+    yield causal_lm(model, losses.sum_cross_entropy), update, observe
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["classifier", "language model"])
+def test_it_is_minus_eta_times_a_k_g(index):
+    task, update, observe = list(toy_tasks())[index]
+    a, kernel, force = written_out(task, update, observe)
+    found = influence(task, update, observe, lr=0.1, output="full")
+    pushed = torch.einsum("nvuk,uk->nv", kernel, force)
+    assert error(found.total.logits_NV, -0.1 * pushed) < 1e-12
+    assert error(found.total.logp_NV, -0.1 * torch.einsum("nvw,nw->nv", a, pushed)) < 1e-12
+    assert error(found.force_norm_U, torch.linalg.vector_norm(force, dim=-1)) < 1e-12
+    picked = found.total.logp_NV.gather(1, found.label_N[:, None])[:, 0]
+    assert torch.equal(found.total.target_N, picked)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p, lr: torch.optim.SGD(p, lr=lr),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, dampening=0.3, weight_decay=0.1),
+    "nesterov": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, nesterov=True),
+    "ascent": lambda p, lr: torch.optim.SGD(p, lr=lr, weight_decay=0.1, maximize=True),
+    "adamw": lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.1),
+    "adam": lambda p, lr: torch.optim.Adam(p, lr=lr, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-5),
+    "amsgrad": lambda p, lr: torch.optim.AdamW(p, lr=lr, amsgrad=True, maximize=True),
+}
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_parts_add_up_to_the_step_that_torch_takes(name, num_steps):
+    model = small_classifier()
+    task = classifier(model)
+    optimizer = OPTIMIZERS[name](
+        [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "lr": 0.003}], 0.01
+    )
+    rng = torch.Generator().manual_seed(2)
+    batches = [(torch.randn(4, 6, generator=rng, dtype=torch.float64), torch.tensor([0, 1, 2, 3])) for _ in range(5)]
+    for batch in batches[:num_steps]:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    step = influence(task, batches[3], batches[4], direction=optimizer, max_grad_norm=0.05).step
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    nn.functional.cross_entropy(model(batches[3][0]), batches[3][1]).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    optimizer.step()
+    assert step.clip < 1
+    for key, change in step.total.items():
+        torch.testing.assert_close(change, model.get_parameter(key).detach() - before[key], rtol=1e-9, atol=1e-12)
+    expected = {"update", *(["momentum"] if num_steps and name not in ("sgd", "ascent") else [])}
+    assert set(step.parts) - {"decay"} == expected
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_error_against_a_real_step_falls_with_the_step_and_with_its_square_at_order_two(name):
+    task = causal_lm(language_model())
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    largest = {"sgd": 1e-2, "adamw": 1e-4}[name]
+    errors = {1: [], 2: []}
+    for exponent in range(3):
+        lr = largest * 10**-exponent
+        optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name](task.model.parameters(), lr=lr)
+        true = moved(task, update, observe, optimizer)
+        for order in errors:
+            found = influence(task, update, observe, direction=optimizer, output="full", order=order)
+            errors[order].append(error(found.total.logp_NV, true))
+    print(name, errors)
+    assert all(later < earlier / 6.7 for earlier, later in zip(errors[1], errors[1][1:], strict=False))
+    assert all(later < earlier / 45 for earlier, later in zip(errors[2], errors[2][1:], strict=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_agrees_with_a_small_real_step(family):
+    task = causal_lm(language_model(family))
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    # Gemma 2 has no attention without a float32 softmax, so its true change is not known as well.
+    lr, bound = (1e-4, 2e-2) if family == "gemma2" else (1e-6, 1e-4)
+    true = moved(task, update, observe, torch.optim.SGD(task.model.parameters(), lr=lr))
+    assert error(influence(task, update, observe, lr=lr, output="full").total.logp_NV, true) < bound
+
+
+def test_without_float64_norms_a_floor_hides_the_truth():
+    model = tiny_model("llama", initializer_range=0.15).double()
+    task = causal_lm(model)
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    true = moved(task, update, observe, torch.optim.SGD(model.parameters(), lr=1e-6))
+    exact = influence(causal_lm(language_model()), update, observe, lr=1e-6, output="full").total.logp_NV
+    rounded = influence(task, update, observe, lr=1e-6, output="full").total.logp_NV
+    assert error(rounded, true) > 1e-3  # the real step's own difference is rounded
+    assert error(rounded, exact) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_lower_precision_stays_close_to_float64(dtype, bound):
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    found = {}
+    for kind in (dtype, torch.float64):
+        model = tiny_model("llama", initializer_range=0.15).to(dtype).to(kind)
+        model = true_float64(model) if kind == torch.float64 else model
+        found[kind] = influence(causal_lm(model), update, observe, lr=1.0, output="full").total.logp_NV.double()
+    assert error(found[dtype], found[torch.float64]) < bound
+
+
+def padded(batch: dict, left: int, right: int) -> dict[str, torch.Tensor]:
+    ids_BT = nn.functional.pad(batch["input_ids"], (left, right), value=258)
+    mask_BT = nn.functional.pad(torch.ones_like(batch["input_ids"]), (left, right), value=0)
+    labels_BT = nn.functional.pad(batch["labels"], (left, right), value=-100)
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 2)])
+def test_padding_moves_nothing(family, left, right):
+    if family == "gpt2":
+        model = tiny_model("gpt_neox")  # absolute positions are learnt in GPT-2 alone
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=2, n_head=2))
+        model = true_float64(model)
+    else:
+        model = language_model(family)
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    plain = influence(model, update, observe, lr=0.1, output="full").total.logp_NV
+    for pair in ((padded(update, left, right), observe), (update, padded(observe, left, right))):
+        assert error(influence(model, *pair, lr=0.1, output="full").total.logp_NV, plain) < 1e-9
+
+
+def test_observers_do_not_see_each_other_and_their_order_does_not_matter():
+    model, update, observe = language_model(), batch_of(2, 8, 0), batch_of(4, 7, 1)
+    whole = influence(model, update, observe, lr=0.1, output="full")
+    for row in range(4):
+        alone = influence(model, update, {name: rows[[row]] for name, rows in observe.items()}, lr=0.1, output="full")
+        assert error(alone.total.logp_NV, whole.total.logp_NV[whole.item_N == row]) < 1e-10
+    order = torch.tensor([2, 0, 3, 1])
+    turned = influence(model, update, {name: rows[order] for name, rows in observe.items()}, lr=0.1)
+    torch.testing.assert_close(turned.per_item, whole.per_item[order], rtol=1e-9, atol=1e-14)
+
+
+def test_tiles_of_the_head_change_nothing(monkeypatch):
+    model, update, observe = language_model("gemma3"), batch_of(2, 8, 0), batch_of(4, 7, 1)
+    whole = influence(model, update, observe, lr=0.1, output="full")
+    monkeypatch.setattr("trl_dynamics.akg.task.TILE_ELEMENTS", 3 * 260)
+    tiled = influence(model, update, observe, lr=0.1, output="full")
+    assert error(tiled.total.logp_NV, whole.total.logp_NV) < 1e-12
+    assert torch.equal(tiled.label_N, whole.label_N)
+
+
+def test_tied_heads_move_with_their_embedding():
+    model = language_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    task, (update, observe) = causal_lm(model), (batch_of(2, 8, 0), batch_of(3, 7, 1))
+    true = moved(task, update, observe, torch.optim.SGD(model.parameters(), lr=1e-6))
+    assert error(influence(task, update, observe, lr=1e-6, output="full").total.logp_NV, true) < 1e-4
+    assert "lm_head.weight" not in influence(task, update, observe, lr=1e-6).step.total
+
+
+def test_an_adapter_moves_what_the_same_adapter_written_into_the_weights_would():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj", "lm_head"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = true_float64_of_adapter(get_peft_model(tiny_model("llama", initializer_range=0.15), config))
+    task, (update, observe) = causal_lm(model), (batch_of(2, 8, 0), batch_of(3, 7, 1))
+    found = influence(task, update, observe, lr=1e-6, output="full")
+    assert found.step.total and all("lora" in name for name in found.step.total)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert error(found.total.logp_NV, moved(task, update, observe, torch.optim.SGD(parameters, lr=1e-6))) < 1e-4
+
+
+def true_float64_of_adapter(model: nn.Module) -> nn.Module:
+    true_float64(model.get_base_model())
+    return model.double()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_gradient_checkpointing_and_dropout_change_nothing(family):
+    options = {"attention_dropout": 0.5} | ({"hidden_dropout": 0.5} if family == "gpt_neox" else {})
+    model, update, observe = language_model(family, **options), batch_of(2, 8, 0), batch_of(3, 7, 1)
+    plain = influence(model, update, observe, lr=0.1)
+    model.gradient_checkpointing_enable()
+    model.train()
+    calls = []
+    hook = next(model.base_model.layers[0].children()).register_forward_hook(lambda *_: calls.append(1))
+    checkpointed = influence(model, update, observe, lr=0.1)
+    hook.remove()
+    torch.testing.assert_close(checkpointed.total.target_N, plain.total.target_N, rtol=1e-10, atol=1e-16)
+    assert all(module.training for module in model.modules())
+    assert len(calls) == 3  # the update's forward, again in its backward, and the observers' forward
+
+
+def test_nothing_is_left_behind():
+    model, update, observe = language_model(), batch_of(2, 8, 0), batch_of(3, 7, 1)
+    model.train()
+    model.model.layers[1].eval()
+    weights, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    random_state = torch.get_rng_state()
+    influence(model, update, observe, direction=optimizer, order=2)
+    assert torch.equal(torch.get_rng_state(), random_state) and not optimizer.state
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_parts_of_an_adamw_step_add_up_and_one_example_left_out_is_not_their_difference():
+    task = causal_lm(language_model())
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-4, weight_decay=0.1)
+    for seed in (5, 6):
+        logits = torch.cat(list(task.logits(task.model, batch_of(2, 8, seed))))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, task.labels(batch_of(2, 8, seed))).backward()
+        optimizer.step()
+    found = influence(task, update, observe, direction=optimizer, output="full")
+    assert list(found.parts) == ["update", "momentum", "decay"]
+    assert error(sum(part.logp_NV for part in found.parts.values()), found.total.logp_NV) < 1e-10
+
+    # Shares of the update given the step's own D: they add up, and are not what a step without the example does.
+    frozen = {
+        name: (change / gradient).nan_to_num()  # tokens that do not occur have no gradient
+        for (name, change), gradient in zip(found.step.parts["update"].items(), gradient_of(task, update), strict=True)
+    }
+    rows = [{name: values[[row]] for name, values in update.items()} for row in range(2)]
+    shares = [
+        influence(
+            causal_lm(task.model, losses.sum_cross_entropy),
+            row,
+            observe,
+            output="full",
+            direction=lambda g: {name: frozen[name] * value / len(task.labels(update)) for name, value in g.items()},
+        ).total.logp_NV
+        for row in rows
+    ]
+    assert error(sum(shares), found.parts["update"].logp_NV) < 1e-10
+    without = influence(task, rows[1], observe, direction=optimizer, output="full").parts["update"].logp_NV
+    assert error(found.parts["update"].logp_NV - shares[0], without) > 0.05
+
+
+def gradient_of(task, update):
+    logits = torch.cat(list(task.logits(task.model, update)))
+    loss = nn.functional.cross_entropy(logits, task.labels(update))
+    return torch.autograd.grad(loss, list(task.trainable().values()))
+
+
+@pytest.mark.parametrize("output", ["target", "stats", "topk"])
+def test_smaller_outputs_are_parts_of_the_full_one(output):
+    model, update, observe = language_model(), batch_of(2, 8, 0), batch_of(3, 7, 1)
+    full = influence(model, update, observe, lr=0.1, output="full", top_k=3)
+    found = influence(model, update, observe, lr=0.1, output=output, top_k=3)
+    assert torch.equal(found.total.target_N, full.total.target_N) and found.total.logp_NV is None
+    if output != "target":
+        norm_N = torch.linalg.vector_norm(full.total.logp_NV, dim=-1)
+        torch.testing.assert_close(found.total.logp_norm_N, norm_N)
+        torch.testing.assert_close(found.total.argmax_N, full.total.top_Nk[:, 0])
+    if output == "topk":
+        assert torch.equal(found.total.top_Nk, full.total.logp_NV.gather(1, found.top_id_Nk))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.1, "output": "all"}, "output is 'all'"),
+        ({"lr": 0.1, "order": 3}, "order is 3"),
+        ({"direction": "lion", "lr": 0.1}, "direction is 'lion'"),
+        ({}, "needs lr"),
+        ({"direction": torch.optim.SGD([torch.zeros(1)], lr=0.1), "lr": 0.1}, "lr is given beside"),
+        ({"direction": torch.optim.Adagrad([torch.zeros(1)])}, "direction is a Adagrad"),
+    ],
+)
+def test_bad_arguments_are_told(options, message):
+    with pytest.raises(ValueError, match=message):
+        influence(
+            classifier(small_classifier()), *[(torch.zeros(1, 6).double(), torch.zeros(1).long())] * 2, **options
+        )
+
+
+def test_frozen_models_and_updates_without_labels_are_told():
+    model, batch = small_classifier(), (torch.zeros(1, 6).double(), torch.zeros(1).long())
+    with pytest.raises(ValueError, match="no labelled position"):
+        nothing = batch_of(1, 6, 0)
+        nothing["labels"][:] = -100
+        influence(language_model(), nothing, batch_of(1, 6, 0), lr=0.1)
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        influence(classifier(model.requires_grad_(False)), batch, batch, lr=0.1)
+
+
+class NoForwardMode(nn.Module):
+    """Fused attention, which torch has no forward-mode derivative of where the caller insists on the kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 5).double()
+
+    def forward(self, rows):
+        class Op(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, value):
+                return value.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return gradient
+
+        return Op.apply(self.inner(rows))
+
+
+def test_an_operation_without_forward_mode_is_told():
+    batch = (torch.ones(1, 6).double(), torch.zeros(1).long())
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        influence(classifier(NoForwardMode()), batch, batch, lr=0.1)

@@ -1,0 +1,226 @@
+"""One step's influence: how an update moves the log-probabilities of everything that is observed, exactly.
+
+    N observed positions   U positions of the update   V labels   k labels kept per position
+
+The thesis' decomposition (arXiv 2407.10490, proposition 1; 2509.19554): Delta ln pi(.|x_o) = -eta A K G, with the
+force G = dL/dz of the update, the kernel K = J_o J_u^T, and A = I - 1 pi^T of the observer. K G is the derivative of
+the observers' logits along the update's gradient, one forward-mode pass; A and G have closed forms.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_dynamics.akg.dual import evaluated, push_forward
+from trl_dynamics.akg.steps import Step, step_of
+from trl_dynamics.akg.task import Task, causal_lm
+
+OUTPUTS = ("target", "stats", "topk", "full")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one part of a step, or all of it, does to the observers; nats.
+
+    Args:
+        target_N (`torch.Tensor`): Delta ln pi of each position's own label.
+        logit_norm_N (`torch.Tensor`, *optional*): Norm over labels of Delta z, the -eta K G of a plain gradient step.
+        logp_norm_N (`torch.Tensor`, *optional*): Norm over labels of Delta ln pi, -eta A K G.
+        argmax_N (`torch.Tensor`, *optional*): Delta ln pi of the likeliest label.
+        top_Nk (`torch.Tensor`, *optional*): Delta ln pi of the labels in [`Influence`]`.top_id_Nk`.
+        logits_NV, logp_NV (`torch.Tensor`, *optional*): Delta z and Delta ln pi of all labels.
+    """
+
+    target_N: torch.Tensor
+    logit_norm_N: torch.Tensor | None = None
+    logp_norm_N: torch.Tensor | None = None
+    argmax_N: torch.Tensor | None = None
+    top_Nk: torch.Tensor | None = None
+    logits_NV: torch.Tensor | None = None
+    logp_NV: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Influence:
+    """The predicted effect of one step.
+
+    Args:
+        total ([`Change`]): Of the whole step.
+        parts (`dict[str, Change]`): Of each part of the step, see [`akg.steps`]; at first order their logits and
+            log-probabilities add up to the total's. Norms do not.
+        label_N, item_N (`torch.Tensor`): Each position's label, and the observer that it belongs to.
+        logp_N (`torch.Tensor`): ln pi of the label before the step, nats.
+        top_id_Nk (`torch.Tensor`, *optional*): The labels of `top_Nk`.
+        loss (`float`): The update's loss before the step.
+        force_norm_U (`torch.Tensor`): Norm over labels of G = dL/dz at each position of the update.
+        step ([`Step`]): What the parameters would do.
+    """
+
+    total: Change
+    parts: dict[str, Change]
+    label_N: torch.Tensor
+    item_N: torch.Tensor
+    logp_N: torch.Tensor
+    top_id_Nk: torch.Tensor | None
+    loss: float
+    force_norm_U: torch.Tensor
+    step: Step = field(repr=False)
+
+    @property
+    def per_item(self) -> torch.Tensor:
+        """Delta ln pi of each observer's whole answer: the sum over its positions, (observers,) nats."""
+        num_items = int(self.item_N.max()) + 1 if len(self.item_N) else 0
+        zeros = torch.zeros(num_items, dtype=self.total.target_N.dtype, device=self.item_N.device)
+        return zeros.index_add(0, self.item_N, self.total.target_N)
+
+
+def influence(
+    task: Task | nn.Module,
+    update: Any,
+    observe: Any,
+    *,
+    direction: str | torch.optim.Optimizer | Callable = "sgd",
+    lr: float | None = None,
+    max_grad_norm: float | None = None,
+    output: str = "target",
+    top_k: int = 10,
+    order: int = 1,
+) -> Influence:
+    """Predict, for one optimiser step on `update`, the change of ln pi at every labelled position of `observe`.
+
+    One backward for the update, one forward-mode pass over the observers per part of the step. Nothing is changed: not
+    the parameters, their gradients, the optimiser, the modes of modules, or a random state.
+
+    Args:
+        task ([`Task`] or `nn.Module`): What is updated and observed; a model alone is a causal LM with TRL's SFT loss.
+        update, observe: Batches of the task.
+        direction, lr, max_grad_norm: The step; see [`akg.steps.step_of`].
+        output (`str`): `"target"`: the labels alone; `"stats"`: norms and the likeliest label too; `"topk"`: the
+            `top_k` likeliest labels too; `"full"`: all labels, (N, V). Only the last holds more than a tile of logits.
+        order (`int`): 2 adds the second-order term along the step to the total, not to the parts.
+
+    Raises:
+        ValueError: If an argument is none of these, nothing can be trained, or the model has an operation without a
+            forward-mode derivative.
+    """
+    task = task if isinstance(task, Task) else causal_lm(task)
+    if output not in OUTPUTS:
+        raise ValueError(f"output is {output!r}, expected one of {OUTPUTS}")
+    if order not in (1, 2):
+        raise ValueError(f"order is {order}, expected 1 or 2")
+    force = update_gradient(task, update)
+    step = step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm)
+    label_N = task.labels(observe)
+    views = {name: View(label_N, output, top_k) for name in step.parts}
+    for name, changes in step.parts.items():
+        push_forward(task, changes, observe, views[name].add)
+    parts = {name: view.change() for name, view in views.items()}
+    whole = next(iter(views.values()))
+    if order == 2 or len(views) > 1:
+        whole = View(label_N, output, top_k)
+        push_forward(task, step.total, observe, whole.add, order)
+    logp_N, top_id_Nk = whole.before()
+    return Influence(
+        whole.change(),
+        parts,
+        label_N,
+        task.items(observe),
+        logp_N,
+        top_id_Nk,
+        force.loss,
+        force.norm_U,
+        step,
+    )
+
+
+@dataclass(frozen=True)
+class Force:
+    """The update's side: its loss, the gradient of the parameters, and the norm of G at each of its positions."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    norm_U: torch.Tensor
+
+
+def update_gradient(task: Task, update: Any) -> Force:
+    """One backward through the update's loss; `.grad` of the parameters is left alone.
+
+    Raises:
+        ValueError: If no parameter can be trained or the batch has no labelled position.
+    """
+    parameters = task.trainable()
+    if not parameters:
+        raise ValueError("no parameter of the model requires a gradient, so that there is no step to predict")
+    label_U = task.labels(update)
+    if not len(label_U):
+        raise ValueError("the update has no labelled position: every label is ignored")
+    with evaluated(task.model, checkpointing=True), torch.enable_grad():
+        logits_UV = torch.cat(list(task.logits(task.model, update)))
+        loss = task.loss(logits_UV, label_U, task.items(update), update)
+        (force_UV,) = torch.autograd.grad(loss, logits_UV, retain_graph=True)
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    return Force(float(loss.detach()), gradients, torch.linalg.vector_norm(force_UV, dim=-1))
+
+
+class View:
+    """Collects what is kept of every tile."""
+
+    def __init__(self, label_N: torch.Tensor, output: str, top_k: int):
+        self.label_N, self.output, self.top_k = label_N, output, top_k
+        self.seen, self.tiles = 0, []
+
+    def add(self, logits_nV: torch.Tensor, first_nV: torch.Tensor, second_nV: torch.Tensor | None) -> None:
+        label_n = self.label_N[self.seen : self.seen + len(logits_nV)]
+        self.seen += len(logits_nV)
+        self.tiles.append(tile_change(logits_nV, first_nV, second_nV, label_n, self.output, self.top_k))
+
+    def change(self) -> Change:
+        names = Change.__dataclass_fields__
+        return Change(**{name: self._joined(name) for name in names if name in self.tiles[0]})
+
+    def before(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._joined("logp_N"), self._joined("top_id_Nk") if "top_id_Nk" in self.tiles[0] else None
+
+    def _joined(self, name: str) -> torch.Tensor:
+        return torch.cat([tile[name] for tile in self.tiles])
+
+
+def tile_change(
+    logits_nV: torch.Tensor,
+    first_nV: torch.Tensor,
+    second_nV: torch.Tensor | None,
+    label_n: torch.Tensor,
+    output: str,
+    top_k: int,
+) -> dict[str, torch.Tensor]:
+    """Delta ln pi of a tile from the derivatives of its logits: A Delta z, A in closed form.
+
+    With z' and z'' the derivatives along the step, (ln pi)' = z' - E[z'] and (ln pi)'' = z'' - E[z''] - Var[z'], the
+    expectations under pi; of order two the change is (ln pi)' + (ln pi)''/2.
+    """
+    logp_nV = logits_nV.log_softmax(dim=-1)
+    prob_nV = logp_nV.exp()
+    mean_n1 = (prob_nV * first_nV).sum(dim=-1, keepdim=True)
+    logits_change_nV, change_nV = first_nV, first_nV - mean_n1
+    if second_nV is not None:
+        variance_n1 = (prob_nV * change_nV.square()).sum(dim=-1, keepdim=True)
+        curve_nV = second_nV - (prob_nV * second_nV).sum(dim=-1, keepdim=True) - variance_n1
+        logits_change_nV, change_nV = first_nV + second_nV / 2, change_nV + curve_nV / 2
+    kept = {
+        "logp_N": logp_nV.gather(1, label_n[:, None])[:, 0],
+        "target_N": change_nV.gather(1, label_n[:, None])[:, 0],
+    }
+    if output != "target":
+        kept["logit_norm_N"] = torch.linalg.vector_norm(logits_change_nV, dim=-1)
+        kept["logp_norm_N"] = torch.linalg.vector_norm(change_nV, dim=-1)
+        kept["argmax_N"] = change_nV.gather(1, logp_nV.argmax(dim=-1, keepdim=True))[:, 0]
+    if output in ("topk", "full"):
+        kept["top_id_Nk"] = logp_nV.topk(min(top_k, logp_nV.shape[-1]), dim=-1).indices
+        kept["top_Nk"] = change_nV.gather(1, kept["top_id_Nk"])
+    if output == "full":
+        kept["logits_NV"], kept["logp_NV"] = logits_change_nV, change_nV
+    return kept

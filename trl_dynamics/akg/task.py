@@ -1,0 +1,135 @@
+"""What is updated and what is observed: callables over a model, and nothing that is about language models alone.
+
+N observed positions   n positions of one tile   V labels   B rows   T tokens
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_dynamics.akg.losses import mean_cross_entropy
+from trl_dynamics.compat import base_causal_lm, logit_transform
+from trl_dynamics.ops.tiled_head import TILE_ELEMENTS
+
+IGNORED = -100
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with the loss it is updated by and the distributions that are observed.
+
+    Args:
+        model (`nn.Module`): It runs in evaluation mode, so that nothing is drawn at random.
+        logits (`Callable`): `logits(model, batch)` yields tiles (n, V) that together are the logits of all N labelled
+            positions of a batch, in the order of `labels`.
+        labels (`Callable`): `labels(batch)` gives them, (N,) int64.
+        items (`Callable`): `items(batch)` says which observer each position belongs to, (N,) int64.
+        loss (`Callable`): `loss(logits_NV, label_N, item_N, batch)` is the scalar that the update descends.
+    """
+
+    model: nn.Module
+    logits: Callable[[nn.Module, Any], Iterator[torch.Tensor]]
+    labels: Callable[[Any], torch.Tensor]
+    items: Callable[[Any], torch.Tensor]
+    loss: Loss
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name; one that is tied is there once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
+    """A causal language model of transformers, in a PEFT wrapper or not.
+
+    A batch has `input_ids` and `labels`, (B, T) int64 with -100 where nothing is observed or learnt, and may have
+    `attention_mask` and `position_ids`. The label at column t is predicted by column t - 1, as in transformers.
+
+    Args:
+        model (`nn.Module`): The model.
+        loss (`Callable`, *optional*): One of [`akg.losses`] or your own; default: TRL's SFT loss.
+
+    Raises:
+        ValueError: If the model has no LM head, or learns a prompt, which moves the columns.
+    """
+    base = base_causal_lm(model)
+    if getattr(base, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"{type(base).__name__} has no LM head; use akg.task.classifier for other models")
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError("adapters that learn a prompt are not supported by akg; use LoRA or the full model")
+    return Task(model, causal_lm_logits, causal_lm_labels, row_of_label, loss)
+
+
+def causal_lm_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Logits of the labelled positions, the head applied tile by tile."""
+    base = base_causal_lm(model)
+    hidden_BTD = base.base_model(**_inputs(base, batch), use_cache=False).last_hidden_state
+    row_N, column_N = _predicting(batch["labels"])
+    hidden_ND = hidden_BTD[row_N, column_N]
+    head, (factor, softcap) = base.get_output_embeddings(), logit_transform(base)
+    tile = max(1, TILE_ELEMENTS // head.weight.shape[0])
+    for start in range(0, len(hidden_ND), tile):
+        logits_nV = head(hidden_ND[start : start + tile])
+        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)) * factor
+        yield logits_nV if softcap is None else torch.tanh(logits_nV / softcap) * softcap
+
+
+def causal_lm_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(N,) the labels that are not ignored, row by row; the first column has nothing that predicts it."""
+    labels_BT = batch["labels"][:, 1:]
+    return labels_BT[labels_BT != IGNORED]
+
+
+def row_of_label(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(N,) the row of each labelled position."""
+    return _predicting(batch["labels"])[0]
+
+
+def classifier(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
+    """Any module whose output is a tensor of logits (B, C), or an object that has it as `logits`.
+
+    A batch is a tuple (inputs, labels), or a mapping whose entries but `labels` are the model's keyword arguments.
+
+    Args:
+        model (`nn.Module`): The classifier.
+        loss (`Callable`, *optional*): One of [`akg.losses`] or your own; default: the mean cross-entropy.
+    """
+    return Task(model, classifier_logits, classifier_labels, row_of_class, loss)
+
+
+def classifier_logits(model: nn.Module, batch: Any) -> Iterator[torch.Tensor]:
+    """(B, C) logits of a batch, as one tile."""
+    if isinstance(batch, Mapping):
+        output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    else:
+        output = model(batch[0])
+    yield getattr(output, "logits", output)
+
+
+def classifier_labels(batch: Any) -> torch.Tensor:
+    """(B,) the labels of a batch: its entry `labels`, or its last one."""
+    return batch["labels"] if isinstance(batch, Mapping) else batch[-1]
+
+
+def row_of_class(batch: Any) -> torch.Tensor:
+    """(B,) each row is an observer of its own."""
+    labels_B = classifier_labels(batch)
+    return torch.arange(len(labels_B), device=labels_B.device)
+
+
+def _inputs(base: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the backbone reads; positions are counted from a row's first real token, so that padding moves nothing."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
+    if takes_positions and "position_ids" not in inputs and "attention_mask" in inputs:
+        inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
+    return inputs
+
+
+def _predicting(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of the positions that predict a label."""
+    return (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)

@@ -54,6 +54,37 @@ def _first_order(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, vi
         _with_values(task.model, values, run)
 
 
+def push_forward_head(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, visit: Visit) -> None:
+    """As [`push_forward`], where nothing but the task's head moves: features stand still, a tied embedding does, too.
+
+    Args:
+        changes (`Mapping`): Directions by the names of the head's own parameters.
+    """
+    duals: dict[str, torch.Tensor] = {}
+
+    def on_head(head: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if not duals:
+            return None  # called from below
+        own = dict(duals)
+        duals.clear()
+        try:
+            return torch.func.functional_call(head, own, args)
+        finally:
+            duals.update(own)
+
+    with evaluated(task.model), _explained(), torch.no_grad(), forward_ad.dual_level():
+        values = dict(task.head.named_parameters())
+        for name, change in changes.items():
+            duals[name] = forward_ad.make_dual(values[name].detach(), change.to(values[name].dtype))
+        hook = task.head.register_forward_hook(on_head)
+        try:
+            for tile_nV in task.logits(task.model, batch):
+                logits_nV, change_nV = forward_ad.unpack_dual(tile_nV)
+                visit(logits_nV, torch.zeros_like(logits_nV) if change_nV is None else change_nV, None)
+        finally:
+            hook.remove()
+
+
 def _second_order(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, visit: Visit) -> None:
     fixed = {name: p.detach() for name, p in task.model.named_parameters()}
     one = torch.ones((), dtype=torch.float64)

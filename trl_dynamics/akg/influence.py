@@ -31,6 +31,8 @@ class Change:
         logp_norm_N (`torch.Tensor`, *optional*): Norm over labels of Delta ln pi, -eta A K G.
         argmax_N (`torch.Tensor`, *optional*): Delta ln pi of the likeliest label.
         top_Nk (`torch.Tensor`, *optional*): Delta ln pi of the labels in [`Influence`]`.top_id_Nk`.
+        kernel_N, softmax_N (`torch.Tensor`, *optional*): The two second-order terms within `target_N`: that of logits
+            that do not move in a straight line, since K changes, and that of the softmax, since A does.
         logits_NV, logp_NV (`torch.Tensor`, *optional*): Delta z and Delta ln pi of all labels.
     """
 
@@ -39,6 +41,8 @@ class Change:
     logp_norm_N: torch.Tensor | None = None
     argmax_N: torch.Tensor | None = None
     top_Nk: torch.Tensor | None = None
+    kernel_N: torch.Tensor | None = None
+    softmax_N: torch.Tensor | None = None
     logits_NV: torch.Tensor | None = None
     logp_NV: torch.Tensor | None = None
 
@@ -205,12 +209,13 @@ def tile_change(
     logp_nV = logits_nV.log_softmax(dim=-1)
     prob_nV = logp_nV.exp()
     mean_n1 = (prob_nV * first_nV).sum(dim=-1, keepdim=True)
-    logits_change_nV, change_nV = first_nV, first_nV - mean_n1
+    logits_change_nV, change_nV, curves = first_nV, first_nV - mean_n1, {}
     if second_nV is not None:
-        variance_n1 = (prob_nV * change_nV.square()).sum(dim=-1, keepdim=True)
-        curve_nV = second_nV - (prob_nV * second_nV).sum(dim=-1, keepdim=True) - variance_n1
-        logits_change_nV, change_nV = first_nV + second_nV / 2, change_nV + curve_nV / 2
-    kept = {
+        softmax_n1 = -(prob_nV * change_nV.square()).sum(dim=-1, keepdim=True) / 2
+        kernel_nV = (second_nV - (prob_nV * second_nV).sum(dim=-1, keepdim=True)) / 2
+        curves = {"kernel_N": kernel_nV.gather(1, label_n[:, None])[:, 0], "softmax_N": softmax_n1[:, 0]}
+        logits_change_nV, change_nV = first_nV + second_nV / 2, change_nV + kernel_nV + softmax_n1
+    kept = curves | {
         "logp_N": logp_nV.gather(1, label_n[:, None])[:, 0],
         "target_N": change_nV.gather(1, label_n[:, None])[:, 0],
     }

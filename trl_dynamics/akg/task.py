@@ -30,6 +30,7 @@ class Task:
         labels (`Callable`): `labels(batch)` gives them, (N,) int64.
         items (`Callable`): `items(batch)` says which observer each position belongs to, (N,) int64.
         loss (`Callable`): `loss(logits_NV, label_N, item_N, batch)` is the scalar that the update descends.
+        head (`nn.Module`, *optional*): The linear layer that makes logits of features, where there is one.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Task:
     labels: Callable[[Any], torch.Tensor]
     items: Callable[[Any], torch.Tensor]
     loss: Loss
+    head: nn.Module | None = None
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves, by name; one that is tied is there once."""
@@ -61,7 +63,7 @@ def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
         raise ValueError(f"{type(base).__name__} has no LM head; use akg.task.classifier for other models")
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ValueError("adapters that learn a prompt are not supported by akg; use LoRA or the full model")
-    return Task(model, causal_lm_logits, causal_lm_labels, row_of_label, loss)
+    return Task(model, causal_lm_logits, causal_lm_labels, row_of_label, loss, base.get_output_embeddings())
 
 
 def causal_lm_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -98,7 +100,8 @@ def classifier(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
         model (`nn.Module`): The classifier.
         loss (`Callable`, *optional*): One of [`akg.losses`] or your own; default: the mean cross-entropy.
     """
-    return Task(model, classifier_logits, classifier_labels, row_of_class, loss)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return Task(model, classifier_logits, classifier_labels, row_of_class, loss, linear[-1] if linear else None)
 
 
 def classifier_logits(model: nn.Module, batch: Any) -> Iterator[torch.Tensor]:

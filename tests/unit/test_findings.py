@@ -61,7 +61,17 @@ def test_where_chosen_is_sharp_a_small_gain_of_the_likeliest_token_is_enough():
 
 
 def test_a_mild_squeeze_is_a_warning():
-    assert only(records({name: -0.1 for name in ALL_TYPES}, argmax=0.1), "squeezing").severity == "warning"
+    mild = {name: -0.4 for name in ALL_TYPES} | {"chosen": -0.02}
+    assert only(records(mild, argmax=0.1), "squeezing").severity == "warning"
+    for worse in (records(mild | {"chosen": -0.08}, argmax=0.1), records(mild, argmax=0.3)):
+        assert only(worse, "squeezing").severity == "alert"
+
+
+def test_a_harmful_displacement_is_an_alert_by_what_chosen_or_bystanders_lose():
+    for chosen, others, severity in ((-0.07, -0.07, "warning"), (-0.13, -0.07, "alert"), (-0.07, -0.13, "alert")):
+        types = ["chosen", "rejected", "other_test", "human_unrelated"]
+        frame = records({"chosen": chosen, "other_test": others, "human_unrelated": others}, types=types)
+        assert only(frame, "displacement_harmful").severity == severity
 
 
 def test_displacement_is_benign_while_other_answers_hold():

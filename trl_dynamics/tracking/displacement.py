@@ -4,6 +4,7 @@ from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.effects import (
     ALERT_EFFECT,
     COUNTS,
+    MIN_BYSTANDER_FALL,
     MIN_EFFECT,
     Changes,
     Effect,
@@ -51,7 +52,8 @@ def displacement(summary: Summary, changes: Changes, method: str) -> Finding | N
         f"chosen ends at least {MIN_EFFECT} nats per token below its start, or below a peak strictly inside the run "
         f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Harmful if bystanders (third parties except "
         "shuffled words and paraphrases of rejected) or paraphrases of chosen fall over the same steps by "
-        f"{MIN_EFFECT}, or squeezing is found; benign if none of it; {COUNTS}.",
+        f"{MIN_EFFECT}, or squeezing is found; benign if none of it; {COUNTS}. Alert from {ALERT_EFFECT} nats "
+        "per token of chosen or bystanders.",
         best + remedy,
     )
 
@@ -98,7 +100,7 @@ def _capital(text: str) -> str:
 def bystander_loss(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Chosen holds or rises, but other fluent answers fall hard."""
     moved = {name: changes.of_types([name]) for name in bystander_types(summary.types)}
-    fallen = {name: effect for name, effect in moved.items() if effect.down(ALERT_EFFECT)}
+    fallen = {name: effect for name, effect in moved.items() if effect.down(MIN_BYSTANDER_FALL)}
     if not changes.chosen.known or changes.chosen.down() or not fallen:
         return None
     numbers = ", ".join(f"{name} {effect}" for name, effect in fallen.items())
@@ -110,7 +112,7 @@ def bystander_loss(summary: Summary, changes: Changes, method: str) -> Finding |
         f"{numbers}. What holds chosen up protects chosen and what is like it, not everything else.",
         {"chosen_change": changes.chosen.mean, **{f"{name}_change": effect.mean for name, effect in fallen.items()}},
         f"chosen does not fall by {MIN_EFFECT} nats per token, and a type of bystanders (third parties except "
-        f"shuffled words and paraphrases of rejected) falls by at least {ALERT_EFFECT}; {COUNTS}.",
+        f"shuffled words and paraphrases of rejected) falls by at least {MIN_BYSTANDER_FALL}; {COUNTS}.",
         "Nothing urgent where only prompts like those of training count. If the model must go on writing such text, "
         "mix some of it into training, stop earlier or lower the learning rate, and test it on such prompts.",
     )

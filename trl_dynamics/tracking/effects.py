@@ -17,8 +17,10 @@ from trl_dynamics.tracking.step_table import StepTable
 
 # Smallest changes worth a word, nats per token. Typical runs move by 0.1 to 1; float32 noise is below 1e-4.
 MIN_EFFECT = 0.05
-# From here on a squeeze or a harmful displacement is an alert, and a loss of bystanders is told of.
-ALERT_EFFECT = 0.25
+# From here on a harmful displacement is an alert, by what chosen or bystanders lose; and a squeeze, by its gap.
+ALERT_EFFECT, ALERT_GAP = 0.1, 0.25
+# What one type of bystanders loses, hard.
+MIN_BYSTANDER_FALL = 0.25
 # The likeliest token along chosen is likely from the start, and so has little to gain: 0.03 to 0.05 where plain DPO
 # squeezes the embedded model after SFT.
 MIN_ARGMAX_RISE = 0.02

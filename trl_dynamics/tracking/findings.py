@@ -10,7 +10,7 @@ import pandas as pd
 from trl_dynamics.tracking.aggregate import Summary, summarise
 from trl_dynamics.tracking.displacement import bystander_loss, displacement, margin_by_rejection
 from trl_dynamics.tracking.effects import (
-    ALERT_EFFECT,
+    ALERT_GAP,
     COUNTS,
     MIN_ARGMAX_RISE,
     MIN_EFFECT,
@@ -58,7 +58,7 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
     others, since = changes.bystanders, summary.squeezed_since()
     if since is None:
         return None
-    severe = changes.gap.mean >= ALERT_EFFECT or -others.mean >= ALERT_EFFECT
+    severe = changes.chosen.down() or changes.gap.mean >= ALERT_GAP
     drained = summary.metric("drained_mass")
     cause = "Off-policy rejected answers, which the model finds unlikely, are the usual cause. "
     return Finding(
@@ -80,7 +80,7 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
         f"argmax along chosen rises by at least {MIN_ARGMAX_RISE} nats per token while chosen does not rise by "
         f"{MIN_EFFECT}, the gap argmax minus chosen widens by at least {MIN_EFFECT}, and chosen or bystanders (third "
         f"parties except shuffled words and paraphrases of rejected) fall by at least {MIN_EFFECT}, start to end; "
-        f"{COUNTS}. Alert from {ALERT_EFFECT} nats per token of gap or of bystanders.",
+        f"{COUNTS}. Alert if chosen falls by {MIN_EFFECT} or the gap widens by {ALERT_GAP}.",
         f"Use the checkpoint before step {since}. {cause if method == 'dpo' else ''}"
         f"{REMEDIES.get(method, REMEDIES['track'])}",
     )

@@ -1,0 +1,210 @@
+"""How far the findings can be trusted: scored against the embedded world's own checker, and against what was done.
+
+    python recipes/dpo_squeezing/calibration.py --development runs/dpo_squeezing --output_dir runs/calibration
+
+Development: the runs that study.py left (seeds 0 to 4); thresholds are fixed there. Test: other seeds, learning rates
+and lengths, trained here; looked at once, after the thresholds were fixed. It writes calibration.md. What has finished
+is skipped: the same command goes on after an interruption.
+
+What a run did is told by its answers (outcomes.py), never by the log-probabilities that the rules read. Squeezing has
+no such mark; there the truth is what was done: plain DPO with off-policy negatives after SFT squeezes; SFT, DPO with
+on-policy negatives and Cal-DPO, whose target stops the push, do not; other interventions, DPO after extended SFT and
+DPO from the base model are neither.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import study
+from confusion import Case, arm_table, confusion_table, robustness_table
+from measures import Run
+from outcomes import EDGE, NUM_PROMPTS, Outcome, answer_prompts, read_answers
+from scans import scan_table
+from study import BASE, Arm, Task
+from worlds import WORLDS, world_of
+
+from trl_dynamics import embedded
+from trl_dynamics.tracking import findings
+
+DEVELOPMENT, TEST, REAL = "development", "test", "real model"
+# Options that leave DPO plain.
+PLAIN = {"learning_rate", "max_steps"}
+
+
+def at(rate: float, start: str = "sft", **options) -> Arm:
+    """DPO at another learning rate than the study's 2e-4."""
+    return Arm("dpo", start, {"learning_rate": rate} | options)
+
+
+TEST_ARMS: dict[str, Arm] = {
+    "sft": Arm("sft"),
+    "sft_low_rate": Arm("sft", options={"learning_rate": 3e-4}),
+    "sft_high_rate": Arm("sft", options={"learning_rate": 3e-3}),
+    "sft_long": Arm("sft", options={"max_steps": 400}),
+    "sft_beside_the_point": Arm("sft", options={"sft_on": "chosen_and_other", "max_steps": 200}),
+    "more_sft": Arm("sft", "sft", {"learning_rate": 4e-4, "max_steps": 100}),
+    "dpo_5e-5": at(5e-5),
+    "dpo_1e-4": at(1e-4),
+    "dpo_1e-4_long": at(1e-4, max_steps=300),
+    "dpo_4e-4": at(4e-4),
+    "dpo_8e-4": at(8e-4),
+    "dpo_after_long_sft": at(2e-4, "sft_long"),
+    "dpo_from_base": at(4e-4, BASE),
+    "dpo_on_policy": Arm("dpo", "sft", {"learning_rate": 4e-4}, data="on_policy"),
+    "gate": at(4e-4, gate_dpo="token"),
+    "dpop": at(4e-4, dpop_lambda=50),
+    "sft_term": at(4e-4, loss_type=["sigmoid", "sft"], loss_weights=[1, 1]),
+    "cal": at(4e-4, cal_dpo=1),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what the test lacks, let every model answer, and write calibration.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--development", type=Path, default=Path("runs/dpo_squeezing"), help="output of study.py")
+    parser.add_argument("--development_seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/calibration"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[5, 6, 7, 8, 9], help="of the test; none: no test")
+    parser.add_argument("--arms", nargs="+", choices=list(TEST_ARMS), help="of the test; default: all")
+    parser.add_argument("--real", type=Path, help="output of study.py --world helpful_base: what was found there")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 uses this process")
+    parser.add_argument("--max_steps", type=int, help="at most so many steps per run, for a trial")
+    parser.add_argument("--num_pairs", type=int)
+    parser.add_argument("--num_probes", type=int)
+    parser.add_argument("--num_prompts", type=int, default=NUM_PROMPTS, help="of each kind; fewer for a trial")
+    args = parser.parse_args(argv)
+    args.world, args.guard_budget, world = WORLDS[0], study.GUARD_BUDGET, world_of(WORLDS[0])
+    args.num_pairs, args.num_probes = args.num_pairs or world.num_pairs, args.num_probes or world.num_probes
+    arms = {name: arm for name, arm in TEST_ARMS.items() if not args.arms or name in with_starts(args.arms)}
+    learnt = {seed: args.development / f"seed{seed}" for seed in args.development_seeds}
+    tested = {seed: args.output_dir / f"seed{seed}" for seed in args.seeds}
+    study.settle(args.output_dir / "settings.json", {name: getattr(args, name) for name in study.SETTINGS})
+    for seed, folder in tested.items():
+        world.write(folder, seed, args.num_pairs, args.num_probes)
+    tasks = training_tasks(tested, arms, args)
+    tasks |= answer_tasks(DEVELOPMENT, learnt, finished(learnt, study.ARMS), args)
+    tasks |= answer_tasks(TEST, tested, {seed: list(arms) for seed in tested}, args)
+    study.run_all(tasks, args.workers)
+    stages = {
+        DEVELOPMENT: cases(DEVELOPMENT, learnt, study.ARMS, args.output_dir),
+        TEST: cases(TEST, tested, arms, args.output_dir),
+    }
+    if args.real:
+        folders = {int(path.name[4:]): path for path in sorted(args.real.glob("seed*")) if path.name[4:].isdigit()}
+        stages[REAL] = cases(REAL, folders, study.ARMS, None)
+    print(write_page({stage: found for stage, found in stages.items() if found}, args.output_dir / "calibration.md"))
+
+
+def with_starts(names: list[str]) -> set[str]:
+    """The test's arms and those that they start from, all of which start from the base model."""
+    return set(names) | {TEST_ARMS[name].start for name in names}
+
+
+def training_tasks(folders: Mapping[int, Path], arms: dict[str, Arm], args: argparse.Namespace) -> dict[str, Task]:
+    """A task per run of the test."""
+    tasks = {}
+    for seed, folder in folders.items():
+        for name, arm in arms.items():
+            needs = frozenset({f"{folder.name}/{arm.start}"} - {f"{folder.name}/{BASE}"})
+            tasks[f"{folder.name}/{name}"] = Task(needs, study.run_arm, (name, folder, seed, args, arms))
+    return tasks
+
+
+def answer_tasks(
+    stage: str, folders: Mapping[int, Path], names: Mapping[int, list[str]], args: argparse.Namespace
+) -> dict[str, Task]:
+    """A task per model that has to answer, once it is trained."""
+    tasks = {}
+    for seed, folder in folders.items():
+        for name in [BASE, *names[seed]]:
+            model = Path(embedded.model_path()) if name == BASE else folder / name
+            needs = frozenset({f"{folder.name}/{name}"} if stage == TEST and name != BASE else ())
+            path = answers_of(args.output_dir, stage, seed, name)
+            tasks[f"answers/{stage}/{folder.name}/{name}"] = Task(
+                needs, answer_prompts, (model, path, seed, args.num_prompts)
+            )
+    return tasks
+
+
+def answers_of(output_dir: Path, stage: str, seed: int, name: str) -> Path:
+    """Where the answers of a model are kept."""
+    return output_dir / "answers" / stage / f"seed{seed}" / f"{name}.json"
+
+
+def finished(folders: Mapping[int, Path], arms: Mapping[str, Arm]) -> dict[int, list[str]]:
+    """The arms that have finished, by seed."""
+    return {seed: [name for name in arms if study.has_finished(folder / name)] for seed, folder in folders.items()}
+
+
+def cases(stage: str, folders: Mapping[int, Path], arms: Mapping[str, Arm], output_dir: Path | None) -> list[Case]:
+    """Every finished run as a case; without an `output_dir` nobody has judged its answers."""
+    tables = cache(read_answers)
+    found = []
+    for seed, names in finished(folders, arms).items():
+        for name in names:
+            run, outcome = Run(folders[seed] / name), None
+            if output_dir is not None:
+                ends = (answers_of(output_dir, stage, seed, one) for one in (arms[name].start, name))
+                outcome = Outcome(*map(tables, ends))
+            said = findings.find(run.summary, run.store.read_meta())
+            severities = {finding.name: finding.severity for finding in said}
+            found.append(
+                Case(seed, name, arms[name].method, run.summary, severities, outcome, squeezes(arms[name], arms))
+            )
+    return found
+
+
+def squeezes(arm: Arm, arms: Mapping[str, Arm]) -> bool | None:
+    """Whether an arm squeezes by construction; None where that cannot be said."""
+    if arm.method == "sft" or arm.data == "on_policy" or "cal_dpo" in arm.options:
+        return False
+    start = arms.get(arm.start)
+    if start is None or start.options.get("sft_on") == "both" or not set(arm.options) <= PLAIN:
+        return None
+    return True
+
+
+def write_page(stages: Mapping[str, list[Case]], path: Path) -> Path:
+    """Everything that is known as Markdown; returns the file."""
+    judged = {stage: found for stage, found in stages.items() if stage != REAL}
+    counts = ", ".join(
+        f"{stage} {len(found)} runs of seeds {', '.join(map(str, sorted({case.seed for case in found})))}"
+        for stage, found in stages.items()
+    )
+    lines = [
+        "# How far the findings can be trusted",
+        "",
+        f"Runs: {counts}. Truth: the world's checker on answers to held-out prompts, start against end of each run, "
+        f"classes from a change of {EDGE} on (outcomes.py); for squeezing, what was done (calibration.py). Rates with "
+        "Wilson's 95 % interval, which takes runs as independent; those of one seed share data and starting model.",
+        "",
+        "## Confusion tables",
+        "",
+        *confusion_table(stages),
+        "",
+        "## The same where the truth is clear, or is taken from other answers",
+        "",
+        "Recall and false alarms. Clear: no change that decides is within two standard errors of its edge.",
+        "",
+        *robustness_table(judged),
+    ]
+    if DEVELOPMENT in stages:
+        lines += [
+            "",
+            "## Thresholds on development, one at a time; in use: bold",
+            "",
+            *scan_table(stages[DEVELOPMENT]),
+        ]
+    for stage, found in stages.items():
+        lines += ["", f"## {stage.capitalize()}, arm by arm", "", *arm_table(found)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    # Inherited by the workers: more threads than that only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

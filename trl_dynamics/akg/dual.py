@@ -40,6 +40,20 @@ def push_forward(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, vi
         (_first_order if order == 1 else _second_order)(task, changes, batch, visit)
 
 
+def reverse_jacobian(
+    task: Task, parameters: Mapping[str, nn.Parameter], batch: Any, weight_NV: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """J^T w: the gradient of sum(w * logits) by these parameters; those that the logits do not depend on are left out.
+
+    Shapes: weight (N, V), one row per labelled position of the batch.
+    """
+    with evaluated(task.model, checkpointing=True), torch.enable_grad():
+        tiles = list(task.logits(task.model, batch))
+        weights = weight_NV.split([len(tile) for tile in tiles])
+        found = torch.autograd.grad(tiles, list(parameters.values()), weights, allow_unused=True)
+    return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+
 def _first_order(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, visit: Visit) -> None:
     with torch.no_grad(), forward_ad.dual_level():
         values = {name: p.detach() for name, p in task.model.named_parameters()}

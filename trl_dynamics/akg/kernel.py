@@ -172,7 +172,7 @@ def chi_squared(level: float, freedom: float) -> float:
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t (Cornish-Fisher expansion, right to a few thousandths from 3 on)."""
+    """The 97.5 % quantile of Student's t (Cornish-Fisher expansion, right to a hundredth from 3 on)."""
     z = 1.959964
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))

@@ -151,6 +151,7 @@ FRAMES = {
     "mild": (records({"chosen": -0.04, "other_test": -0.3, "human_unrelated": -0.4}, argmax=0.03), "dpo"),
     "noisy": (records(SQUEEZED, argmax=0.05, noise=0.4), "dpo"),
     "chosen alone": (records({"chosen": -0.3, "rejected": -0.9}), "dpo"),
+    "chosen pays alone": (records({"chosen": -0.3, "chosen_permuted": -1.5}, argmax=0.4), "dpo"),
     "from a peak": (records(lambda name, t: 2.0 * t * (1 - t) if name in ("chosen", "other_test") else 0.0), "dpo"),
     "bystanders": (records({"rejected": -0.9, "human_unrelated": -0.6}), "dpo"),
     "rejected": (records({"rejected": -0.8}), "dpo"),

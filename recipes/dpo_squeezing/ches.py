@@ -34,7 +34,7 @@ from trl_dynamics.tokens import displacement
 # some nats, as in a real step; the first pairs are displaced. Other models need other rates, so look at the margins.
 RATES = (0.001, 0.03, 1.0)
 NUM_RESAMPLES, THRESHOLD = 1000, 0.3
-SCORES = ("ches", "ches_normalized", "jaccard", "num_chosen", "minus_logp_rejected", "last_hidden")
+SCORES = ("ches", "ches_normalized", "jaccard", "num_chosen", "minus_logp_rejected", "last_hidden", "head_form")
 LENGTHS = ("num_chosen", "num_rejected")
 EncodedPair = tuple[EncodedResponse, EncodedResponse]
 
@@ -102,6 +102,7 @@ def scores(model: nn.Module, pairs: list[EncodedPair]) -> pd.DataFrame:
                 "num_rejected": len(rejected.response_ids),
                 "minus_logp_rejected": -float(sums.logp_sum_I[1]),
                 "last_hidden": float(last[0] @ last[1]),
+                "head_form": head_form(model, chosen, rejected),
             }
         )
     return pd.DataFrame(rows)
@@ -112,6 +113,27 @@ def last_state(model: nn.Module, answer: EncodedResponse) -> torch.Tensor:
     """The final hidden state (D,) after the answer's last token before its end of turn, float64."""
     ids = torch.tensor([answer.prompt_ids + answer.response_ids])
     return model.base_model(input_ids=ids).last_hidden_state[0, -1].double()
+
+
+@torch.no_grad()
+def head_form(model: nn.Module, chosen: EncodedResponse, rejected: EncodedResponse) -> float:
+    """What CHES becomes when it also weighs how alike two tokens' errors are; 2 / beta times the slope of the own step
+    if an untied LM head alone is trained.
+
+    The sum of <g, g'> <h, h'> over tokens of y+ and y-, less that over tokens of y+ twice, with g = e_y - pi and h the
+    state that predicts y. CHES is this with every <g, g'> set to 1.
+    """
+    (h_ND, g_NV), (other_ND, other_NV) = (_states_and_errors(model, answer) for answer in (chosen, rejected))
+    own = slice(len(chosen.response_ids))
+    alike, itself = ((g_NV[own] @ g.T) * (h_ND[own] @ h.T) for g, h in ((other_NV, other_ND), (g_NV, h_ND)))
+    return float(alike.sum() - itself.sum())
+
+
+def _states_and_errors(model: nn.Module, answer: EncodedResponse) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, num_prompt = torch.tensor([answer.input_ids]), len(answer.prompt_ids)
+    h_ND = model.base_model(input_ids=ids).last_hidden_state[0, num_prompt - 1 : -1]
+    prob_NV = model.get_output_embeddings()(h_ND).softmax(-1)
+    return h_ND, nn.functional.one_hot(ids[0, num_prompt:], prob_NV.shape[1]) - prob_NV
 
 
 def batch_of(pair: EncodedPair) -> ProbeBatch:
@@ -222,7 +244,8 @@ def tables(frame: pd.DataFrame, rng: np.random.Generator) -> list[str]:
             _row(name, [f"{(frame[name] > 0).mean():.0%}", f"{median:+.3g}", f"{low:+.3g} to {high:+.3g}", gained])
         )
     for suffix, title in (("", "the answer's -Delta ln pi(y+)"), ("/per_token", "-Delta ln pi(y+) per token")):
-        lines += ["", f"Spearman with {title}, 95 % interval:", "", *_header("score", names)]
+        lines += ["", f"Spearman with {title} [95 % interval], bold if all of it is above {THRESHOLD:g}:", ""]
+        lines += _header("score", names)
         for score in SCORES:
             cells = [interval(frame, (score, name + suffix), rng) for name in names]
             lines.append(_row(score, map(_shown, cells)))

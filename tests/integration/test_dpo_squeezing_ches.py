@@ -53,7 +53,7 @@ def states_and_forces(model, answer, with_end):
     return torch.stack(states), torch.stack(forces)
 
 
-def head_form(model, pair):
+def head_slope(model, pair):
     """d(-ln pi(y+)) per unit of the rate when the head alone is trained: sum of <g, g'> <h, h'> over token pairs."""
     h, g = states_and_forces(model, pair[0], with_end=False)
     total = 0.0
@@ -68,8 +68,9 @@ def test_a_step_of_the_head_alone_moves_chosen_as_the_closed_form_says(recipe, m
         parameter.requires_grad_(name.startswith("lm_head"))
     pairs, rates = encoded_pairs(), [1e-4, 1e-5]
     frame = recipe.changes(model, pairs, rates, BETA)
-    expected = np.array([head_form(model, pair) for pair in pairs])
+    expected = np.array([head_slope(model, pair) for pair in pairs])
     np.testing.assert_allclose(frame["slope"], expected, rtol=1e-9)
+    np.testing.assert_allclose(recipe.scores(model, pairs)["head_form"] * BETA / 2, expected, rtol=1e-9)
     errors = [np.abs(frame[f"own/{rate:g}"] - rate * expected).max() for rate in rates]
     assert errors[0] < 0.01 * rates[0] * np.abs(expected).min()
     assert errors[0] / errors[1] == pytest.approx(100, rel=0.1)  # what is left is of second order
@@ -112,6 +113,20 @@ def test_the_common_step_is_the_mean_of_all_steps(recipe, model):
     ]
     frame = recipe.changes(model, pairs, [rate], BETA)
     np.testing.assert_allclose(frame["all/1e-07"], expected, rtol=1e-3)
+
+
+def test_scores_are_those_of_their_pair(recipe, model):
+    frame, pairs = recipe.scores(model, encoded_pairs()), encoded_pairs()
+    for pair, row in zip(pairs, frame.itertuples(), strict=True):
+        plus, minus = (states_and_forces(model, answer, with_end=False)[0] for answer in pair)
+        last = [states_and_forces(model, answer, with_end=True)[0][-1] for answer in pair]
+        assert row.ches == pytest.approx(float(plus.sum(0) @ minus.sum(0) - plus.sum(0) @ plus.sum(0)), rel=1e-9)
+        expected = float(plus.mean(0) @ minus.mean(0) - plus.mean(0) @ plus.mean(0))
+        assert row.ches_normalized == pytest.approx(expected, rel=1e-9)
+        assert row.last_hidden == pytest.approx(float(last[0] @ last[1]), rel=1e-9)
+        assert (row.num_chosen, row.num_rejected) == tuple(len(answer.response_ids) for answer in pair)
+    # Tokens are bytes: of " y" and " a much longer answer", with 15 between them, only the space is in both.
+    assert frame["jaccard"].tolist() == pytest.approx([4 / 12, 1 / 15, 0.0])
 
 
 def slow_ranks(values):

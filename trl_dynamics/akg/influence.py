@@ -81,6 +81,15 @@ class Influence:
         return zeros.index_add(0, self.item_N, self.total.target_N)
 
 
+@dataclass(frozen=True)
+class Force:
+    """The update's side: its loss, the gradient of the parameters, and the norm of G at each of its positions."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    norm_U: torch.Tensor
+
+
 def influence(
     task: Task | nn.Module,
     update: Any,
@@ -111,42 +120,44 @@ def influence(
             forward-mode derivative.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
-    if output not in OUTPUTS:
-        raise ValueError(f"output is {output!r}, expected one of {OUTPUTS}")
-    if order not in (1, 2):
-        raise ValueError(f"order is {order}, expected 1 or 2")
+    _check(output, order)
     force = update_gradient(task, update)
     step = step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm)
+    return predict(task, force, step, observe, output=output, top_k=top_k, order=order)
+
+
+def predict(
+    task: Task, force: Force, step: Step, observe: Any, *, output: str = "target", top_k: int = 10, order: int = 1
+) -> Influence:
+    """[`influence`] of a step that is known already, for one batch of observers after the other.
+
+    Raises:
+        ValueError: As [`influence`].
+    """
+    _check(output, order)
     label_N = task.labels(observe)
     views = {name: View(label_N, output, top_k) for name in step.parts}
     for name, changes in step.parts.items():
         push_forward(task, changes, observe, views[name].add)
     parts = {name: view.change() for name, view in views.items()}
-    whole = next(iter(views.values()))
-    if order == 2 or len(views) > 1:
+    first = next(iter(views.values()))
+    if order == 1 and len(parts) == 1:
+        total = first.change()
+    elif order == 1 and output == "target":
+        total = Change(sum(part.target_N for part in parts.values()))
+    else:
         whole = View(label_N, output, top_k)
         push_forward(task, step.total, observe, whole.add, order)
-    logp_N, top_id_Nk = whole.before()
-    return Influence(
-        whole.change(),
-        parts,
-        label_N,
-        task.items(observe),
-        logp_N,
-        top_id_Nk,
-        force.loss,
-        force.norm_U,
-        step,
-    )
+        total = whole.change()
+    logp_N, top_id_Nk = first.before()
+    return Influence(total, parts, label_N, task.items(observe), logp_N, top_id_Nk, force.loss, force.norm_U, step)
 
 
-@dataclass(frozen=True)
-class Force:
-    """The update's side: its loss, the gradient of the parameters, and the norm of G at each of its positions."""
-
-    loss: float
-    gradients: dict[str, torch.Tensor]
-    norm_U: torch.Tensor
+def _check(output: str, order: int) -> None:
+    if output not in OUTPUTS:
+        raise ValueError(f"output is {output!r}, expected one of {OUTPUTS}")
+    if order not in (1, 2):
+        raise ValueError(f"order is {order}, expected 1 or 2")
 
 
 def update_gradient(task: Task, update: Any) -> Force:

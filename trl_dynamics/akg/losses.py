@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+
 
 def mean_cross_entropy(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any):
     """Mean of -ln pi(label) over all labelled positions: TRL's SFT loss, and a classifier's."""
@@ -27,7 +29,7 @@ def sum_cross_entropy(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: tor
     return F.cross_entropy(logits_NV, label_N, reduction="sum")
 
 
-def dpo(beta: float = 0.1) -> Callable[..., torch.Tensor]:
+def dpo(beta: float = 0.1) -> Loss:
     """Mean over pairs of -ln sigma(beta m), m the log-ratio of chosen minus that of rejected (arXiv 2305.18290).
 
     The rows of a batch are all chosen answers, then the rejected ones in the same order. `batch["ref_logps"]`, (B,)
@@ -44,7 +46,7 @@ def dpo(beta: float = 0.1) -> Callable[..., torch.Tensor]:
     return loss
 
 
-def policy_gradient(normalizer: str = "dapo", max_length: int | None = None) -> Callable[..., torch.Tensor]:
+def policy_gradient(normalizer: str = "dapo", max_length: int | None = None) -> Loss:
     """GRPO's loss at ratio 1, where clipping does nothing: -A_i per token of answer i, normalised as by TRL.
 
     `batch["advantages"]`, (B,) is A_i.

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_dynamics.akg.losses import mean_cross_entropy
+from trl_dynamics.akg.losses import Loss, mean_cross_entropy
 from trl_dynamics.compat import base_causal_lm, logit_transform
 from trl_dynamics.ops.tiled_head import TILE_ELEMENTS
 
 IGNORED = -100
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)

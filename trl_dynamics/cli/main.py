@@ -21,6 +21,7 @@ COMMANDS = {
     "probes": "make, check, read and share probe sets; screen preference pairs before training",
     "diagnose": "say in plain words what happened in runs, finished or not; exit status for CI",
     "judge": "let two models, or two files of answers, compete: win rate with its interval",
+    "akg": "what one training step on one answer does to every answer of a probe set, predicted and checked",
     "report": "turn runs into one offline HTML page, PNG charts or CSV",
     "squeeze-demo": "draw what one negative gradient step does to a flat and to a peaked distribution",
     "quickstart": "see the squeezing effect on the embedded model, in minutes on a CPU",

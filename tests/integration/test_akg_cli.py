@@ -1,0 +1,86 @@
+"""trl-dynamics akg: a force map of the embedded model, checked against real steps, and what it refuses."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from trl_dynamics.cli.akg import collate, split
+from trl_dynamics.cli.main import main
+from trl_dynamics.probing.encode import EncodedResponse
+
+SMALL = ["--model_name_or_path", "embedded", "--probe_set", "embedded", "--probe_max_probes", "2"]
+
+
+def call(folder, *more: str) -> int:
+    return main(["akg", *SMALL, "--dataset_num_rows", "1", "--learning_rate", "1e-4", "-o", str(folder), *more])
+
+
+def test_a_map_is_written_that_real_steps_bear_out(tmp_path, capsys):
+    assert call(tmp_path / "map", "--verify") == 0
+    frame = pd.read_parquet(tmp_path / "map/influence.parquet")
+    assert len(frame) == 3 * 2 * 11 and set(frame["update_type"]) == {"chosen", "rejected", "dpo"}
+    summary = json.loads((tmp_path / "map/summary.json").read_text())
+    assert summary["num_updates"] == 3 and all(error < 0.05 for error in summary["relative_error"].values())
+    own = frame[frame["same_prompt"]].set_index(["update_type", "response_type"])["delta_sum"]
+    assert own["chosen", "chosen"] > 0 and own["rejected", "rejected"] > 0
+    assert own["dpo", "chosen"] > 0 > own["dpo", "rejected"]
+    others = frame[~frame["same_prompt"]].set_index(["update_type", "response_type"])["delta_sum"]
+    assert others["chosen", "chosen"] < own["chosen", "chosen"]
+    out = capsys.readouterr().out
+    assert "answers to other prompts" in out and "relative error: chosen" in out
+    assert call(tmp_path / "map") == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_neither_the_size_of_a_forward_nor_other_data_changes_an_influence(tmp_path):
+    assert call(tmp_path / "wide", "--update_types", "chosen", "--direction", "adamw") == 0
+    narrow = [
+        "--tokens_per_batch",
+        "1",
+        "--dataset_name",
+        "embedded",
+        "--update_types",
+        "chosen",
+        "--direction",
+        "adamw",
+    ]
+    assert call(tmp_path / "narrow", *narrow) == 0
+    wide, narrow = (pd.read_parquet(tmp_path / name / "influence.parquet") for name in ("wide", "narrow"))
+    assert wide["response_type"].tolist() == narrow["response_type"].tolist()
+    torch.testing.assert_close(
+        torch.tensor(wide["delta_sum"].to_numpy()), torch.tensor(narrow["delta_sum"].to_numpy()), rtol=1e-3, atol=1e-5
+    )
+    # AdamW's decay is a part of its own.
+    parts = narrow["delta_sum/update"] + narrow["delta_sum/decay"]
+    assert (parts - narrow["delta_sum"]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--update_types", "greedy"], "update_types are ['greedy'], and 1 usable rows of the data have"),
+        (["--direction", "lion"], "direction is 'lion'"),
+        (["--order", "3"], "order is 3"),
+        (["--nonsense", "1"], "unknown option '--nonsense'"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_writes_nothing(more, message, tmp_path, capsys):
+    assert call(tmp_path / "map", *more) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "map").exists()
+
+
+def test_batches_hold_as_many_padded_tokens_as_allowed_and_every_answer_once():
+    class Tokenizer:
+        pad_token_id, eos_token_id = 0, 9
+
+    items = [EncodedResponse("p", str(n), (1, 2), (3,) * n, 9, False, False) for n in (1, 5, 2, 2)]
+    parts = list(split(items, 16))
+    assert [[len(item.response_ids) for item in part] for part in parts] == [[1, 5], [2, 2]]
+    assert [len(part) for part in split(items, 1)] == [1, 1, 1, 1]
+    batch = collate(items[:2], Tokenizer, torch.device("cpu"))
+    assert batch["labels"].tolist() == [[-100, -100, 3, *[-100] * 5], [-100, -100, 3, 3, 3, 3, 3, -100]]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [4, 8]
+    ended = collate(items[:2], Tokenizer, torch.device("cpu"), ends=True)
+    assert ended["labels"][0].tolist() == [-100, -100, 3, 9, *[-100] * 4]

@@ -1,0 +1,318 @@
+"""trl-dynamics akg: what one training step on one answer does to every answer of a probe set, before training."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import trl
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from trl_dynamics.akg import losses
+from trl_dynamics.akg.influence import Force, predict, update_gradient
+from trl_dynamics.akg.steps import Step, step_of
+from trl_dynamics.akg.task import IGNORED, Task, causal_lm
+from trl_dynamics.akg.verify import label_logp, moved
+from trl_dynamics.cli import sources
+from trl_dynamics.cli.options import option
+from trl_dynamics.probing import io as probe_io
+from trl_dynamics.probing.encode import EncodedResponse, LengthLimits, encode, encode_response
+from trl_dynamics.probing.rows import Pair, read_pairs
+from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_types
+
+logger = logging.getLogger(__name__)
+
+INFLUENCE_FILE, SUMMARY_FILE = "influence.parquet", "summary.json"
+# Beside the types of answers, which are trained on one at a time: both sides of a pair under DPO's loss.
+DPO = "dpo"
+
+
+@dataclass
+class AkgArguments:
+    """Options of `trl-dynamics akg`."""
+
+    model_name_or_path: str | None = option(None, "The model that the step starts from: folder, hub name, embedded.")
+    probe_set: str | None = option(None, "What is observed: every answer of every probe.")
+    probe_max_probes: int | None = option(None, "Observe the first so many probes only.")
+    dataset_name: str | None = option(
+        None,
+        "What is trained on, row by row: file, folder, hub dataset, embedded. None: the probes.",
+        "--dataset",
+    )
+    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_data_dir: str | None = option(None, "Folder inside a hub dataset.")
+    split: str = option("train", "Split of the data.")
+    dataset_num_rows: int | None = option(8, "Rows that are trained on, each from the same model.")
+    dataset_streaming: bool = option(False, "Read a hub dataset without downloading all of it.")
+    update_types: list[str] = option(
+        [],
+        "What of a row is trained on: types of answers, or dpo for both. Default: chosen rejected dpo.",
+    )
+    beta: float = option(0.1, "DPO's, whose reference is the model itself.")
+    direction: str = option("sgd", "sgd or adamw: a first step of that optimiser.")
+    learning_rate: float = option(1e-5, "The step's.")
+    max_grad_norm: float | None = option(None, "Clip the gradient as in training.")
+    order: int = option(1, "2 adds the second order along the step.")
+    verify: bool = option(False, "Take each step, measure what it did, take it back.")
+    max_prompt_length: int | None = option(None, "As in training, in tokens.")
+    max_length: int | None = option(None, "As in training; by default the model's context.")
+    tokens_per_batch: int = option(2048, "Tokens of a forward over the probes.")
+    dtype: str = option("float32", "Weights' dtype.")
+    attn_implementation: str | None = option(None, "As in `from_pretrained`.")
+    trust_remote_code: bool = option(False, "Run model code that comes from the hub.")
+    output_dir: str | None = option(None, "Folder of the results.", "-o")
+    overwrite: bool = option(False, "Replace earlier results that lie there.")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step to predict: a row of the data, what of it is trained on, and the batch with its loss."""
+
+    row: int
+    kind: str
+    prompt_key: str
+    batch: dict[str, torch.Tensor]
+    loss: losses.Loss
+
+
+def run(argv: list[str]) -> int:
+    """Predict, write a row per update and observed answer, and print the mean change by type of each.
+
+    Raises:
+        ValueError: If an option, the model or the data is wrong; then nothing is written.
+    """
+    parser = trl.TrlParser((AkgArguments, trl.DatasetMixtureConfig), prog="trl-dynamics akg")
+    args, mixture, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; see trl-dynamics akg --help")
+    for name in ("probe_set", "output_dir"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing; see trl-dynamics akg --help")
+    folder = Path(args.output_dir)
+    if folder.exists() and any(folder.iterdir()) and not (args.overwrite and (folder / INFLUENCE_FILE).is_file()):
+        raise ValueError(f"{args.output_dir!r} is not empty; choose another folder, or --overwrite earlier results")
+    frame = measure(args, mixture)
+    summary = summarise(frame, args)
+    with probe_io.complete_folder(folder) as part:
+        frame.to_parquet(part / INFLUENCE_FILE, index=False)
+        (part / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(*report(frame, args), f"results: {folder}", sep="\n")
+    return 0
+
+
+def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFrame:
+    """A row per update and observed answer.
+
+    Columns: `update_row`, `update_type`, `same_prompt` (whether the update has the probe's prompt), `probe_id`,
+    `response_type`, `num_tokens`, `logp_sum` before the step and `delta_sum`, its predicted change (nats, without the
+    end-of-turn token); `delta_sum/PART` per part of the step where there are several; `true_sum` with `verify`; and of
+    the update `update_loss` (nats) and `force_norm`, the norm of G over all its positions and labels.
+    """
+    path = sources.find_model(args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
+    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    task = causal_lm(model.to(device))
+    context = sources.context_length(path)
+    limits = LengthLimits(args.max_prompt_length, args.max_length or context, context)
+    probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes)
+    ends = sources.end_ids(path)
+    observed = list(encode(probe_set, tokenizer, limits, ends).items)
+    prompts = {probe.probe_id: _key(probe.prompt) for probe in probe_set}
+    batches = [collate(items, tokenizer, device) for items in split(observed, args.tokens_per_batch)]
+    rows, done = [], 0
+    updates = list(read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, device))
+    for update in updates:
+        trained = Task(**{**vars(task), "loss": update.loss})
+        force = update_gradient(trained, with_reference(trained, update))
+        step = step_of(force.gradients, task.trainable(), args.direction, args.learning_rate, args.max_grad_norm)
+        items = iter(observed)
+        for batch in batches:
+            rows += [
+                row | {"same_prompt": prompts[row["probe_id"]] == update.prompt_key}
+                for row in _observe(trained, force, step, batch, items, update, args)
+            ]
+        done += 1
+        logger.info("steps predicted: %d of %d", done, len(updates))
+    return pd.DataFrame(rows)
+
+
+def _observe(
+    task: Task,
+    force: Force,
+    step: Step,
+    batch: dict,
+    items: Iterator[EncodedResponse],
+    update: Update,
+    args: AkgArguments,
+) -> Iterator[dict]:
+    found = predict(task, force, step, batch, order=args.order)
+    num_rows = len(batch["input_ids"])
+    sums = {"logp_sum": found.logp_N, "delta_sum": found.total.target_N}
+    if len(found.parts) > 1:
+        sums |= {f"delta_sum/{name}": part.target_N for name, part in found.parts.items()}
+    if args.verify:
+        with moved(task, step.total):
+            sums["true_sum"] = label_logp(task, batch) - found.logp_N
+    rows = {name: _by_row(values_N, found.item_N, num_rows) for name, values_N in sums.items()}
+    for index, item in zip(range(num_rows), items, strict=False):
+        yield {
+            "update_row": update.row,
+            "update_type": update.kind,
+            "probe_id": item.probe_id,
+            "response_type": item.response_type,
+            "num_tokens": len(item.response_ids),
+            **{name: float(values_B[index]) for name, values_B in rows.items()},
+            "update_loss": force.loss,
+            "force_norm": float(torch.linalg.vector_norm(force.norm_U)),
+        }
+
+
+def _by_row(values_N: torch.Tensor, row_N: torch.Tensor, num_rows: int) -> torch.Tensor:
+    zeros_B = torch.zeros(num_rows, dtype=torch.float64, device=values_N.device)
+    return zeros_B.index_add(0, row_N, values_N.double())
+
+
+def read_updates(
+    args: AkgArguments,
+    mixture: trl.DatasetMixtureConfig,
+    probe_set: ProbeSet,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: LengthLimits,
+    ends: set[int],
+    device: torch.device,
+) -> Iterator[Update]:
+    """The steps to predict, from the data or else from the probe set itself.
+
+    Raises:
+        ValueError: If no row of the data can be used, or none has a type that was asked for.
+    """
+    if args.dataset_name or mixture.datasets:
+        rows = sources.take_split(sources.load_splits(args, mixture), args.split)
+        rows = rows if args.dataset_num_rows is None else rows.take(args.dataset_num_rows)
+        probes = [_probe_of(index, pair) for index, pair in enumerate(read_pairs(rows)) if isinstance(pair, Pair)]
+    else:
+        probes = list(probe_set)[: args.dataset_num_rows]
+    kinds = args.update_types or [*REQUIRED_TYPES, DPO]
+    known = {name for probe in probes for name in probe.responses} | {DPO}
+    if not probes or not set(kinds) <= known:
+        raise ValueError(f"update_types are {kinds}, and {len(probes)} usable rows of the data have {sorted(known)}")
+    for index, probe in enumerate(probes):
+        for kind in kinds:
+            names = REQUIRED_TYPES if kind == DPO else (kind,)
+            if set(names) <= set(probe.responses):
+                items = [encode_response(probe, name, tokenizer, limits, ends) for name in names]
+                loss = losses.dpo(args.beta) if kind == DPO else losses.mean_cross_entropy
+                yield Update(index, kind, _key(probe.prompt), collate(items, tokenizer, device, ends=True), loss)
+
+
+def with_reference(task: Task, update: Update) -> dict[str, torch.Tensor]:
+    """The update's batch; DPO's reference is the model as it is."""
+    if update.kind != DPO:
+        return update.batch
+    logp_N, row_N = label_logp(task, update.batch), task.items(update.batch)
+    return update.batch | {"ref_logps": _by_row(logp_N, row_N, len(update.batch["input_ids"]))}
+
+
+def collate(
+    items: list[EncodedResponse], tokenizer: PreTrainedTokenizerBase, device: torch.device, ends: bool = False
+) -> dict[str, torch.Tensor]:
+    """Answers as a batch padded on the right; labels are their tokens, and with `ends` the end-of-turn token too.
+
+    Shapes: `input_ids`, `attention_mask`, `labels` (B, T).
+    """
+    width = max(len(item.input_ids) for item in items)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids_BT = torch.full((len(items), width), pad)
+    mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORED)
+    for row, item in enumerate(items):
+        length, start = len(item.input_ids), len(item.prompt_ids)
+        stop = length if ends else start + len(item.response_ids)
+        ids_BT[row, :length] = torch.tensor(item.input_ids)
+        mask_BT[row, :length] = 1
+        labels_BT[row, start:stop] = ids_BT[row, start:stop]
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+    return {name: values.to(device) for name, values in batch.items()}
+
+
+def split(items: list[EncodedResponse], tokens_per_batch: int) -> Iterator[list[EncodedResponse]]:
+    """Consecutive answers whose padded rows hold at most so many tokens, at least one."""
+    batch: list[EncodedResponse] = []
+    for item in items:
+        width = max(len(other.input_ids) for other in [*batch, item])
+        if batch and width * (len(batch) + 1) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def summarise(frame: pd.DataFrame, args: AkgArguments) -> dict:
+    """What was done, and means over updates and probes, for programs."""
+    summary = {
+        "model": args.model_name_or_path,
+        "direction": args.direction,
+        "learning_rate": args.learning_rate,
+        "order": args.order,
+        "num_updates": int(frame.groupby(["update_row", "update_type"]).ngroups),
+        "delta_mean": {
+            f"{update}/{observed}": value for (update, observed), value in _per_token(frame, "delta_sum").items()
+        },
+    }
+    if args.verify:
+        summary["relative_error"] = relative_errors(frame)
+    return summary
+
+
+def relative_errors(frame: pd.DataFrame) -> dict[str, float]:
+    """||predicted - true|| / ||true|| over all observed answers, by type of update."""
+    errors = {}
+    for kind, rows in frame.groupby("update_type"):
+        difference = rows["delta_sum"] - rows["true_sum"]
+        errors[kind] = float((difference.pow(2).sum() / rows["true_sum"].pow(2).sum()) ** 0.5)
+    return errors
+
+
+def report(frame: pd.DataFrame, args: AkgArguments) -> list[str]:
+    """Lines for the console: the force map, and how well it held."""
+    own = frame[frame["same_prompt"]]
+    lines = [f"predicted change of ln pi per token (nats) in one step, {args.direction} at {args.learning_rate:g}"]
+    for title, rows in (
+        ("answers to the update's own prompt", own),
+        ("answers to other prompts", frame.drop(own.index)),
+    ):
+        if len(rows):
+            table = pd.Series(_per_token(rows, "delta_sum")).unstack(0)
+            order = order_types(table.index)
+            lines += [
+                "",
+                f"{title} (rows), by what was trained on:",
+                table.loc[order].map("{:+.2e}".format).to_string(),
+            ]
+    if args.verify:
+        shown = ", ".join(f"{kind} {error:.1%}" for kind, error in relative_errors(frame).items())
+        lines += ["", f"against the real steps, relative error: {shown}"]
+    return [*lines, ""]
+
+
+def _per_token(frame: pd.DataFrame, column: str) -> dict[tuple[str, str], float]:
+    means = (frame[column] / frame["num_tokens"]).groupby([frame["update_type"], frame["response_type"]]).mean()
+    return {key: float(value) for key, value in means.items()}
+
+
+def _probe_of(index: int, pair: Pair) -> Probe:
+    responses = {"chosen": pair.chosen} | ({} if pair.rejected is None else {"rejected": pair.rejected})
+    return Probe(str(index), pair.prompt, responses)
+
+
+def _key(prompt: str | list[dict]) -> str:
+    return json.dumps(prompt, sort_keys=True)

@@ -90,7 +90,7 @@ def squeezing_claims(study: Study) -> list[tuple[str, str]]:
     if not study.has("dpo", *controls):
         return []
     rows = []
-    for name, way, up in (("gap", "widens", True), ("third parties", "fall", False)):
+    for name, way, up in (("gap", "widens", True), ("third parties", "fall", False), ("bystanders", "fall", False)):
         effect = study.end("dpo", name)
         rows.append((f"Squeezing: {name} {way} in plain DPO ({shown(effect)})", verdict(effect, up=up)))
         for control in controls:

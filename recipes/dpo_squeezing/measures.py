@@ -14,12 +14,13 @@ import pandas as pd
 
 from trl_dynamics.report.gallery import scalar_curves
 from trl_dynamics.tracking.aggregate import Summary, summarise_store
-from trl_dynamics.tracking.effects import Effect, clustered_effect
+from trl_dynamics.tracking.effects import Effect, bystander_types, clustered_effect
 from trl_dynamics.tracking.store import open_store
 
 MIN_SEEDS = 5
 # Changes since the run's start: nats per token, but for drained mass (probability) and margin (nats per sequence).
-CHANGES = ("chosen", "rejected", "third parties", "argmax", "gap", "drained mass", "margin", "accuracy")
+# Bystanders are the third parties that are fluent and should hold: no shuffled words, no paraphrases of rejected.
+CHANGES = ("chosen", "rejected", "third parties", "bystanders", "argmax", "gap", "drained mass", "margin", "accuracy")
 EQUAL_STEPS, EQUAL_MARGIN, EQUAL_ACCURACY = "equal steps", "equal margin", "equal accuracy"
 EQUALITIES = {EQUAL_STEPS: None, EQUAL_MARGIN: "margin", EQUAL_ACCURACY: "accuracy"}
 HOLDS, REVERSED, UNDECIDED = "holds", "the reverse holds", "undecided"
@@ -48,6 +49,7 @@ class Run:
             "chosen": self.types["chosen"],
             "rejected": self.types["rejected"],
             "third parties": self.summary.metric("third_party_logp"),
+            "bystanders": self.types[bystander_types(self.types)].mean(axis=1),
             "argmax": argmax - argmax.iloc[0],
             "gap": gap - gap.iloc[0],
             "drained mass": self.summary.metric("drained_mass"),

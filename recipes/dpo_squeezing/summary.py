@@ -23,9 +23,9 @@ def tables(study: Study) -> list[str]:
     lines += sft_table(study)
     others = [arm for arm in study.arms if arm != "dpo" and study.method(arm) == "dpo"]
     for equality in EQUALITIES if study.has("dpo") else ():
-        lines += ["", f"## Difference to plain DPO at {equality}", "", *_header("arm", CHANGES[:6])]
+        lines += ["", f"## Difference to plain DPO at {equality}", "", *_header("arm", CHANGES[:7])]
         for arm in others:
-            cells = [shown(study.difference(arm, "dpo", name, equality)) for name in CHANGES[:6]]
+            cells = [shown(study.difference(arm, "dpo", name, equality)) for name in CHANGES[:7]]
             lines.append(_row(arm, cells))
     return lines + answer_table(study)
 

@@ -1,0 +1,306 @@
+"""One forward and one backward of a batch with frozen parameters, which hand over every parameter's uses on the way.
+
+    B rows   N labelled positions   M positions of all rows   V labels
+
+Parameters are frozen, so that autograd computes what arrives at the outputs of modules and nothing else. The head is
+run backward tile by tile; what reaches the backbone goes through it at the end, once.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_dynamics.akg.dual import evaluated
+from trl_dynamics.akg.gram_uses import Call, Lookup, OfCall, Outer, Use, Where, lookup_gradient
+from trl_dynamics.akg.task import Task
+
+Uses = dict[str, list[Use]]
+
+
+def owners(model: nn.Module) -> dict[str, str]:
+    """Each trained parameter's name and the modules that have it, joined by + where it is tied."""
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[str, list[str]] = {name: [] for name in names.values()}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in names:
+                found[names[id(parameter)]].append(path or type(model).__name__)
+    return {name: "+".join(dict.fromkeys(paths)) for name, paths in found.items()}
+
+
+def num_rows(batch: Any) -> int:
+    """B: how many rows a batch has.
+
+    Raises:
+        ValueError: If it is no mapping, tuple or list with a tensor in it.
+    """
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    sizes = [len(value) for value in values if isinstance(value, torch.Tensor) and value.dim()]
+    if not sizes:
+        raise ValueError(f"a batch is a {type(batch).__name__}, expected a mapping or a tuple of tensors, row by row")
+    return sizes[0]
+
+
+def rows_of(batch: Any, rows: slice) -> Any:
+    """Some rows of a batch."""
+    size = num_rows(batch)
+
+    def part(value: Any) -> Any:
+        by_row = isinstance(value, torch.Tensor) and value.dim() and len(value) == size
+        return value[rows] if by_row else value
+
+    if isinstance(batch, Mapping):
+        return {name: part(value) for name, value in batch.items()}
+    return tuple(part(value) for value in batch)
+
+
+def record(
+    task: Task,
+    batch: Any,
+    weight_N: torch.Tensor,
+    complete: Callable[[list[str], Uses], None] | None = None,
+    *,
+    column_N: torch.Tensor | None = None,
+    forwarded: Callable[[], None] | None = None,
+) -> Uses:
+    """The uses of all trained parameters in sum_N weight ln pi(label), each row's by itself.
+
+    Args:
+        task ([`Task`]): Model and observables.
+        batch: Rows of one side.
+        weight_N (`torch.Tensor`): The weight of each labelled position.
+        complete (`Callable`, *optional*): Takes names and uses of parameters as soon as no more of them can come; they
+            are then not returned.
+        column_N (`torch.Tensor`, *optional*): The column at which the head is applied for each labelled position; with
+            it, positions keep their columns.
+        forwarded (`Callable`, *optional*): Is called between forward and backward of the backbone.
+
+    Raises:
+        ValueError: If a module with trained parameters is called in a way that does not keep rows apart.
+    """
+    recorder = _Recorder(task, batch, weight_N, complete, column_N)
+    with evaluated(task.model), _frozen(task.model), recorder.hooked(), torch.enable_grad():
+        recorder.forward()
+        if forwarded is not None:
+            forwarded()
+        recorder.backward()
+    return recorder.uses
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+class _Recorder:
+    def __init__(self, task: Task, batch: Any, weight_N: torch.Tensor, complete: Callable | None, column_N):
+        self.task, self.batch, self.complete, self.column_N = task, batch, complete, column_N
+        self.weight_N, self.item_N, self.label_N = weight_N, task.items(batch), task.labels(batch)
+        self.num_rows = num_rows(batch)
+        names = {id(p): name for name, p in task.trainable().items()}
+        self.trained = {
+            module: own
+            for module in task.model.modules()
+            if (own := {key: names[id(p)] for key, p in module.named_parameters(recurse=False) if id(p) in names})
+        }
+        self.paths = {module: path or "the model" for path, module in task.model.named_modules()}
+        self.uses: Uses = {}
+        self.awaited: dict[str, int] = {}  # calls whose gradient has not arrived
+        self.cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.pending: list[torch.Tensor] = []  # what goes backward through the backbone itself
+        self.running = self.all_called = False
+        self.spans: list[tuple[nn.Module, int]] = []  # what the head's modules returned in this tile
+        self.depth = self.num_roots = self.num_seen = 0
+
+    def forward(self) -> None:
+        """The backbone forward, the head forward and backward."""
+        self.running = True
+        for tile_nV in self.task.logits(self.task.model, self.batch):
+            tile = slice(self.num_seen, self.num_seen + len(tile_nV))
+            self._check_tile(len(tile_nV))
+            self.num_seen += len(tile_nV)
+            logp_n = tile_nV.log_softmax(dim=-1).gather(1, self.label_N[tile, None])[:, 0]
+            score = (self.weight_N[tile].to(logp_n) * logp_n).sum()
+            if self.num_roots > 1 and score.requires_grad:
+                score.backward()
+            elif score.requires_grad:
+                self.pending.append(score)
+        self.running, self.all_called = False, True
+
+    def backward(self) -> None:
+        """All that is left to go backward through."""
+        self._hand_over(list(self.uses))
+        if ends := [hidden for hidden, _ in self.cuts] + self.pending:
+            torch.autograd.backward(ends, [leaf.grad for _, leaf in self.cuts] + [None] * len(self.pending))
+        self.awaited.clear()
+        self._hand_over(list(self.uses))
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for module in self.task.model.modules():
+                handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                stack.callback(handle.remove)
+                stack.callback(module.register_forward_hook(self._leave, with_kwargs=True).remove)
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if not self.running:
+            return None
+        self.depth += 1
+        if self.depth == 1:
+            self.num_roots += 1
+            if self.num_roots > 1:  # the head: its tiles go backward one by one, so what they read is cut off
+                return tuple(self._cut(value) for value in args), kwargs
+        elif module in self.trained and self.num_roots == 1:
+            return tuple(self._spread(value) for value in args), kwargs
+        return None
+
+    def _cut(self, value: Any) -> Any:
+        if not (isinstance(value, torch.Tensor) and value.requires_grad):
+            return value
+        leaf = value.detach().requires_grad_()
+        leaf.grad = torch.zeros_like(leaf)
+        self.cuts.append((value, leaf))
+        return leaf
+
+    def _spread(self, value: Any) -> Any:
+        """What all rows share (learnt positions are looked up once) is looked up for each of them."""
+        shared = isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == 1 < self.num_rows
+        return value.expand(self.num_rows, *value.shape[1:]) if shared else value
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if not self.running:
+            return None
+        self.depth -= 1
+        own = self.trained.get(module)
+        if own is None:
+            return None
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(
+                f"{self.paths[module]} has parameters of its own ({', '.join(own)}) and returns a "
+                f"{type(output).__name__}; gram needs modules that return one tensor"
+            )
+        span = self._span(module, output)
+        args = tuple(_detached(value) for value in args)
+        kwargs = {name: _detached(value) for name, value in kwargs.items()}
+        versions = [(value, value._version) for value in args if isinstance(value, torch.Tensor)]
+        for name in own.values():
+            self.awaited[name] = self.awaited.get(name, 0) + 1
+            self.uses.setdefault(name, [])
+
+        def arrived(grad: torch.Tensor) -> None:
+            if any(value._version != version for value, version in versions):
+                raise ValueError(f"what {self.paths[module]} read is changed in place later; gram needs it as it was")
+            with torch.no_grad():
+                self._add(module, own, args, kwargs, grad.detach(), span)
+
+        if not output.requires_grad:
+            # The graph starts here; the copy lets later modules work in place.
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(arrived)
+        return output
+
+    def _span(self, module: nn.Module, output: torch.Tensor) -> slice | None:
+        """The labelled positions of the output's first axis; None where it is the rows of the batch."""
+        size = len(output) if output.dim() else 0
+        if self.num_roots == 1 and size == self.num_rows:
+            return None
+        if self.num_roots > 1 and size:
+            self.spans.append((module, size))
+            return slice(self.num_seen, self.num_seen + size)
+        raise self._mixed(module, output.shape)
+
+    def _check_tile(self, size: int) -> None:
+        for module, found in self.spans:
+            if found != size:
+                raise self._mixed(module, (found,))
+        self.spans.clear()
+
+    def _mixed(self, module: nn.Module, shape: tuple) -> ValueError:
+        return ValueError(
+            f"{self.paths[module]} returns {tuple(shape)} where the batch has {self.num_rows} rows; gram needs rows "
+            "along the first axis and cannot tell them apart here (experts that get some of the tokens, parameters "
+            "looked up once for all rows)"
+        )
+
+    def _add(self, module: nn.Module, own: dict[str, str], args: tuple, kwargs: dict, grad, span) -> None:
+        for key, use in self._uses(module, list(own), args, kwargs, grad, span):
+            self.uses.setdefault(own[key], []).append(use)
+        for name in own.values():
+            self.awaited[name] -= 1
+        if self.all_called:
+            self._hand_over(list(own.values()))
+
+    def _hand_over(self, names: list[str]) -> None:
+        names = [name for name in names if name in self.uses and not self.awaited.get(name)]
+        if self.complete is not None and names:
+            with torch.no_grad():
+                self.complete(names, {name: self.uses.pop(name) for name in names})
+
+    def _uses(
+        self, module: nn.Module, keys: list[str], args: tuple, kwargs: dict, grad: torch.Tensor, span: slice | None
+    ) -> Iterator[tuple[str, Use]]:
+        linear = type(module).forward is nn.Linear.forward
+        if (linear or type(module).__name__ == "Conv1D") and len(args) == 1:
+            where = self._where(module, grad, span, matrix=True)
+            input_MI, grad_MO = args[0].flatten(0, -2), grad.flatten(0, -2)
+            ones_M1 = grad_MO.new_ones(1, 1).expand(len(grad_MO), 1)
+            weight = Outer(grad_MO, input_MI, where) if linear else Outer(input_MI, grad_MO, where)
+            for key in keys:
+                yield key, weight if key == "weight" else Outer(grad_MO, ones_M1, where)
+        elif isinstance(module, nn.Embedding) and _is_lookup(keys, args, kwargs):
+            where = self._where(module, grad, span, matrix=True)
+            yield "weight", Lookup(args[0].flatten(), lookup_gradient(module, args[0], grad), where)
+        else:
+            row_S = torch.arange(self.num_rows, device=grad.device) if span is None else self.item_N[span]
+            split = self.column_N is not None
+            axis = self._axis(module, grad) if split and span is None else None
+            where = self._where(module, grad, span) if split else None
+            call = Call(module, keys, args, kwargs, grad, row_S, self.num_rows, axis, where)
+            for key in keys:
+                yield key, OfCall(call, key)
+
+    def _where(self, module: nn.Module, grad: torch.Tensor, span: slice | None, matrix: bool = False) -> Where:
+        """Row and column of the positions of a gradient; a matrix has all axes but the last as positions."""
+        if span is not None:
+            per_each = grad[..., 0].numel() // len(grad) if matrix else 1
+            column_M = None if self.column_N is None else self.column_N[span].repeat_interleave(per_each)
+            return Where(self.item_N[span].repeat_interleave(per_each), column_M, self.num_rows)
+        each_B = torch.arange(self.num_rows, device=grad.device)
+        if self.column_N is None:
+            per_row, column_M = grad[..., 0].numel() // self.num_rows, None
+        else:
+            per_row = grad.shape[self._axis(module, grad, matrix)]
+            column_M = torch.arange(per_row, device=grad.device).repeat(self.num_rows)
+        return Where(each_B.repeat_interleave(per_row), column_M, self.num_rows, per_row)
+
+    def _axis(self, module: nn.Module, grad: torch.Tensor, matrix: bool = False) -> int:
+        """The axis of a gradient that has the columns."""
+        columns = self.batch["input_ids"].shape[1]
+        axes = [axis for axis in range(1, grad.dim() - 1) if grad.shape[axis] == columns]
+        if len(axes) != 1 or (matrix and grad.dim() != 3):
+            raise ValueError(
+                f"{self.paths[module]} returns {tuple(grad.shape)}, of which no axis, or more than one, can be the "
+                f"{columns} columns; add a column of padding, or leave out by='position'"
+            )
+        return axes[0]
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _is_lookup(keys: list[str], args: tuple, kwargs: dict) -> bool:
+    one = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+    return keys == ["weight"] and one and not args[0].is_floating_point()

@@ -1,0 +1,223 @@
+"""The tiles of all inner products of gradients: rows of both sides, or the labels of one row after the other.
+
+O observers   U rows of the update   N, M their labelled positions   T, S their columns
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl_dynamics.akg.dual import evaluated, push_forward
+from trl_dynamics.akg.gram_journal import Arrays
+from trl_dynamics.akg.gram_pairs import add_position_products, inner_products
+from trl_dynamics.akg.gram_plan import Estimate
+from trl_dynamics.akg.gram_record import Uses, num_rows, owners, record, rows_of
+from trl_dynamics.akg.influence import View
+from trl_dynamics.akg.task import IGNORED, Task
+
+MODULE = "module "
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile that is done; `arrays` is None where it had been done before."""
+
+    name: str
+    arrays: Arrays | None
+
+
+@dataclass(frozen=True)
+class Side:
+    """A batch with the signed weight of ln pi at each labelled position: 1 of observers, -w of an update."""
+
+    task: Task
+    batch: Any
+    weight_N: torch.Tensor
+
+    def rows(self, rows: slice) -> "Side":
+        item_N = self.task.items(self.batch).cpu()
+        kept_N = (item_N >= rows.start) & (item_N < rows.stop)
+        return Side(self.task, rows_of(self.batch, rows), self.weight_N[kept_N])
+
+    def gradients(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Of every labelled position, stored one at a time."""
+        for score in self._scores():
+            yield self._gradient(score)
+
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """Of all positions together, stored."""
+        return self._gradient(self._scores().sum())
+
+    def _scores(self) -> torch.Tensor:
+        with evaluated(self.task.model), torch.enable_grad():
+            logp_NV = torch.cat(list(self.task.logits(self.task.model, self.batch))).log_softmax(dim=-1)
+            logp_N = logp_NV.gather(1, self.task.labels(self.batch)[:, None])[:, 0]
+            return self.weight_N.to(logp_N) * logp_N
+
+    def _gradient(self, score: torch.Tensor) -> dict[str, torch.Tensor]:
+        trained = self.task.trainable()
+        found = torch.autograd.grad(score, list(trained.values()), retain_graph=True, allow_unused=True)
+        return {name: g for name, g in zip(trained, found, strict=True) if g is not None}
+
+    def column_N(self) -> torch.Tensor:
+        """The column before each label of a causal LM."""
+        return (self.batch["labels"][:, 1:] != IGNORED).nonzero()[:, 1]
+
+
+class RowTiles:
+    """Tiles of rows of both sides; rows of the update are recorded once, observers once for each of their tiles."""
+
+    def __init__(
+        self, task: Task, update: Side, observe: Side, by: str | None, diagonal: Mapping | None, plan: Estimate
+    ):
+        self.task, self.update, self.observe, self.by = task, update, observe, by
+        self.diagonal, self.plan = diagonal or {}, plan
+        self.owners, self.parameters = owners(task.model), task.trainable()
+
+    def run(self, done: Mapping[str, Arrays], check: bool) -> Iterator[Tile]:
+        """Compute what is not done, tile by tile.
+
+        Raises:
+            ValueError: If `check` is set and the first pair of rows is not the product of its stored gradients.
+        """
+        for rows_u, tiles in self._tiles():
+            for name, _ in tiles:
+                if name in done:
+                    yield Tile(name, None)
+            todo = [tile for tile in tiles if tile[0] not in done]
+            if not todo:
+                continue
+            update = self.update.rows(rows_u)
+            uses = record(self.task, update.batch, update.weight_N, column_N=self._columns(update))
+            for name, rows_o in todo:
+                observe = self.observe.rows(rows_o)
+                arrays = self._products(observe, num_rows(update.batch), uses)
+                if check:
+                    self._check(observe, update, arrays["total"])
+                    check = False
+                yield Tile(name, arrays)
+
+    def joined(self, tiles: Mapping[str, Arrays]) -> dict[str, Any]:
+        """All tiles put together, as [`akg.gram.GramResult`] has them."""
+        by_name = {
+            name: np.block([[tiles[t][name] for t, _ in row] for row in self._grid()]) for name in self._names()
+        }
+        if self.by == "position":
+            grid = [np.concatenate([tiles[t]["position"] for t, _ in row], axis=2) for row in self._grid()]
+            by_name["position"] = np.concatenate(grid)
+        tensors = {name: torch.from_numpy(array) for name, array in by_name.items()}
+        modules = {name.removeprefix(MODULE): tensors[name] for name in tensors if name.startswith(MODULE)}
+        return {
+            "total_OU": tensors["total"],
+            "module_OU": modules if self.by == "module" else None,
+            "position_OTUS": tensors.get("position"),
+            "token_NM": None,
+        }
+
+    def _names(self) -> list[str]:
+        modules = dict.fromkeys(self.owners.values()) if self.by == "module" else ()
+        return ["total", *(MODULE + name for name in modules)]
+
+    def _grid(self) -> list[list[tuple[str, slice]]]:
+        """Tiles by rows of observers."""
+        return [list(row) for row in zip(*(tiles for _, tiles in self._tiles()), strict=True)]
+
+    def _tiles(self) -> list[tuple[slice, list[tuple[str, slice]]]]:
+        slices_u = _slices(num_rows(self.update.batch), self.plan.update_rows)
+        slices_o = _slices(num_rows(self.observe.batch), self.plan.observe_rows)
+        return [(u, [(f"observe {o.start} update {u.start}", o) for o in slices_o]) for u in slices_u]
+
+    def _columns(self, side: Side) -> torch.Tensor | None:
+        return side.column_N() if self.by == "position" else None
+
+    def _products(self, observe: Side, num_u: int, uses: Uses) -> Arrays:
+        num_o = num_rows(observe.batch)
+        totals = {name: torch.zeros(num_o, num_u, dtype=torch.float64) for name in self._names()}
+        position_OTUS = None
+        if self.by == "position":
+            widths = observe.batch["input_ids"].shape[1], self.update.batch["input_ids"].shape[1]
+            position_OTUS = torch.zeros(num_o, widths[0], num_u, widths[1], dtype=torch.float64)
+
+        def complete(names: list[str], arrived: Uses) -> None:
+            for name in (name for name in names if arrived[name] and uses.get(name)):
+                if position_OTUS is not None:
+                    add_position_products(arrived[name], uses[name], position_OTUS)
+                    continue
+                shape = self.parameters[name].shape
+                part_OU = inner_products(arrived[name], uses[name], shape, self.diagonal.get(name))
+                for key in {"total", MODULE + self.owners[name]} & set(totals):
+                    totals[key] += part_OU
+
+        record(self.task, observe.batch, observe.weight_N, complete, column_N=self._columns(observe))
+        arrays = {name: total.numpy() for name, total in totals.items()}
+        if position_OTUS is not None:
+            arrays |= {"position": position_OTUS.numpy(), "total": position_OTUS.sum(dim=(1, 3)).numpy()}
+        return arrays
+
+    def _check(self, observe: Side, update: Side, total_OU: np.ndarray) -> None:
+        o, u = np.unravel_index(np.abs(total_OU).argmax(), total_OU.shape)
+        one = observe.rows(slice(int(o), int(o) + 1)).gradient()
+        other = update.rows(slice(int(u), int(u) + 1)).gradient()
+        other = {name: g * self.diagonal[name].to(g) if name in self.diagonal else g for name, g in other.items()}
+        true = sum(float((one[name].double() * g.double()).sum()) for name, g in other.items() if name in one)
+        norms = [sum(float(g.double().square().sum()) for g in side.values()) ** 0.5 for side in (one, other)]
+        precision = max(torch.finfo(g.dtype).eps for g in other.values()) ** 0.5
+        if abs(total_OU[o, u] - true) > max(precision, 1e-4) * norms[0] * norms[1]:
+            raise ValueError(
+                f"the product of observer {o} and update {u} of the first tile is {total_OU[o, u]:.6g} by modules and "
+                f"{true:.6g} by both gradients: this model lets rows mix, or uses a parameter outside of the module "
+                "that has it; compare gradients of rows with akg.influence"
+            )
+
+
+class LabelTiles:
+    """The labels of the side with fewer, row by row: one backward each, and a forward-mode pass of the other side."""
+
+    def __init__(
+        self, task: Task, update: Side, observe: Side, by: str | None, diagonal: Mapping | None, plan: Estimate
+    ):
+        self.task, self.update, self.observe, self.diagonal = task, update, observe, diagonal or {}
+        self.by_update = len(update.weight_N) <= len(observe.weight_N)
+        self.side, self.other = (update, observe) if self.by_update else (observe, update)
+        self.other_rows = plan.observe_rows if self.by_update else plan.update_rows
+
+    def run(self, done: Mapping[str, Arrays], check: bool) -> Iterator[Tile]:
+        """Compute what is not done, row by row; there is nothing to check."""
+        for row in self._rows():
+            if str(row) in done:
+                yield Tile(str(row), None)
+                continue
+            moved = [self._moved(g) for g in self.side.rows(slice(row, row + 1)).gradients()]
+            yield Tile(str(row), {"token": torch.stack(moved).numpy()})
+
+    def joined(self, tiles: Mapping[str, Arrays]) -> dict[str, Any]:
+        """All rows put together, as [`akg.gram.GramResult`] has them."""
+        token_NM = torch.from_numpy(np.concatenate([tiles[str(row)]["token"] for row in self._rows()]))
+        token_NM = token_NM.T.contiguous() if self.by_update else token_NM
+        total_OU = torch.zeros(num_rows(self.observe.batch), num_rows(self.update.batch), dtype=torch.float64)
+        item_N, item_M = (self.task.items(side.batch).cpu() for side in (self.observe, self.update))
+        total_OU.index_put_((item_N[:, None], item_M[None]), token_NM, accumulate=True)
+        return {"total_OU": total_OU, "module_OU": None, "position_OTUS": None, "token_NM": token_NM}
+
+    def _rows(self) -> list[int]:
+        return self.task.items(self.side.batch).unique().tolist()
+
+    def _moved(self, changes: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The derivative of the other side's weighted ln pi along a gradient, at each of its labels."""
+        changes = {name: g * self.diagonal[name].to(g) if name in self.diagonal else g for name, g in changes.items()}
+        parts = []
+        for rows in _slices(num_rows(self.other.batch), self.other_rows):
+            tile = rows_of(self.other.batch, rows)
+            label_n = self.task.labels(tile)
+            if len(label_n):
+                view = View(label_n, "target", 0)
+                push_forward(self.task, changes, tile, view.add)
+                parts.append(view.change().target_N.double().cpu())
+        return torch.cat(parts) * self.other.weight_N
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

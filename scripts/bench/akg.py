@@ -2,10 +2,10 @@
 
     python scripts/bench/akg.py [--quick]
 
-A forward gives the full log-softmax of all observed positions, without gradients. Arms are interleaved in one process on
-one thread; medians of the ratios of each round. Memory is the peak of a process of its own above its start. Two built
-Llamas of width 256 with 8 thousand and 50 thousand labels, and the small real model, where TRL_DYNAMICS_DATA names the
-folder with the public data files (see README.md).
+A forward gives the full log-softmax of all observed positions, without gradients. Arms are interleaved in one process
+on one thread; medians of the ratios of each round. Memory is the peak of a process of its own above its start. Two
+built Llamas of width 256 with 8 thousand and 50 thousand labels, and the small real model, where TRL_DYNAMICS_DATA
+names the folder with the public data files (see README.md).
 """
 
 import argparse
@@ -47,19 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
     rounds, ratios = 2 if args.quick else 7, {}
-    print(
-        f"{'':<26} {'forward, s':>10} {'default SDPA':>13} {'backward':>9} {'full':>6} {'stats':>6} {'MB: full':>9} {'stats':>6}"
-    )
+    heads = ("forward, s", "default SDPA", "backward", "full", "stats", "MB of full", "of stats")
+    print(f"{'':<20}", *(f"{head:>12}" for head in heads))
     for setting in settings():
         found = in_rounds(setting, rounds)
         megabytes = {output: memory(setting, output) for output in ("full", "stats")}
         seconds = found["forward"]
         row = {name: median_ratio(found[name], seconds) for name in found}
-        print(
-            f"{setting.name:<26} {sorted(seconds)[len(seconds) // 2]:>10.3f} {row['default']:>13.2f} "
-            f"{row['backward']:>9.2f} {row['full']:>6.2f} {row['stats']:>6.2f} {megabytes['full']:>9.0f} "
-            f"{megabytes['stats']:>6.0f}"
-        )
+        cells = [f"{sorted(seconds)[len(seconds) // 2]:.3f}"]
+        cells += [f"{row[name]:.2f}" for name in ("default", "backward", "full", "stats")]
+        cells += [f"{value:.0f}" for value in megabytes.values()]
+        print(f"{setting.name:<20}", *(f"{cell:>12}" for cell in cells))
         short = setting.name.split(",")[0]
         ratios |= {
             f"{short}/full": row["full"],

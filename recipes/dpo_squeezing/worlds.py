@@ -126,7 +126,7 @@ def world_of(name: str) -> World:
         configs = {"sft": "sft_cpu.yaml", "dpo": "dpo_cpu.yaml"}
         return World("embedded", configs, 200, 24, 64, draw_embedded, 40, None, judged=True)
     configs = {"sft": "sft_real_cpu.yaml", "dpo": "dpo_real_cpu.yaml"}
-    return World(str(data_folder() / MODEL), configs, 200, 24, 64, draw_helpful_base, 128, 96, judged=False)
+    return World(str(data_folder() / MODEL), configs, 200, 16, 32, draw_helpful_base, 128, 96, judged=False)
 
 
 WORLDS = ("embedded", "helpful_base")

@@ -1,13 +1,17 @@
 """Inner products of gradients against gradients that are stored, their splits, tiles, and what must not matter."""
 
+import copy
+import weakref
+
 import pytest
 import torch
-from test_akg_influence import batch_of, language_model, small_classifier, true_float64_of_adapter
+from test_akg_influence import batch_of, language_model, padded, small_classifier, true_float64_of_adapter
 from torch import nn
 
 from tiny import tiny_model
-from trl_dynamics.akg import gram_record
-from trl_dynamics.akg.gram import gram
+from trl_dynamics.akg import gram_journal, gram_pairs, gram_plan, gram_record, gram_tiles, gram_uses, losses
+from trl_dynamics.akg.gram import estimate, gram, loss_weights
+from trl_dynamics.akg.influence import influence
 from trl_dynamics.akg.task import Task, causal_lm, classifier
 from true_float64 import true_float64
 
@@ -105,3 +109,426 @@ def test_they_are_those_of_stored_gradients(name):
 def test_classifiers_too(index):
     task, update, observe = list(classifiers())[index]
     assert error(gram(task, update, observe, check=False).total_OU, products(task, update, observe)) < 1e-12
+
+
+def test_a_model_with_one_label_per_text_too():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=258,
+    )
+    task = classifier(true_float64(LlamaForSequenceClassification(config)))
+    update, observe = (
+        {"input_ids": b["input_ids"], "labels": torch.arange(2)} for b in map(batch_of, [2] * 2, [6, 5], [0, 1])
+    )
+    assert error(gram(task, update, observe).total_OU, products(task, update, observe)) < 1e-12
+
+
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+def test_comparing_positions_and_forming_gradients_agree(name, forced, monkeypatch):
+    task, update, observe = (
+        next(classifiers()) if name == "mlp" else (causal_lm(gpt2()), batch_of(3, 8, 0), batch_of(4, 7, 1))
+    )
+    true = products(task, update, observe)
+
+    def choice(observe, update, shape):
+        return forced and all(isinstance(use, gram_uses.Outer) for use in (*observe, *update))
+
+    monkeypatch.setattr(gram_pairs, "compares_positions", choice)
+    monkeypatch.setattr(gram_pairs, "BLOCK_BYTES", 1000)
+    assert error(gram(task, update, observe).total_OU, true) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["tied head", "layer called twice"])
+def test_without_the_terms_between_two_uses_of_a_parameter_they_are_wrong(name, monkeypatch):
+    if name == "tied head":
+        model = language_model(tie_word_embeddings=True)
+        task, update, observe = causal_lm(model), batch_of(3, 8, 0), batch_of(4, 7, 1)
+    else:
+        task, update, observe = list(classifiers())[1]
+    true = products(task, update, observe)
+    whole = gram_tiles.inner_products
+
+    def apart(observe, update, *options):
+        pairs = zip(sorted(observe, key=by_kind), sorted(update, key=by_kind), strict=True)
+        return sum(whole([one], [other], *options) for one, other in pairs)
+
+    def by_kind(use):
+        return type(use).__name__
+
+    monkeypatch.setattr(gram_tiles, "inner_products", apart)
+    assert error(gram(task, update, observe, check=False).total_OU, true) > 0.01
+    with pytest.raises(ValueError, match="by both gradients"):
+        gram(task, update, observe)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "gpt2", "lora"])
+def test_modules_add_up_and_each_is_its_own_gradients_product(name):
+    task, update, observe = causal_lm(LANGUAGE_MODELS[name]()), batch_of(3, 8, 0), batch_of(4, 7, 1)
+    found = gram(task, update, observe, by="module")
+    true = products(task, update, observe)
+    assert error(found.total_OU, true) < 1e-12 and error(sum(found.module_OU.values()), true) < 1e-12
+    gradients = stored(task, update), stored(task, observe)
+    for key, module_OU in found.module_OU.items():
+        own = {n for n in task.trainable() if n.rpartition(".")[0] in key.split("+")}
+        update_UP, observe_OP = (
+            torch.stack([torch.cat([g[n].flatten() for n in own]) for g in side]) for side in gradients
+        )
+        assert error(module_OU, -observe_OP @ update_UP.T) < 1e-11, key
+    assert ("model.embed_tokens+lm_head" in found.module_OU) == (name == "llama, tied")
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_positions_add_up(name):
+    # Gemma 2's own attention makes nan of a column that sees nothing.
+    task, left = causal_lm(LANGUAGE_MODELS[name]()), 0 if name == "gemma2" else 2
+    update = padded(batch_of(3, 9, 0), left, 4 - left)
+    observe = batch_of(4, 7, 1)
+    observe["labels"][1, -2:] = -100
+    found = gram(task, update, observe, by="position")
+    assert error(found.position_OTUS.sum(dim=(1, 3)), products(task, update, observe)) < 1e-12
+    assert found.position_OTUS.shape == (4, 7, 3, 13)
+    real = found.position_OTUS[:, :, :, left : left + 8]  # the last token predicts nothing
+    assert found.position_OTUS.count_nonzero() == real.count_nonzero() and not found.position_OTUS[1, 4:].any()
+    assert all(found.position_OTUS[1, t].any() for t in range(3))
+
+
+def only(model: nn.Module, *endings: str) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(endings))
+    return model
+
+
+def logp_of(model: nn.Module, batch, row: int, **inputs) -> torch.Tensor:
+    inputs = inputs or {"input_ids": batch["input_ids"][row : row + 1]}
+    logp_TV = model(**inputs).logits[0, :-1].log_softmax(dim=-1)
+    label_T = batch["labels"][row, 1:]
+    return logp_TV[label_T != -100].gather(1, label_T[label_T != -100, None]).sum()
+
+
+def test_positions_of_the_embedding_are_those_of_the_inputs_gradient():
+    model = only(language_model(), "embed_tokens.weight")
+    update, observe = batch_of(2, 8, 0), batch_of(2, 7, 1)
+    update["input_ids"] %= 5
+    observe["input_ids"] %= 5
+
+    def gradient_BTD(batch):
+        rows = []
+        for row in range(2):
+            hidden_1TD = model.model.embed_tokens(batch["input_ids"][row : row + 1]).detach().requires_grad_()
+            rows += torch.autograd.grad(logp_of(model, batch, row, inputs_embeds=hidden_1TD), hidden_1TD)
+        return torch.cat(rows)
+
+    same = observe["input_ids"][:, :, None, None] == update["input_ids"][None, None]
+    true = -1 * same * torch.einsum("otd,usd->otus", gradient_BTD(observe), gradient_BTD(update))
+    assert error(gram(model, update, observe, by="position").position_OTUS, true) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("family", "ending", "ones"),
+    [("llama", "0.input_layernorm.weight", (1, 1)), ("qwen3", "1.self_attn.q_norm.weight", (1, 1, 1))],
+)
+def test_positions_of_a_norm_are_those_of_a_weight_for_each_column(family, ending, ones):
+    model = only(tiny_model(family, initializer_range=0.15).double(), ending)
+    update, observe = batch_of(2, 8, 0), batch_of(2, 7, 1)
+    (name,) = causal_lm(model).trainable()
+
+    def gradient_BTD(batch):
+        rows = []
+        for row in range(2):
+            weight = (
+                model.get_parameter(name)
+                .detach()
+                .repeat(1, batch["input_ids"].shape[1], *ones[2:], 1)
+                .requires_grad_()
+            )
+
+            class Call(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.model = model
+
+                def forward(self, row=row):
+                    return logp_of(self.model, batch, row)
+
+            logp = torch.func.functional_call(Call(), {f"model.{name}": weight}, ())
+            rows.append(torch.autograd.grad(logp, weight)[0].flatten(2))
+        return torch.cat(rows)
+
+    true = -torch.einsum("otd,usd->otus", gradient_BTD(observe), gradient_BTD(update))
+    assert error(gram(model, update, observe, by="position").position_OTUS, true) < 1e-5  # norms round to float32
+
+
+@pytest.mark.parametrize("fewer", ["update", "observe"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_labels_add_up_and_each_is_the_product_of_its_gradients(fewer, scaled):
+    task = causal_lm(language_model(tie_word_embeddings=True))
+    update, observe = batch_of(3, 8, 0), batch_of(4, 7, 1)
+    if fewer == "update":
+        update, observe = observe, update
+        update["labels"][:2] = -100
+    weight_M = torch.linspace(-1, 2, len(task.labels(update)), dtype=torch.float64)
+    diagonal = random_diagonal(task) if scaled else None
+    found = gram(task, update, observe, by="loss_token", weight=weight_M, diagonal=diagonal)
+    assert error(found.total_OU, products(task, update, observe, weight_M, diagonal)) < 1e-9
+
+    def each_label(batch):
+        return Task(task.model, task.logits, task.labels, lambda b: torch.arange(len(task.labels(b))), task.loss)
+
+    gradients = []
+    for batch in (observe, update):
+        one = each_label(batch)
+        scores = (
+            torch.cat(list(one.logits(one.model, batch))).log_softmax(dim=-1).gather(1, one.labels(batch)[:, None])
+        )
+        parameters = list(one.trainable().values())
+        gradients.append([torch.autograd.grad(score, parameters, retain_graph=True) for score in scores[:, 0]])
+    scales = [torch.ones_like(p) for p in task.trainable().values()] if diagonal is None else list(diagonal.values())
+    for n, m in ((0, 0), (len(gradients[0]) - 1, 1), (2, len(gradients[1]) - 1)):
+        true = -weight_M[m] * sum(
+            (a * d * b).sum() for a, d, b in zip(gradients[0][n], scales, gradients[1][m], strict=True)
+        )
+        torch.testing.assert_close(found.token_NM[n, m], true.detach(), rtol=1e-8, atol=1e-10)
+    assert torch.equal(found.label_N, task.labels(observe)) and torch.equal(found.item_M, task.items(update))
+
+
+def random_diagonal(task: Task) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(3)
+    return {name: torch.rand(p.shape, generator=rng, dtype=p.dtype) for name, p in task.trainable().items()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3, tied", "lora"])
+def test_a_diagonal_scales_the_updates_gradients(name):
+    task, update, observe = causal_lm(LANGUAGE_MODELS[name]()), batch_of(3, 8, 0), batch_of(4, 7, 1)
+    diagonal = random_diagonal(task)
+    found = gram(task, update, observe, diagonal=diagonal, by="module")
+    assert error(found.total_OU, products(task, update, observe, diagonal=diagonal)) < 1e-12
+
+
+def test_a_column_is_what_one_sgd_step_on_that_row_does():
+    task, update, observe = causal_lm(language_model(), losses.sum_cross_entropy), batch_of(3, 8, 0), batch_of(4, 7, 1)
+    total_OU = gram(task, update, observe).total_OU
+    for row in range(3):
+        moved = influence(task, gram_record.rows_of(update, slice(row, row + 1)), observe, lr=0.1).per_item
+        assert error(-0.1 * total_OU[:, row], moved) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["mean", "ascent", "dpo", "dapo", "grpo"])
+def test_with_the_weights_of_a_loss_the_rows_add_up_to_its_step(name):
+    update, observe = batch_of(4, 8, 0), batch_of(3, 7, 1)
+    update |= {"ref_logps": torch.tensor([-20.0, -21, -19, -25]), "advantages": torch.tensor([1.0, -0.5, 0.3, -2])}
+    found = {
+        "mean": losses.mean_cross_entropy,
+        "ascent": losses.gradient_ascent,
+        "dpo": losses.dpo(0.3),
+        "dapo": losses.policy_gradient(),
+        "grpo": losses.policy_gradient("grpo"),
+    }
+    task = causal_lm(language_model(), found[name])
+    summed = gram(task, update, observe, weight=loss_weights(task, update)).total_OU.sum(dim=1)
+    assert error(-0.1 * summed, influence(task, update, observe, lr=0.1).per_item) < 1e-9
+
+
+def test_losses_of_more_than_the_labels_are_told():
+    def smoothed(logits_NV, label_N, row_N, batch):
+        return nn.functional.cross_entropy(logits_NV, label_N, label_smoothing=0.1)
+
+    with pytest.raises(ValueError, match="more than the labels' log-probabilities"):
+        loss_weights(causal_lm(language_model(), smoothed), batch_of(2, 8, 0))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 2)])
+def test_padding_and_other_rows_move_nothing(name, left, right):
+    task, update, observe = causal_lm(LANGUAGE_MODELS[name]()), batch_of(2, 8, 0), batch_of(3, 7, 1)
+    plain = gram(task, update, observe).total_OU
+    wide = gram(task, padded(update, left, right), padded(observe, right, left)).total_OU
+    assert error(wide, plain) < 1e-10
+    one = gram(task, gram_record.rows_of(update, slice(1, 2)), gram_record.rows_of(observe, slice(2, 3))).total_OU
+    torch.testing.assert_close(one[0, 0], plain[2, 1], rtol=1e-10, atol=1e-12)
+
+
+def test_checkpointing_dropout_and_training_mode_change_nothing_and_nothing_is_left_behind():
+    model, update, observe = language_model(attention_dropout=0.5), batch_of(2, 8, 0), batch_of(3, 7, 1)
+    plain = gram(model, update, observe).total_OU
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.model.norm.weight.requires_grad_(False)
+    flags, weights = [p.requires_grad for p in model.parameters()], copy.deepcopy(model.state_dict())
+    hooks, outputs = [len(module._forward_hooks) for module in model.modules()], []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda *call: outputs.append(weakref.ref(call[-1])))
+    found = gram(model, update, observe, by="module")
+    hook.remove()
+    assert "model.norm" not in found.module_OU
+    model.model.norm.weight.requires_grad_(True)
+    assert error(gram(model, update, observe).total_OU, plain) < 1e-12
+    assert [p.requires_grad for p in model.parameters()].count(False) == 0 and flags.count(False) == 1
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert outputs and not any(ref() is not None for ref in outputs)  # the graph is gone without the collector
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_lower_precision_stays_close_to_float64(dtype, bound):
+    update, observe = batch_of(3, 8, 0), batch_of(4, 7, 1)
+    rounded = tiny_model("llama", initializer_range=0.15).to(dtype)
+    exact = true_float64(copy.deepcopy(rounded))
+    assert error(gram(rounded, update, observe).total_OU, gram(exact, update, observe).total_OU) < bound
+
+
+@pytest.mark.parametrize("by", [None, "module", "position", "loss_token"])
+def test_tiles_within_a_budget_have_the_same_numbers(by, monkeypatch):
+    task, update, observe = causal_lm(language_model()), batch_of(5, 8, 0), batch_of(7, 7, 1)
+    whole = gram(task, update, observe, by=by)
+    small_blocks(monkeypatch)
+    smallest = least_budget(task, update, observe, by=by, check=False)
+    budget = int(smallest * 1.6)
+    plan = estimate(task, update, observe, by=by, memory_budget=budget, check=False)
+    assert plan.tiles > 3 and plan.bytes <= budget and plan.flops > 0
+    tiled = gram(task, update, observe, by=by, memory_budget=budget, check=False, disable_tqdm=True)
+    assert error(tiled.total_OU, whole.total_OU) < 1e-11
+    for name in ("position_OTUS", "token_NM"):
+        if getattr(whole, name) is not None:
+            assert error(getattr(tiled, name), getattr(whole, name)) < 1e-11
+    if by == "module":
+        assert all(error(tiled.module_OU[name], value) < 1e-11 for name, value in whole.module_OU.items())
+    with pytest.raises(ValueError, match="one row of each side needs"):
+        gram(task, update, observe, by=by, memory_budget=smallest - 1, check=False)
+
+
+def small_blocks(monkeypatch) -> None:
+    """What does not grow with rows is small, so that the budget is about rows."""
+    for module in (gram_pairs, gram_plan):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(gram_plan, "TILE_ELEMENTS", 1000)
+
+
+def least_budget(task, update, observe, **options) -> int:
+    with pytest.raises(ValueError) as told:
+        estimate(task, update, observe, memory_budget=1, **options)
+    return int(str(told.value).split("needs ")[1].split(";")[0])
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("by", ["module", "loss_token"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(by, tmp_path, monkeypatch):
+    task, update, observe = causal_lm(language_model()), batch_of(5, 8, 0), batch_of(7, 7, 1)
+    small_blocks(monkeypatch)
+    options = {"by": by, "check": False}
+    options["memory_budget"] = int(least_budget(task, update, observe, **options) * 1.6)
+    num_tiles, done = estimate(task, update, observe, **options).tiles, []
+    options["disable_tqdm"] = True
+    whole, path = gram(task, update, observe, **options), tmp_path / "new" / "journal"
+    add = gram_journal.Journal.add
+
+    def failing(self, *tile):
+        if len(done) == 3:
+            raise Interrupted
+        done.append(tile[0])
+        add(self, *tile)
+
+    monkeypatch.setattr(gram_journal.Journal, "add", failing)
+    with pytest.raises(Interrupted):
+        gram(task, update, observe, journal=path, **options)
+    with path.open("ab") as file:
+        file.write((1000).to_bytes(8, "little") + b"cut off")
+    first, done = done, []
+    monkeypatch.setattr(gram_journal.Journal, "add", lambda self, *tile: (done.append(tile[0]), add(self, *tile)))
+    resumed = gram(task, update, observe, journal=path, **options)
+    assert len(first) == 3 and len(done) == num_tiles - 3 and not set(first) & set(done)
+    assert torch.equal(resumed.total_OU, whole.total_OU)
+    assert torch.equal(gram(task, update, observe, journal=path, **options).total_OU, whole.total_OU)
+    assert len(done) == num_tiles - 3
+
+
+def test_a_journal_of_something_else_is_refused(tmp_path):
+    task, update, observe, path = causal_lm(language_model()), batch_of(2, 8, 0), batch_of(3, 7, 1), tmp_path / "j"
+    gram(task, update, observe, journal=path)
+    with pytest.raises(ValueError, match="run with other data"):
+        gram(task, update, batch_of(3, 7, 2), journal=path)
+    with pytest.raises(ValueError, match="run with other options"):
+        gram(task, update, observe, journal=path, by="module")
+    with torch.no_grad():
+        task.model.model.norm.weight[3] += 1e-9
+    with pytest.raises(ValueError, match="run with other model values"):
+        gram(task, update, observe, journal=path)
+    path.write_text("notes of mine")
+    with pytest.raises(ValueError, match="no journal"):
+        gram(task, update, observe, journal=path)
+    assert path.read_text() == "notes of mine"
+
+
+class Mixing(nn.Module):
+    """What a model may do that keeps hooks from telling rows apart."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, rows):
+        hidden = self.first(rows)
+        if self.how == "rows mix":
+            hidden = hidden - hidden.mean(dim=0)
+        if self.how == "in place":
+            hidden = torch.tanh(hidden)
+            logits = self.last(hidden)
+            hidden.mul_(2)
+            return logits
+        if self.how == "outside":
+            return nn.functional.linear(torch.tanh(hidden), self.last.weight, self.last.bias)
+        if self.how == "some rows":
+            return torch.cat([self.last(hidden[:1]), self.last(hidden[1:])])
+        return self.last(torch.tanh(hidden))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("rows mix", "lets rows mix, or uses a parameter outside"),
+        ("outside", "lets rows mix, or uses a parameter outside"),
+        ("some rows", "last returns .* where the batch has 3 rows"),
+        ("in place", "what last read is changed in place"),
+    ],
+)
+def test_models_whose_rows_cannot_be_told_apart_are_refused(how, message):
+    torch.manual_seed(0)
+    rows, labels = torch.randn(3, 6).double(), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=message):
+        gram(classifier(Mixing(how).double()), (rows, labels), (rows + 1, labels))
+    gram(classifier(Mixing("").double()), (rows, labels), (rows + 1, labels))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "layer"}, "by is 'layer'"),
+        ({"weight": torch.ones(3)}, "weight has shape"),
+        ({"diagonal": {"0.weight": torch.ones(2)}}, "diagonal differs"),
+        ({"by": "position"}, "needs batches of a causal language model"),
+    ],
+)
+def test_bad_arguments_are_told(options, message):
+    batch = (torch.zeros(1, 6).double(), torch.zeros(1).long())
+    with pytest.raises(ValueError, match=message):
+        gram(classifier(small_classifier()), batch, batch, **options)
+
+
+def test_nothing_to_train_nothing_to_observe_and_no_batch_are_told():
+    batch, nothing = (torch.zeros(1, 6).double(), torch.zeros(1).long()), batch_of(1, 6, 0)
+    nothing["labels"][:] = -100
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        gram(classifier(small_classifier().requires_grad_(False)), batch, batch)
+    with pytest.raises(ValueError, match="observe has no labelled position"):
+        gram(language_model(), batch_of(1, 6, 0), nothing)

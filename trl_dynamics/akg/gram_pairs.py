@@ -33,6 +33,8 @@ def inner_products(
     diagonal_RC = None if diagonal is None else diagonal.reshape(num_rows, width)
     if all(isinstance(use, Lookup) for use in (*observe, *update)):
         token_r = _shared_tokens(observe, update)
+        if not len(token_r):
+            return torch.zeros(_num_rows(observe), _num_rows(update), dtype=torch.float64)
         observe, update = [u.restricted(token_r) for u in observe], [u.restricted(token_r) for u in update]
         num_rows, diagonal_RC = len(token_r), None if diagonal is None else diagonal_RC[token_r]
     return _by_rows(observe, update, num_rows, width, diagonal_RC)

@@ -3,6 +3,7 @@
 b rows of a tile
 """
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trl_dynamics.akg.gram_pairs import BLOCK_BYTES, operations
 from trl_dynamics.akg.gram_record import num_rows, record, rows_of
-from trl_dynamics.akg.gram_uses import Lookup, OfCall, Outer, Use
+from trl_dynamics.akg.gram_uses import Dense, Lookup, OfCall, Outer, Use
 from trl_dynamics.akg.task import Task
 from trl_dynamics.ops.tiled_head import TILE_ELEMENTS
+
+ALLOCATED = 1.4  # what the process grows by for each byte that is alive
+FEWEST_ROWS = 16  # below, matrix products are too small to be fast
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,7 @@ def estimate(
 ) -> Estimate:
     """Bytes and operations of [`akg.gram.gram`] with the same arguments, and the tiles that it will take.
 
-    Each side's row with most labels is run once. Bytes are an upper bound for rows alike it, without what the
-    allocator adds.
+    Each side's row with most labels is run once; rows of a batch have the same length, so that it is the largest.
 
     Raises:
         ValueError: If one row of each side does not fit into the budget.
@@ -79,7 +82,7 @@ def estimate(
     def needed(rows_u: int, rows_o: int) -> int:
         first = rows_u * (row_u.graph + row_u.kept + 3 * row_u.largest)
         second = rows_o * (row_o.graph + row_o.kept + 3 * row_o.largest) + (rows_u + rows_o) * wide
-        return fixed + max(first, rows_u * row_u.kept + max(second, checking))
+        return fixed + int(ALLOCATED * max(first, rows_u * row_u.kept + max(second, checking)))
 
     rows_u, rows_o = _largest_tiles(needed, num_u, num_o, memory_budget)
     tiles = -(-num_u // rows_u) * -(-num_o // rows_o)
@@ -90,9 +93,11 @@ def estimate(
 
 
 def all_at_once(task: Task, update: Any, observe: Any, by: str | None) -> Estimate:
-    """The tiles without a budget; nothing is measured."""
-    tiles = _label_rows(task, update, observe) if by == "loss_token" else 1
-    return Estimate(0, 0.0, num_rows(update), num_rows(observe), tiles)
+    """The tiles without a budget, nothing measured: two of observers take much less memory and little more time."""
+    num_u, num_o = num_rows(update), num_rows(observe)
+    rows_o = num_o if by == "loss_token" else min(num_o, max(FEWEST_ROWS, -(-max(num_u, num_o) // 2)))
+    tiles = _label_rows(task, update, observe) if by == "loss_token" else -(-num_o // rows_o)
+    return Estimate(0, 0.0, num_u, rows_o, tiles)
 
 
 def _label_rows(task: Task, update: Any, observe: Any) -> int:
@@ -123,7 +128,7 @@ def _of_labels(
     (row, other, num_other) = (row_u, row_o, num_o) if by_update else (row_o, row_u, num_u)
 
     def needed(rows: int, _: int = 1) -> int:
-        return fixed + row.graph + row.kept + 2 * rows * (other.graph + other.largest)
+        return fixed + int(ALLOCATED * (row.graph + row.kept + 2 * rows * (other.graph + other.largest)))
 
     rows, _ = _largest_tiles(needed, num_other, 1, budget)
     flops = min(labels_u, labels_o) * (row.flops + 1.5 * num_other * other.flops)
@@ -149,9 +154,11 @@ def _measured(task: Task, batch: Any) -> _Row:
     def forwarded() -> None:
         storages = dict(live.values())
         graph[0], largest[0] = sum(storages.values()), max(storages.values(), default=0)
+        hooks.close()  # torch.func, which the backward may use, works without hooks alone
 
-    counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.value):
+    counter, hooks = FlopCounterMode(display=False), contextlib.ExitStack()
+    with counter, hooks:
+        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.value))
         uses = record(task, one, weight_N, forwarded=forwarded)
     found = {name: uses.get(name, []) for name in task.trainable()}
     kept = _bytes(value for side in found.values() for use in side for value in _tensors(use))
@@ -172,6 +179,8 @@ def _tensors(use: Use) -> list[torch.Tensor]:
         return [use.left_MR, use.right_MC, use.where.row_M]
     if isinstance(use, Lookup):
         return [use.token_M, use.grad_MC, use.where.row_M]
+    if isinstance(use, Dense):
+        return [use.value_BRC]
     return [value for value in (*use.call.args, use.call.grad_SX) if isinstance(value, torch.Tensor)]
 
 

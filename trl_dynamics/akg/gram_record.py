@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trl_dynamics.akg.dual import evaluated
-from trl_dynamics.akg.gram_uses import Call, Lookup, OfCall, Outer, Use, Where, lookup_gradient
+from trl_dynamics.akg.gram_uses import Call, Lookup, Outer, Use, Where, lookup_gradient
 from trl_dynamics.akg.task import Task
 
 Uses = dict[str, list[Use]]
@@ -83,10 +83,13 @@ def record(
     """
     recorder = _Recorder(task, batch, weight_N, complete, column_N)
     with evaluated(task.model), _frozen(task.model), recorder.hooked(), torch.enable_grad():
-        recorder.forward()
-        if forwarded is not None:
-            forwarded()
-        recorder.backward()
+        try:
+            recorder.forward()
+            if forwarded is not None:
+                forwarded()
+            recorder.backward()
+        finally:
+            recorder.let_go()
     return recorder.uses
 
 
@@ -144,6 +147,11 @@ class _Recorder:
             torch.autograd.backward(ends, [leaf.grad for _, leaf in self.cuts] + [None] * len(self.pending))
         self.awaited.clear()
         self._hand_over(list(self.uses))
+
+    def let_go(self) -> None:
+        """The graph, whose hooks know this recorder: a circle that Python's collector does not see through."""
+        self.cuts.clear()
+        self.pending.clear()
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -268,8 +276,7 @@ class _Recorder:
             axis = self._axis(module, grad) if split and span is None else None
             where = self._where(module, grad, span) if split else None
             call = Call(module, keys, args, kwargs, grad, row_S, self.num_rows, axis, where)
-            for key in keys:
-                yield key, OfCall(call, key)
+            yield from call.settled().items()
 
     def _where(self, module: nn.Module, grad: torch.Tensor, span: slice | None, matrix: bool = False) -> Where:
         """Row and column of the positions of a gradient; a matrix has all axes but the last as positions."""

@@ -135,6 +135,13 @@ class Call:
         self.grad_SX, self.row_S, self.num_rows, self.axis, self.where = grad_SX, row_S, num_rows, axis, where
         self.found: dict[str, torch.Tensor] = {}
 
+    def settled(self) -> dict[str, "OfCall | Dense"]:
+        """Each parameter's use; its gradients at once where they are smaller than what they are computed from."""
+        small = sum(self.module.get_parameter(name).numel() for name in self.names) * self.num_rows
+        if self.where is not None or small > self.grad_SX.numel():
+            return {name: OfCall(self, name) for name in self.names}
+        return {name: Dense(self.take(name)) for name in self.names}
+
     def take(self, name: str) -> torch.Tensor:
         """(B, R, C) the gradient of each row; those of the module's other parameters wait until they are taken."""
         if name not in self.found:
@@ -183,7 +190,7 @@ class Call:
         values = {name: self.module.get_parameter(name).detach() for name in self.names}
 
         def output(values: dict[str, torch.Tensor]) -> torch.Tensor:
-            return torch.func.functional_call(self.module, values, tuple(args), kwargs)
+            return _output(self.module, values, tuple(args), kwargs)
 
         with torch.enable_grad():
             return torch.func.vjp(output, values)[1]
@@ -214,7 +221,7 @@ def lookup_gradient(module: nn.Embedding, token_BT: torch.Tensor, grad_BTC: torc
     each_BT = torch.arange(token_BT.numel(), device=token_BT.device).view_as(token_BT)
 
     def output(table_MC: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(module, {"weight": table_MC}, (each_BT,))
+        return _output(module, {"weight": table_MC}, (each_BT,), {})
 
     padding, module.padding_idx = module.padding_idx, None
     try:
@@ -223,3 +230,20 @@ def lookup_gradient(module: nn.Embedding, token_BT: torch.Tensor, grad_BTC: torc
     finally:
         module.padding_idx = padding
     return grad_MC if padding is None else grad_MC * (token_BT.flatten() != padding)[:, None]
+
+
+class _Forward(nn.Module):
+    """A module without its hooks, which were not written for the transforms of torch.func."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.module.forward(*args, **kwargs)
+
+
+def _output(module: nn.Module, values: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a module returns with other values of its own parameters."""
+    values = {f"module.{name}": value for name, value in values.items()}
+    return torch.func.functional_call(_Forward(module), values, args, kwargs)

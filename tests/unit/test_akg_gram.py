@@ -355,6 +355,11 @@ def test_padding_and_other_rows_move_nothing(name, left, right):
     torch.testing.assert_close(one[0, 0], plain[2, 1], rtol=1e-10, atol=1e-12)
 
 
+class Mark:
+    def __call__(self, grad: torch.Tensor) -> None:
+        pass
+
+
 def test_checkpointing_dropout_and_training_mode_change_nothing_and_nothing_is_left_behind():
     model, update, observe = language_model(attention_dropout=0.5), batch_of(2, 8, 0), batch_of(3, 7, 1)
     plain = gram(model, update, observe).total_OU
@@ -362,8 +367,13 @@ def test_checkpointing_dropout_and_training_mode_change_nothing_and_nothing_is_l
     model.train()
     model.model.norm.weight.requires_grad_(False)
     flags, weights = [p.requires_grad for p in model.parameters()], copy.deepcopy(model.state_dict())
-    hooks, outputs = [len(module._forward_hooks) for module in model.modules()], []
-    hook = model.model.layers[0].mlp.register_forward_hook(lambda *call: outputs.append(weakref.ref(call[-1])))
+    hooks, marks = [len(module._forward_hooks) for module in model.modules()], []
+
+    def leave_mark(module, args, output):  # the graph holds what is hooked to it
+        output.register_hook(mark := Mark())
+        marks.append(weakref.ref(mark))
+
+    hook = model.model.layers[0].mlp.register_forward_hook(leave_mark)
     found = gram(model, update, observe, by="module")
     hook.remove()
     assert "model.norm" not in found.module_OU
@@ -374,7 +384,7 @@ def test_checkpointing_dropout_and_training_mode_change_nothing_and_nothing_is_l
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert outputs and not any(ref() is not None for ref in outputs)  # the graph is gone without the collector
+    assert len(marks) == 4 and not any(mark() for mark in marks)  # two sides, and the pair that is checked
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])

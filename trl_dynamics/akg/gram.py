@@ -82,12 +82,12 @@ def gram(
         diagonal (`Mapping`, *optional*): By parameter name, a tensor D of its shape: <grad ln pi, D grad L>, with
             1 / (sqrt(v_hat) + eps) Adam's. Not with `by="position"`.
         memory_budget (`int`, *optional*): Bytes that the computation may add; rows of both sides are taken in tiles
-            that fit. Default: all rows of the update, half of the observers. See [`estimate`].
+            that fit. Default: all rows at once. See [`estimate`].
         journal (`str` or `Path`, *optional*): A file that keeps finished tiles; a run with the same path, arguments,
             data and model goes on from there, to the same numbers.
         check (`bool`): Whether one pair is compared with its two gradients, stored for once; it finds models that let
             rows mix or use a parameter outside the module that has it.
-        disable_tqdm (`bool`): Whether to show no progress bar where there are three tiles or more.
+        disable_tqdm (`bool`): Whether to show no progress bar where there is more than one tile.
 
     Raises:
         ValueError: If an argument is none of these, nothing can be trained, the budget is too small for one row of
@@ -102,7 +102,7 @@ def gram(
     kept = Journal(journal, fingerprint(task, (update, observe), options) if journal is not None else {})
     sides = Side(task, update, -weight_M), Side(task, observe, torch.ones(len(task.labels(observe))).double())
     tiles = (LabelTiles if by == "loss_token" else RowTiles)(task, *sides, by, diagonal, plan)
-    with tqdm(total=plan.tiles, disable=disable_tqdm or plan.tiles < 3, desc="gram", unit="tile") as bar:
+    with tqdm(total=plan.tiles, disable=disable_tqdm or plan.tiles == 1, desc="gram", unit="tile") as bar:
         for tile in tiles.run(kept.tiles, check):
             if tile.arrays is not None:
                 kept.add(tile.name, tile.arrays)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from trl_dynamics.akg.gram_uses import Lookup, OfCall, Outer, Use
+from trl_dynamics.akg.gram_uses import Dense, Lookup, OfCall, Outer, Use
 
 BLOCK_BYTES = 16 << 20
 
@@ -92,21 +92,15 @@ def add_position_products(observe: list[Use], update: list[Use], into_OTUS: torc
     """Add the inner products of one parameter between all positions, at the columns where it was applied."""
     num_o, width_o, num_u, width_u = into_OTUS.shape
     flat = into_OTUS.view(num_o * width_o, num_u * width_u)
-    explicit_o, explicit_u = [_explicit(use) for use in observe], [_explicit(use) for use in update]
+    explicit_o, explicit_u = (
+        [use.positions() if isinstance(use, OfCall) else use for use in side] for side in (observe, update)
+    )
     for one in explicit_o:
         index_m = one.where.row_M * width_o + one.where.column_M
         for other in explicit_u:
             index_M = (other.where.row_M * width_u + other.where.column_M).cpu()
             for part, product_mM in _products(one, other):
                 flat[index_m[part].cpu()[:, None], index_M] += product_mM.to(flat)
-
-
-def _explicit(use: Use) -> Outer | Lookup:
-    """A use whose positions can be compared: a parameter of any module is one long row for each position."""
-    if isinstance(use, OfCall):
-        value_MC = use.call.take_positions(use.name)
-        return Outer(value_MC, value_MC.new_ones(1, 1).expand(len(value_MC), 1), use.call.where)
-    return use
 
 
 def _products(one: Outer | Lookup, other: Outer | Lookup) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -138,9 +132,9 @@ def _shared_tokens(observe: list[Lookup], update: list[Lookup]) -> torch.Tensor:
 
 def _num_rows(uses: list) -> int:
     use = uses[0]
-    return use.where.num_rows if hasattr(use, "where") else len(use.value_BRC)
+    return use.num_rows if isinstance(use, Dense) else use.where.num_rows
 
 
 def _precision(use: Use) -> torch.dtype:
-    value = use.left_MR if isinstance(use, Outer) else use.grad_MC if isinstance(use, Lookup) else use.value_BRC
+    value = use.left_MR if isinstance(use, Outer) else use.grad_MC if isinstance(use, Lookup) else use.value_bRC
     return torch.promote_types(value.dtype, torch.float32)

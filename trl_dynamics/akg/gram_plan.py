@@ -5,7 +5,7 @@ b rows of a tile
 
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from trl_dynamics.akg.task import Task
 from trl_dynamics.ops.tiled_head import TILE_ELEMENTS
 
 ALLOCATED = 1.4  # what the process grows by for each byte that is alive
-FEWEST_ROWS = 16  # below, matrix products are too small to be fast
+FEWEST_POSITIONS = 1024  # that go through the model together; with fewer, it is slower
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def estimate(
     if by == "position":
         fixed += 16 * num_o * num_u * observe["input_ids"].shape[1] * update["input_ids"].shape[1]
     wide = max([p.numel() * size for n, p in task.trainable().items() if _is_dense(row_u, row_o, n)], default=0)
+    at_once = rows_at_once(update)
     checking = 2 * gradient + 2 * max(row_u.graph, row_o.graph) if check else 0
 
     def needed(rows_u: int, rows_o: int) -> int:
-        first = rows_u * (row_u.graph + row_u.kept + 3 * row_u.largest)
+        first = rows_u * row_u.kept + min(rows_u, at_once) * (row_u.graph + 3 * row_u.largest)
         second = rows_o * (row_o.graph + row_o.kept + 3 * row_o.largest) + (rows_u + rows_o) * wide
         return fixed + int(ALLOCATED * max(first, rows_u * row_u.kept + max(second, checking)))
 
@@ -93,11 +94,15 @@ def estimate(
 
 
 def all_at_once(task: Task, update: Any, observe: Any, by: str | None) -> Estimate:
-    """The tiles without a budget, nothing measured: two of observers take much less memory and little more time."""
-    num_u, num_o = num_rows(update), num_rows(observe)
-    rows_o = num_o if by == "loss_token" else min(num_o, max(FEWEST_ROWS, -(-max(num_u, num_o) // 2)))
-    tiles = _label_rows(task, update, observe) if by == "loss_token" else -(-num_o // rows_o)
-    return Estimate(0, 0.0, num_u, rows_o, tiles)
+    """The tiles without a budget; nothing is measured."""
+    tiles = _label_rows(task, update, observe) if by == "loss_token" else 1
+    return Estimate(0, 0.0, num_rows(update), num_rows(observe), tiles)
+
+
+def rows_at_once(batch: Any) -> int:
+    """Rows of the update that go forward and backward together."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return -(-FEWEST_POSITIONS // (1 if ids is None or ids.dim() < 2 else ids.shape[1]))
 
 
 def _label_rows(task: Task, update: Any, observe: Any) -> int:
@@ -180,7 +185,7 @@ def _tensors(use: Use) -> list[torch.Tensor]:
     if isinstance(use, Lookup):
         return [use.token_M, use.grad_MC, use.where.row_M]
     if isinstance(use, Dense):
-        return [use.value_BRC]
+        return [use.value_bRC]
     return [value for value in (*use.call.args, use.call.grad_SX) if isinstance(value, torch.Tensor)]
 
 

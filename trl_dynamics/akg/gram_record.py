@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 from trl_dynamics.akg.dual import evaluated
-from trl_dynamics.akg.gram_uses import Call, Lookup, Outer, Use, Where, lookup_gradient
+from trl_dynamics.akg.gram_uses import Call, Lookup, Outer, Use, Uses, Where, lookup_gradient
 from trl_dynamics.akg.task import Task
-
-Uses = dict[str, list[Use]]
 
 
 def owners(model: nn.Module) -> dict[str, str]:

@@ -13,8 +13,9 @@ import torch
 from trl_dynamics.akg.dual import evaluated, push_forward
 from trl_dynamics.akg.gram_journal import Arrays
 from trl_dynamics.akg.gram_pairs import add_position_products, inner_products
-from trl_dynamics.akg.gram_plan import Estimate
-from trl_dynamics.akg.gram_record import Uses, num_rows, owners, record, rows_of
+from trl_dynamics.akg.gram_plan import Estimate, rows_at_once
+from trl_dynamics.akg.gram_record import num_rows, owners, record, rows_of
+from trl_dynamics.akg.gram_uses import Uses, together
 from trl_dynamics.akg.influence import View
 from trl_dynamics.akg.task import IGNORED, Task
 
@@ -91,7 +92,7 @@ class RowTiles:
             if not todo:
                 continue
             update = self.update.rows(rows_u)
-            uses = record(self.task, update.batch, update.weight_N, column_N=self._columns(update))
+            uses = self._recorded(update)
             for name, rows_o in todo:
                 observe = self.observe.rows(rows_o)
                 arrays = self._products(observe, num_rows(update.batch), uses)
@@ -132,6 +133,15 @@ class RowTiles:
 
     def _columns(self, side: Side) -> torch.Tensor | None:
         return side.column_N() if self.by == "position" else None
+
+    def _recorded(self, update: Side) -> Uses:
+        """A few rows at a time, so that autograd's graph is small."""
+        num_u, parts = num_rows(update.batch), []
+        for rows in _slices(num_u, rows_at_once(update.batch)):
+            part = update.rows(rows)
+            uses = record(self.task, part.batch, part.weight_N, column_N=self._columns(part))
+            parts.append((uses, num_rows(part.batch)))
+        return together(parts)
 
     def _products(self, observe: Side, num_u: int, uses: Uses) -> Arrays:
         num_o = num_rows(observe.batch)

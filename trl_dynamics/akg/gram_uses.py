@@ -22,7 +22,8 @@ class Where:
         row_M (`torch.Tensor`): The row of the batch.
         column_M (`torch.Tensor`, *optional*): The column, where a split by position is asked for.
         num_rows (`int`): B.
-        per_row (`int`, *optional*): Positions of each row, where positions are row by row and all rows have as many.
+        per_row (`int`, *optional*): Positions of each row, where positions are row by row and all rows from the first
+            one on have as many.
     """
 
     row_M: torch.Tensor
@@ -38,6 +39,10 @@ class Where:
             yield row, slice(start, start + count)
             start += count
 
+    def among(self, first: int, num_rows: int) -> "Where":
+        """The same in a larger batch, in which these rows begin at `first`."""
+        return Where(self.row_M + first, self.column_M, num_rows, self.per_row)
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -50,14 +55,24 @@ class Outer:
     def ready(self) -> "Outer":
         return self
 
+    def among(self, first: int, num_rows: int) -> "Outer":
+        return Outer(self.left_MR, self.right_MC, self.where.among(first, num_rows))
+
     def added(self, sum_BRC: torch.Tensor | None, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         left_MR, right_MC = self.left_MR[:, rows].to(dtype), self.right_MC.to(dtype)
-        if self.where.per_row is not None:
-            shape = (self.where.num_rows, self.where.per_row)
-            left_BRT, right_BTC = left_MR.unflatten(0, shape).transpose(1, 2), right_MC.unflatten(0, shape)
-            return torch.bmm(left_BRT, right_BTC) if sum_BRC is None else sum_BRC.baddbmm_(left_BRT, right_BTC)
+        if (per_row := self.where.per_row) is not None:
+            left_bRT, right_bTC = (
+                left_MR.unflatten(0, (-1, per_row)).transpose(1, 2),
+                right_MC.unflatten(0, (-1, per_row)),
+            )
+            if sum_BRC is None and len(left_bRT) == self.where.num_rows:
+                return torch.bmm(left_bRT, right_bTC)
         if sum_BRC is None:
             sum_BRC = left_MR.new_zeros(self.where.num_rows, left_MR.shape[1], right_MC.shape[1])
+        if per_row is not None:
+            first = int(self.where.row_M[0])
+            sum_BRC[first : first + len(left_bRT)].baddbmm_(left_bRT, right_bTC)
+            return sum_BRC
         for row, run in self.where.runs():
             sum_BRC[row].addmm_(left_MR[run].T, right_MC[run])
         return sum_BRC
@@ -73,6 +88,9 @@ class Lookup:
 
     def ready(self) -> "Lookup":
         return self
+
+    def among(self, first: int, num_rows: int) -> "Lookup":
+        return Lookup(self.token_M, self.grad_MC, self.where.among(first, num_rows))
 
     def added(self, sum_BRC: torch.Tensor | None, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         size = rows.stop - rows.start
@@ -93,16 +111,24 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Dense:
-    """The gradient of every row, for parameters that nothing cheaper is known of."""
+    """The gradients of the rows from `first` on, for parameters that nothing cheaper is known of."""
 
-    value_BRC: torch.Tensor
+    value_bRC: torch.Tensor
+    first: int
+    num_rows: int
 
     def ready(self) -> "Dense":
         return self
 
+    def among(self, first: int, num_rows: int) -> "Dense":
+        return Dense(self.value_bRC, self.first + first, num_rows)
+
     def added(self, sum_BRC: torch.Tensor | None, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        value_BRC = self.value_BRC[:, rows].to(dtype)
-        return value_BRC if sum_BRC is None else sum_BRC + value_BRC
+        value_bRC = self.value_bRC[:, rows].to(dtype)
+        if sum_BRC is None:
+            sum_BRC = value_bRC.new_zeros(self.num_rows, *value_bRC.shape[1:])
+        sum_BRC[self.first : self.first + len(value_bRC)] += value_bRC
+        return sum_BRC
 
 
 class Call:
@@ -139,8 +165,8 @@ class Call:
         """Each parameter's use; its gradients at once where they are smaller than what they are computed from."""
         small = sum(self.module.get_parameter(name).numel() for name in self.names) * self.num_rows
         if self.where is not None or small > self.grad_SX.numel():
-            return {name: OfCall(self, name) for name in self.names}
-        return {name: Dense(self.take(name)) for name in self.names}
+            return {name: OfCall(self, name, 0, self.num_rows) for name in self.names}
+        return {name: Dense(self.take(name), 0, self.num_rows) for name in self.names}
 
     def take(self, name: str) -> torch.Tensor:
         """(B, R, C) the gradient of each row; those of the module's other parameters wait until they are taken."""
@@ -198,16 +224,38 @@ class Call:
 
 @dataclass(frozen=True)
 class OfCall:
-    """One parameter's part of a [`Call`]."""
+    """One parameter's part of a [`Call`], whose rows begin at `first`."""
 
     call: Call
     name: str
+    first: int
+    num_rows: int
 
     def ready(self) -> Dense:
-        return Dense(self.call.take(self.name))
+        return Dense(self.call.take(self.name), self.first, self.num_rows)
+
+    def among(self, first: int, num_rows: int) -> "OfCall":
+        return OfCall(self.call, self.name, self.first + first, num_rows)
+
+    def positions(self) -> Outer:
+        """Each position's gradient as one long row."""
+        value_MC = self.call.take_positions(self.name)
+        ones_M1 = value_MC.new_ones(1, 1).expand(len(value_MC), 1)
+        return Outer(value_MC, ones_M1, self.call.where.among(self.first, self.num_rows))
 
 
 Use = Outer | Lookup | OfCall | Dense
+Uses = dict[str, list[Use]]
+
+
+def together(parts: list[tuple[Uses, int]]) -> Uses:
+    """Uses of rows that were run one part after the other, each with its number of rows, as those of one batch."""
+    num_rows, first, found = sum(size for _, size in parts), 0, {}
+    for uses, size in parts:
+        for name, side in uses.items():
+            found.setdefault(name, []).extend(use.among(first, num_rows) for use in side)
+        first += size
+    return found
 
 
 def lookup_gradient(module: nn.Embedding, token_BT: torch.Tensor, grad_BTC: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from tiny import tiny_model
 from trl_dynamics.akg import losses
@@ -16,6 +17,10 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3"
 
 
 def language_model(family: str = "llama", **options):
+    if family == "gpt2":
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 260, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+        return true_float64(GPT2LMHeadModel(GPT2Config(**sizes, **options)))
     return true_float64(tiny_model(family, initializer_range=0.15, **options))
 
 
@@ -68,7 +73,7 @@ def written_out(task, update, observe) -> tuple[torch.Tensor, torch.Tensor, torc
     return eye - prob_NV[:, None, :].expand(-1, len(eye), -1), kernel, force
 
 
-def moved(task, update, observe, optimizer, max_grad_norm=None) -> torch.Tensor:
+def moved(task, update, observe, optimizer) -> torch.Tensor:
     """(N, V) the true change of ln pi after one step of an optimiser; the model is put back."""
     before, state = copy.deepcopy(task.model.state_dict()), copy.deepcopy(optimizer.state_dict())
 
@@ -81,8 +86,6 @@ def moved(task, update, observe, optimizer, max_grad_norm=None) -> torch.Tensor:
         optimizer.zero_grad()
         logits_UV = torch.cat(list(task.logits(task.model, update)))
         task.loss(logits_UV, task.labels(update), task.items(update), update).backward()
-        if max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(task.model.parameters(), max_grad_norm)
         optimizer.step()
         with torch.no_grad():
             change = logp(observe) - start
@@ -160,9 +163,12 @@ def test_the_parts_add_up_to_the_step_that_torch_takes(name, num_steps):
     assert set(step.parts) - {"decay"} == expected
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_the_error_against_a_real_step_falls_with_the_step_and_with_its_square_at_order_two(name):
-    task = causal_lm(language_model())
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "sgd"), ("llama", "adamw"), ("gpt_neox", "sgd"), ("gpt2", "sgd"), ("gemma3", "sgd"), ("qwen3", "sgd")],
+)
+def test_the_error_against_a_real_step_falls_with_the_step_and_with_its_square_at_order_two(family, name):
+    task = causal_lm(language_model(family))
     update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
     largest = {"sgd": 1e-2, "adamw": 1e-4}[name]
     errors = {1: [], 2: []}
@@ -173,7 +179,6 @@ def test_the_error_against_a_real_step_falls_with_the_step_and_with_its_square_a
         for order in errors:
             found = influence(task, update, observe, direction=optimizer, output="full", order=order)
             errors[order].append(error(found.total.logp_NV, true))
-    print(name, errors)
     assert all(later < earlier / 6.7 for earlier, later in zip(errors[1], errors[1][1:], strict=False))
     assert all(later < earlier / 45 for earlier, later in zip(errors[2], errors[2][1:], strict=False))
 
@@ -220,15 +225,7 @@ def padded(batch: dict, left: int, right: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 2)])
 def test_padding_moves_nothing(family, left, right):
-    if family == "gpt2":
-        model = tiny_model("gpt_neox")  # absolute positions are learnt in GPT-2 alone
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=2, n_head=2))
-        model = true_float64(model)
-    else:
-        model = language_model(family)
+    model = language_model(family)
     update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
     plain = influence(model, update, observe, lr=0.1, output="full").total.logp_NV
     for pair in ((padded(update, left, right), observe), (update, padded(observe, left, right))):
@@ -282,20 +279,55 @@ def true_float64_of_adapter(model: nn.Module) -> nn.Module:
     return model.double()
 
 
+@pytest.mark.parametrize("drops", [0.0, 0.5])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_gradient_checkpointing_and_dropout_change_nothing(family):
-    options = {"attention_dropout": 0.5} | ({"hidden_dropout": 0.5} if family == "gpt_neox" else {})
+def test_gradient_checkpointing_and_dropout_change_nothing(family, drops):
+    options = {"attention_dropout": drops} | ({"hidden_dropout": drops} if family == "gpt_neox" else {})
     model, update, observe = language_model(family, **options), batch_of(2, 8, 0), batch_of(3, 7, 1)
-    plain = influence(model, update, observe, lr=0.1)
+    task = causal_lm(model)
+    plain = influence(task, update, observe, lr=0.1)
     model.gradient_checkpointing_enable()
     model.train()
     calls = []
     hook = next(model.base_model.layers[0].children()).register_forward_hook(lambda *_: calls.append(1))
-    checkpointed = influence(model, update, observe, lr=0.1)
+    checkpointed = influence(task, update, observe, lr=0.1)
     hook.remove()
     torch.testing.assert_close(checkpointed.total.target_N, plain.total.target_N, rtol=1e-10, atol=1e-16)
     assert all(module.training for module in model.modules())
-    assert len(calls) == 3  # the update's forward, again in its backward, and the observers' forward
+    # The update's forward, again in its backward where nothing may drop, and the observers' forward.
+    assert len(calls) == (3 if drops == 0 else 2)
+
+
+def test_layers_that_drop_by_their_own_mode_do_not_drop():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, dropout=0.5)).double()
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    plain = influence(model, update, observe, lr=0.1).total.target_N
+    model.gradient_checkpointing_enable()
+    assert torch.equal(influence(model, update, observe, lr=0.1).total.target_N, plain)
+
+
+def test_an_optimiser_that_holds_a_parameter_twice_is_told():
+    model, batch = small_classifier(), (torch.zeros(1, 6).double(), torch.zeros(1).long())
+    optimizer = torch.optim.SGD([model[0].weight], lr=0.1)
+    optimizer.param_groups.append(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match="holds '0.weight' twice"):
+        influence(classifier(model), batch, batch, direction=optimizer)
+
+
+def test_a_small_step_of_half_precision_does_not_vanish():
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    model = tiny_model("llama", initializer_range=0.15)
+    whole = influence(model, update, observe, lr=1e-8).total.target_N
+    assert error(influence(model.half(), update, observe, lr=1e-8).total.target_N, whole) < 0.05
+
+
+def test_a_model_that_does_more_than_its_head_is_refused():
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = BertLMHeadModel(BertConfig(**sizes, num_attention_heads=2, is_decoder=True, initializer_range=0.3))
+    with pytest.raises(ValueError, match="BertLMHeadModel does more than its output embeddings"):
+        causal_lm(model)
 
 
 def test_nothing_is_left_behind():
@@ -366,6 +398,13 @@ def test_smaller_outputs_are_parts_of_the_full_one(output):
         assert torch.equal(found.total.top_Nk, full.total.logp_NV.gather(1, found.top_id_Nk))
 
 
+class Halved(torch.optim.AdamW):
+    """An optimiser that inherits from one that is known and steps in its own way."""
+
+    def step(self, closure=None):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -375,6 +414,8 @@ def test_smaller_outputs_are_parts_of_the_full_one(output):
         ({}, "needs lr"),
         ({"direction": torch.optim.SGD([torch.zeros(1)], lr=0.1), "lr": 0.1}, "lr is given beside"),
         ({"direction": torch.optim.Adagrad([torch.zeros(1)])}, "direction is a Adagrad"),
+        ({"direction": Halved([torch.zeros(1)])}, "direction is a Halved"),
+        ({"direction": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, "was it made for a copy"),
     ],
 )
 def test_bad_arguments_are_told(options, message):
@@ -386,16 +427,18 @@ def test_bad_arguments_are_told(options, message):
 
 def test_frozen_models_and_updates_without_labels_are_told():
     model, batch = small_classifier(), (torch.zeros(1, 6).double(), torch.zeros(1).long())
-    with pytest.raises(ValueError, match="no labelled position"):
-        nothing = batch_of(1, 6, 0)
-        nothing["labels"][:] = -100
+    nothing = batch_of(1, 6, 0)
+    nothing["labels"][:] = -100
+    with pytest.raises(ValueError, match="the update has no labelled position"):
         influence(language_model(), nothing, batch_of(1, 6, 0), lr=0.1)
+    with pytest.raises(ValueError, match="what is observed has no labelled position"):
+        influence(language_model(), batch_of(1, 6, 0), nothing, lr=0.1)
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         influence(classifier(model.requires_grad_(False)), batch, batch, lr=0.1)
 
 
 class NoForwardMode(nn.Module):
-    """Fused attention, which torch has no forward-mode derivative of where the caller insists on the kernel."""
+    """An operation of somebody's own that has a backward and nothing else."""
 
     def __init__(self):
         super().__init__()

@@ -67,3 +67,9 @@ def test_policy_gradients_pull_by_the_advantage(normalizer, weights):
 def test_bad_normalizers_are_told(arguments, message):
     with pytest.raises(ValueError, match=message):
         losses.policy_gradient(*arguments)
+
+
+def test_dpo_needs_as_many_rejected_rows_as_chosen_ones():
+    logits = drawn()
+    with pytest.raises(ValueError, match="batch has 3 rows"):
+        losses.dpo()(logits[:6], LABEL[:6], ROW[:6], {"ref_logps": torch.zeros(3)})

@@ -36,8 +36,15 @@ def push_forward(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, vi
     Raises:
         ValueError: If an operation of the model has no forward-mode derivative.
     """
+    # Derivatives are linear (and quadratic) in the change, and a change of length one neither under- nor overflows.
+    length = _length(changes)
+    unit = {name: change / length for name, change in changes.items()}
+
+    def scaled(logits_nV: torch.Tensor, first_nV: torch.Tensor, second_nV: torch.Tensor | None) -> None:
+        visit(logits_nV, first_nV * length, None if second_nV is None else second_nV * length**2)
+
     with evaluated(task.model), _explained():
-        (_first_order if order == 1 else _second_order)(task, changes, batch, visit)
+        (_first_order if order == 1 else _second_order)(task, unit, batch, scaled)
 
 
 def reverse_jacobian(
@@ -128,13 +135,38 @@ def _gelu(value: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
     return 0.5 * value * (1 + torch.erf(value / 2**0.5))
 
 
-class _Nestable(TorchFunctionMode):
-    """Activations as sums and products: torch has no derivative of forward mode for the derivatives of its own."""
+def _layer_norm(value, normalized_shape, weight=None, bias=None, eps=1e-5):
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = value - value.mean(dim=axes, keepdim=True)
+    normed = centred * (centred.square().mean(dim=axes, keepdim=True) + eps).rsqrt()
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
 
-    WRITTEN_OUT: ClassVar[dict] = {F.silu: _silu, F.gelu: _gelu}
+
+class _Nestable(TorchFunctionMode):
+    """Some operations as sums and products, whose derivatives of forward mode can be taken twice."""
+
+    # The second derivative of torch's layer norm is wrong without a word, those of the activations are missing. Hooks
+    # that call requires_grad_, as transformers has for checkpointing, are refused inside of a transformed function.
+    WRITTEN_OUT: ClassVar[dict] = {
+        F.silu: _silu,
+        F.gelu: _gelu,
+        F.layer_norm: _layer_norm,
+        torch.Tensor.requires_grad_: lambda value, requires_grad=True: value,
+    }
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return self.WRITTEN_OUT.get(function, function)(*args, **(kwargs or {}))
+
+
+def _length(changes: Mapping[str, torch.Tensor]) -> float:
+    """Euclidean norm of all changes together; 1 where nothing changes."""
+    squares = [float(torch.linalg.vector_norm(change, dtype=_wide(change.dtype))) ** 2 for change in changes.values()]
+    return sum(squares) ** 0.5 or 1.0
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _Call(nn.Module):
@@ -159,11 +191,12 @@ def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None
     """Evaluation mode, and the attention kernel that has derivatives of forward mode; both put back at the end.
 
     With `checkpointing`, the modules that checkpoint their activations still do so, which transformers makes them do
-    in training mode only; what is inside of them stays in evaluation mode, so that nothing is dropped.
+    in training mode only; what is inside of them stays in evaluation mode. Models that are configured to drop anything
+    do without, since some of their layers drop by their own mode.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    if checkpointing:
+    if checkpointing and not _may_drop(model):
         for module in modes:
             module.training = bool(getattr(module, "gradient_checkpointing", False))
     try:
@@ -172,6 +205,13 @@ def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _may_drop(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    rates = [value for name, value in settings.items() if "drop" in name and not name.startswith("classifier")]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 @contextlib.contextmanager

@@ -75,9 +75,11 @@ class Influence:
 
     @property
     def per_item(self) -> torch.Tensor:
-        """Delta ln pi of each observer's whole answer: the sum over its positions, (observers,) nats."""
-        num_items = int(self.item_N.max()) + 1 if len(self.item_N) else 0
-        zeros = torch.zeros(num_items, dtype=self.total.target_N.dtype, device=self.item_N.device)
+        """Delta ln pi of each observer's whole answer: the sum over its positions, nats.
+
+        Shape (observers,), up to the last one that has a label.
+        """
+        zeros = torch.zeros(int(self.item_N.max()) + 1, dtype=self.total.target_N.dtype, device=self.item_N.device)
         return zeros.index_add(0, self.item_N, self.total.target_N)
 
 
@@ -135,7 +137,7 @@ def predict(
         ValueError: As [`influence`].
     """
     _check(output, order)
-    label_N = task.labels(observe)
+    label_N = task.labels_of(observe, "what is observed")
     views = {name: View(label_N, output, top_k) for name in step.parts}
     for name, changes in step.parts.items():
         push_forward(task, changes, observe, views[name].add)
@@ -169,9 +171,7 @@ def update_gradient(task: Task, update: Any) -> Force:
     parameters = task.trainable()
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient, so that there is no step to predict")
-    label_U = task.labels(update)
-    if not len(label_U):
-        raise ValueError("the update has no labelled position: every label is ignored")
+    label_U = task.labels_of(update, "the update")
     with evaluated(task.model, checkpointing=True), torch.enable_grad():
         logits_UV = torch.cat(list(task.logits(task.model, update)))
         loss = task.loss(logits_UV, label_U, task.items(update), update)

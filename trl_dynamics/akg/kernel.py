@@ -44,6 +44,7 @@ class Kernel:
         self.parameters = {name: p for name, p in task.trainable().items() if moves(name)}
         if not self.parameters:
             raise ValueError(f"no parameter of {len(task.trainable())} that can be trained counts: K would be zero")
+        task.labels_of(update, "the update"), task.labels_of(observe, "what is observed")
         self.shape_u, self.shape_o = self._shape(update), self._shape(observe)
         self.num_products = 0
 
@@ -83,7 +84,7 @@ class Kernel:
         for _ in range(num_products - 2 * third):
             image = self.apply(self._gaussian(self.shape_u, rng)).flatten()
             left.append(float((image - range_Q @ (range_Q.T @ image)).square().sum()))
-        return _root(kept, left, num_products)
+        return _root(kept, left, third + range_Q.shape[1] + len(left))
 
     def frobenius_plain(self, num_products: int = 48, seed: int = 0) -> Estimate:
         """||K||_F by Gaussian vectors alone: what [`frobenius`] is better than."""
@@ -112,7 +113,8 @@ class Kernel:
             left.append(float(probe @ self.apply(probe.view(self.shape_u)).flatten()))
         mean, error = _mean(left), _standard_error(left)
         width = student_t(len(left) - 1) * error
-        return Estimate(kept + mean, kept + mean - width, kept + mean + width, num_products)
+        made = third + range_Q.shape[1] + len(left)
+        return Estimate(kept + mean, kept + mean - width, kept + mean + width, made)
 
     def _product(self, source: Any, vector: torch.Tensor, target: Any) -> torch.Tensor:
         self.num_products += 1

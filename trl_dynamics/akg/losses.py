@@ -34,11 +34,16 @@ def dpo(beta: float = 0.1) -> Loss:
 
     The rows of a batch are all chosen answers, then the rejected ones in the same order. `batch["ref_logps"]`, (B,)
     nats, has the reference model's ln pi_ref of each row's labels.
+
+    Raises:
+        ValueError: When it is called with an odd number of rows.
     """
 
     def loss(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any) -> torch.Tensor:
         logp_N = -F.cross_entropy(logits_NV, label_N, reduction="none")
         ref_B = batch["ref_logps"].to(logp_N)
+        if len(ref_B) % 2:
+            raise ValueError(f"DPO's batch has {len(ref_B)} rows; expected the chosen ones, then as many rejected")
         ratio_B = -ref_B.index_add(0, row_N, -logp_N)
         chosen_P, rejected_P = ratio_B.chunk(2)
         return -F.logsigmoid(beta * (chosen_P - rejected_P)).mean()
@@ -67,22 +72,22 @@ def policy_gradient(normalizer: str = "dapo", max_length: int | None = None) -> 
     def loss(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any) -> torch.Tensor:
         logp_N = -F.cross_entropy(logits_NV, label_N, reduction="none")
         advantage_B = batch["advantages"].to(logp_N)
-        weight_N = NORMALIZERS[normalizer](row_N, len(advantage_B), max_length).to(logp_N)
+        weight_N = NORMALIZERS[normalizer](logp_N, row_N, len(advantage_B), max_length)
         return -(weight_N * advantage_B[row_N] * logp_N).sum()
 
     return loss
 
 
-def _by_tokens(row_N: torch.Tensor, num_rows: int, max_length: int | None) -> torch.Tensor:
-    return torch.full(row_N.shape, 1 / max(1, len(row_N)), dtype=torch.float64, device=row_N.device)
+def _by_tokens(logp_N: torch.Tensor, row_N: torch.Tensor, num_rows: int, max_length: int | None) -> torch.Tensor:
+    return logp_N.new_full(row_N.shape, 1 / max(1, len(row_N)))
 
 
-def _by_answers(row_N: torch.Tensor, num_rows: int, max_length: int | None) -> torch.Tensor:
-    return 1 / (num_rows * torch.bincount(row_N, minlength=num_rows)[row_N].double())
+def _by_answers(logp_N: torch.Tensor, row_N: torch.Tensor, num_rows: int, max_length: int | None) -> torch.Tensor:
+    return 1 / (num_rows * torch.bincount(row_N, minlength=num_rows)[row_N].to(logp_N.dtype))
 
 
-def _by_longest(row_N: torch.Tensor, num_rows: int, max_length: int | None) -> torch.Tensor:
-    return torch.full(row_N.shape, 1 / (num_rows * max_length), dtype=torch.float64, device=row_N.device)
+def _by_longest(logp_N: torch.Tensor, row_N: torch.Tensor, num_rows: int, max_length: int | None) -> torch.Tensor:
+    return logp_N.new_full(row_N.shape, 1 / (num_rows * max_length))
 
 
 NORMALIZERS = {"dapo": _by_tokens, "bnpo": _by_tokens, "grpo": _by_answers, "dr_grpo": _by_longest}

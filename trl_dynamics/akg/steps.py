@@ -5,6 +5,7 @@ D = 1 / (sqrt(v_hat) + eps) at the value that this very step will use, and so ad
 linear only given D and the clipping factor: the part of one example does not say what the step without it would do.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,7 +24,6 @@ class Step:
         parts (`dict[str, dict]`): Per part (`update`: this gradient's, `momentum`: what earlier ones left, `decay`:
             weight decay's) the change of each parameter. Parts that are zero are left out.
         clip (`float`): The factor that clipping put on the gradient, 1 where nothing was clipped.
-        update_rate (`float` or `None`): c with update = -c G's gradient where it is one number: SGD with one group.
     """
 
     parts: dict[str, Tensors]
@@ -46,7 +46,7 @@ def step_of(
     lr: float | None,
     max_grad_norm: float | None,
 ) -> Step:
-    """The step that a direction takes for these gradients.
+    """The step that a direction takes for these gradients; of half precision in float32, where it does not vanish.
 
     Args:
         gradients, parameters: By name; a parameter that has no gradient is not moved, as by torch's optimisers.
@@ -57,34 +57,51 @@ def step_of(
         max_grad_norm (`float`, *optional*): Clips the whole gradient first, as `clip_grad_norm_` does.
 
     Raises:
-        ValueError: If the direction is unknown, a rate is missing or given twice, or an option of the optimiser is
-            not supported.
+        ValueError: If the direction is unknown, a rate is missing or given twice, or an optimiser holds none of the
+            parameters, or one of them twice.
     """
+    gradients = {name: g.to(torch.promote_types(g.dtype, torch.float32)) for name, g in gradients.items()}
     clip = _clip_factor(gradients, max_grad_norm)
-    gradients = {name: gradient * clip for name, gradient in gradients.items()} if clip != 1.0 else dict(gradients)
+    gradients = {name: gradient * clip for name, gradient in gradients.items()}
     if isinstance(direction, str):
         direction = _fresh(direction, parameters, lr)
     elif lr is not None:
         raise ValueError("lr is given beside a direction that has its own; leave it out")
     if not isinstance(direction, torch.optim.Optimizer):
         return Step({UPDATE: dict(direction(gradients))}, clip)
-    kind = next((kind for kind in PARTS if isinstance(direction, kind)), None)
+    direction = getattr(direction, "optimizer", direction)  # accelerate wraps it
+    kind = next((kind for kind in PARTS if _steps_as(direction, kind)), None)
     if kind is None:
         raise ValueError(
             f"direction is a {type(direction).__name__}, expected SGD, Adam or AdamW of torch.optim; give a function "
             "from gradients to parameter changes for another optimiser"
         )
+    return Step(_parts_of(direction, PARTS[kind], gradients, parameters), clip)
+
+
+def _steps_as(optimizer: torch.optim.Optimizer, kind: type) -> bool:
+    """Whether an optimiser takes the steps of a class of torch's, and does not only inherit from it."""
+    return isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step)
+
+
+def _parts_of(
+    optimizer: torch.optim.Optimizer, split: Callable, gradients: Tensors, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensors]:
     names = {id(parameter): name for name, parameter in parameters.items()}
     parts: dict[str, Tensors] = {}
-    for group in direction.param_groups:
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.get(id(parameter))
-            if name in gradients:
-                for part, change in PARTS[kind](
-                    gradients[name], parameter.detach(), group, direction.state.get(parameter, {})
-                ):
-                    parts.setdefault(part, {})[name] = change
-    return Step(parts, clip)
+            if name not in gradients:
+                continue
+            if name in parts.get(UPDATE, {}):
+                raise ValueError(f"the optimiser holds {name!r} twice, and so would move it twice; give it once")
+            state = optimizer.state.get(parameter, {})
+            for part, change in split(gradients[name], parameter.detach(), group, state):
+                parts.setdefault(part, {})[name] = change
+    if not parts:
+        raise ValueError("the optimiser holds no parameter of this model that has a gradient; was it made for a copy?")
+    return parts
 
 
 def sgd_parts(gradient: torch.Tensor, value: torch.Tensor, group: dict, state: dict) -> list[tuple[str, torch.Tensor]]:

@@ -39,6 +39,17 @@ class Task:
     loss: Loss
     head: nn.Module | None = None
 
+    def labels_of(self, batch: Any, what: str) -> torch.Tensor:
+        """`labels(batch)`.
+
+        Raises:
+            ValueError: If there are none; `what` names the batch.
+        """
+        label_N = self.labels(batch)
+        if not len(label_N):
+            raise ValueError(f"{what} has no labelled position: every label is ignored")
+        return label_N
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves, by name; one that is tied is there once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -48,20 +59,23 @@ def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
     """A causal language model of transformers, in a PEFT wrapper or not.
 
     A batch has `input_ids` and `labels`, (B, T) int64 with -100 where nothing is observed or learnt, and may have
-    `attention_mask` and `position_ids`. The label at column t is predicted by column t - 1, as in transformers.
+    `attention_mask` (needed where rows are padded) and `position_ids`. The label at column t is predicted by column
+    t - 1, as in transformers.
 
     Args:
         model (`nn.Module`): The model.
         loss (`Callable`, *optional*): One of [`akg.losses`] or your own; default: TRL's SFT loss.
 
     Raises:
-        ValueError: If the model has no LM head, or learns a prompt, which moves the columns.
+        ValueError: If the model has no LM head, learns a prompt, which moves the columns, or does more to its hidden
+            states than its output embeddings do.
     """
     base = base_causal_lm(model)
     if getattr(base, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"{type(base).__name__} has no LM head; use akg.task.classifier for other models")
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ValueError("adapters that learn a prompt are not supported by akg; use LoRA or the full model")
+    _check_head(model)
     return Task(model, causal_lm_logits, causal_lm_labels, row_of_label, loss, base.get_output_embeddings())
 
 
@@ -90,7 +104,7 @@ def row_of_label(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return _predicting(batch["labels"])[0]
 
 
-def classifier(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
+def classifier(model: nn.Module, loss: Loss = mean_cross_entropy, head: nn.Module | None = None) -> Task:
     """Any module whose output is a tensor of logits (B, C), or an object that has it as `logits`.
 
     A batch is a tuple (inputs, labels), or a mapping whose entries but `labels` are the model's keyword arguments.
@@ -98,9 +112,9 @@ def classifier(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
     Args:
         model (`nn.Module`): The classifier.
         loss (`Callable`, *optional*): One of [`akg.losses`] or your own; default: the mean cross-entropy.
+        head (`nn.Module`, *optional*): The layer whose output the logits are, for the prediction by fixed features.
     """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return Task(model, classifier_logits, classifier_labels, row_of_class, loss, linear[-1] if linear else None)
+    return Task(model, classifier_logits, classifier_labels, row_of_class, loss, head)
 
 
 def classifier_logits(model: nn.Module, batch: Any) -> Iterator[torch.Tensor]:
@@ -130,6 +144,26 @@ def _inputs(base: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, tor
     if takes_positions and "position_ids" not in inputs and "attention_mask" in inputs:
         inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
     return inputs
+
+
+def _check_head(model: nn.Module) -> None:
+    """Refuse models whose logits are not what their output embeddings make of their last hidden states."""
+    device = next(model.parameters()).device
+    ids_BT = torch.tensor([[1, 2, 3]], device=device)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            own = model(input_ids=ids_BT, use_cache=False).logits[0, :-1].float()
+            ours = torch.cat(list(causal_lm_logits(model, {"input_ids": ids_BT, "labels": ids_BT}))).float()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if float((own - ours).abs().max()) > 0.05 * float(own.abs().max()) + 1e-6:
+        raise ValueError(
+            f"{type(base_causal_lm(model)).__name__} does more than its output embeddings to its last hidden states, "
+            "so that akg.task.causal_lm would observe another model; make a Task with functions of your own"
+        )
 
 
 def _predicting(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

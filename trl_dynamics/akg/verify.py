@@ -3,6 +3,7 @@
 N observed positions
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Verification:
         predicted ([`Influence`]): Of the second order; its `parts` are of the first.
         first_N, second_N, true_N (`torch.Tensor`): The change to first order, to second order, and as it was.
         rounding_N (`torch.Tensor`): How much of `true_N` may be rounding: what the same forward gives where every
-            weight is moved by its last bit.
+            weight, trained or not, is moved by one or two units in its last place, up and down by turns.
         errors (`dict[str, float]`): ||predicted - true|| / ||true|| over all positions, of the `first` and the
             `second` order and, where the task has a head, of `fixed_features`: the prediction of a model whose
             features stand still, so that its head alone moves.
@@ -96,7 +97,9 @@ def verify(
         ROUNDING: share(rounding_N),
     }
     verdict = max(shares, key=shares.__getitem__)
-    if not scale:
+    if not math.isfinite(scale):
+        verdict = BEYOND
+    elif not scale:
         verdict = ROUNDING if torch.count_nonzero(first_N) else FIRST_ORDER
     elif errors["first"] <= LARGE_ERROR:
         verdict = FIRST_ORDER
@@ -105,7 +108,7 @@ def verify(
 
 def label_logp(task: Task, batch: Any) -> torch.Tensor:
     """(N,) ln pi of the labels, nats."""
-    label_N, found = task.labels(batch), []
+    label_N, found = task.labels_of(batch, "what is observed"), []
     with torch.no_grad(), evaluated(task.model):
         for logits_nV in task.logits(task.model, batch):
             seen = sum(map(len, found))
@@ -117,7 +120,7 @@ def label_logp(task: Task, batch: Any) -> torch.Tensor:
 @contextmanager
 def moved(task: Task, changes: Tensors) -> Iterator[None]:
     """The parameters with these changes added, and at the end as they were, bit for bit."""
-    parameters = task.trainable()
+    parameters = dict(task.model.named_parameters())
     kept = {name: parameters[name].detach().clone() for name in changes}
     try:
         with torch.no_grad():
@@ -148,10 +151,11 @@ def fixed_features(task: Task, observe: Any, predicted: Influence) -> torch.Tens
 
 
 def _last_bits(task: Task) -> Tensors:
-    """A change of every weight by half of its last bit's worth, up and down by turns."""
     changes: Tensors = {}
-    for name, parameter in task.trainable().items():
+    for name, parameter in task.model.named_parameters():
         value = parameter.detach()
+        if not value.is_floating_point():
+            continue
         sign = torch.ones(value.numel(), dtype=value.dtype, device=value.device)
         sign[1::2] = -1
         changes[name] = value.abs() * torch.finfo(value.dtype).eps * sign.view_as(value)

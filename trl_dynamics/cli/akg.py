@@ -1,5 +1,6 @@
 """trl-dynamics akg: what one training step on one answer does to every answer of a probe set, before training."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import trl
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_dynamics.akg import losses
@@ -91,6 +93,8 @@ def run(argv: list[str]) -> int:
     for name in ("probe_set", "output_dir"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing; see trl-dynamics akg --help")
+    if PartialState().num_processes > 1:
+        raise ValueError("akg runs in one process: each would predict everything; start it without accelerate launch")
     folder = Path(args.output_dir)
     if folder.exists() and any(folder.iterdir()) and not (args.overwrite and (folder / INFLUENCE_FILE).is_file()):
         raise ValueError(f"{args.output_dir!r} is not empty; choose another folder, or --overwrite earlier results")
@@ -131,7 +135,7 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     rows, done = [], 0
     updates = list(read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, device))
     for update in updates:
-        trained = Task(**{**vars(task), "loss": update.loss})
+        trained = dataclasses.replace(task, loss=update.loss)
         force = update_gradient(trained, with_reference(trained, update))
         step = step_of(force.gradients, task.trainable(), args.direction, args.learning_rate, args.max_grad_norm)
         items = iter(observed)
@@ -177,8 +181,8 @@ def _observe(
 
 
 def _by_row(values_N: torch.Tensor, row_N: torch.Tensor, num_rows: int) -> torch.Tensor:
-    zeros_B = torch.zeros(num_rows, dtype=torch.float64, device=values_N.device)
-    return zeros_B.index_add(0, row_N, values_N.double())
+    zeros_B = torch.zeros(num_rows, dtype=torch.float64)
+    return zeros_B.index_add(0, row_N.cpu(), values_N.cpu().double())
 
 
 def read_updates(
@@ -201,9 +205,11 @@ def read_updates(
         probes = [_probe_of(index, pair) for index, pair in enumerate(read_pairs(rows)) if isinstance(pair, Pair)]
     else:
         probes = list(probe_set)[: args.dataset_num_rows]
-    kinds = args.update_types or [*REQUIRED_TYPES, DPO]
-    known = {name for probe in probes for name in probe.responses} | {DPO}
-    if not probes or not set(kinds) <= known:
+    known = {name for probe in probes for name in probe.responses}
+    if any(set(REQUIRED_TYPES) <= set(probe.responses) for probe in probes):
+        known.add(DPO)
+    kinds = args.update_types or [name for name in (*REQUIRED_TYPES, DPO) if name in known]
+    if not kinds or not set(kinds) <= known:
         raise ValueError(f"update_types are {kinds}, and {len(probes)} usable rows of the data have {sorted(known)}")
     for index, probe in enumerate(probes):
         for kind in kinds:
@@ -273,12 +279,12 @@ def summarise(frame: pd.DataFrame, args: AkgArguments) -> dict:
     return summary
 
 
-def relative_errors(frame: pd.DataFrame) -> dict[str, float]:
-    """||predicted - true|| / ||true|| over all observed answers, by type of update."""
-    errors = {}
+def relative_errors(frame: pd.DataFrame) -> dict[str, float | None]:
+    """||predicted - true|| / ||true|| over all observed answers, by type of update; None where nothing moved."""
+    errors: dict[str, float | None] = {}
     for kind, rows in frame.groupby("update_type"):
-        difference = rows["delta_sum"] - rows["true_sum"]
-        errors[kind] = float((difference.pow(2).sum() / rows["true_sum"].pow(2).sum()) ** 0.5)
+        scale = rows["true_sum"].pow(2).sum()
+        errors[kind] = float(((rows["delta_sum"] - rows["true_sum"]).pow(2).sum() / scale) ** 0.5) if scale else None
     return errors
 
 
@@ -299,7 +305,9 @@ def report(frame: pd.DataFrame, args: AkgArguments) -> list[str]:
                 table.loc[order].map("{:+.2e}".format).to_string(),
             ]
     if args.verify:
-        shown = ", ".join(f"{kind} {error:.1%}" for kind, error in relative_errors(frame).items())
+        unmoved = f"no change that {args.dtype} can tell"
+        errors = relative_errors(frame).items()
+        shown = ", ".join(f"{kind} {unmoved if error is None else format(error, '.1%')}" for kind, error in errors)
         lines += ["", f"against the real steps, relative error: {shown}"]
     return [*lines, ""]
 

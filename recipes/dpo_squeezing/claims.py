@@ -38,7 +38,7 @@ def sft_claims(study: Study) -> list[tuple[str, str]]:
     late = over_seeds([last_quarter(table, "other_train") for table in types])
     rises = [t["chosen"].iloc[-1] > 0 and t["chosen"].diff().min() >= -NOISE for t in types]
     bell = [
-        all(t[name].max() > t[name].iloc[-1] or t[name].iloc[-1] < t["chosen"].iloc[-1] / 2 for name in rephrases)
+        all(_rises_then_falls(t[name]) or t[name].iloc[-1] < t["chosen"].iloc[-1] / 2 for name in rephrases)
         for t in types
     ]
     shuffled = [all(e[name].min() < 0 for name in SHUFFLED) for e in early]
@@ -52,6 +52,10 @@ def sft_claims(study: Study) -> list[tuple[str, str]]:
     ]
 
 
+def _rises_then_falls(curve: pd.Series) -> bool:
+    return curve.max() > NOISE and curve.max() - curve.iloc[-1] > NOISE
+
+
 def peak_claims(study: Study) -> list[tuple[str, str]]:
     """C11 and C12: where chosen peaks, and how it falls."""
     found = []
@@ -60,7 +64,7 @@ def peak_claims(study: Study) -> list[tuple[str, str]]:
         curve = study.mean_curve(arm, "chosen")
         peak = int(curve.idxmax())
         inside = 0 < peak < curve.index[-1]
-        fall = study.mean(arm, lambda run: run.curves["chosen"].loc[peak] - run.end("chosen"))
+        fall = over_seeds(falls_from_others_peak([run.curves["chosen"] for run in study.runs[arm]]))
         said = verdict(fall, up=True, unless="" if inside else "the peak is at an end")
         claim = f"C11, from base: chosen peaks inside the run (step {peak}) and falls from there ({shown(fall)})"
         found.append((claim, said))
@@ -78,6 +82,18 @@ def peak_claims(study: Study) -> list[tuple[str, str]]:
         worse = study.difference("dpo", "dpo_after_short_sft", "chosen")
         found.append((f"C12: longer SFT makes chosen fall more in DPO ({shown(worse)})", verdict(worse, up=False)))
     return found
+
+
+def falls_from_others_peak(curves: Sequence[pd.Series]) -> list[float]:
+    """Per seed, how far the curve falls to its end from the step where the mean of all *other* seeds peaks.
+
+    A peak that is picked on the seeds that it is tested on would hold by noise alone in a tenth of cases.
+    """
+    if len(curves) < 2:
+        return [curve.max() - curve.iloc[-1] for curve in curves]
+    table = pd.concat(curves, axis=1, keys=range(len(curves)))
+    peaks = [table.drop(columns=seed).mean(axis=1).idxmax() for seed in table]
+    return [float(curve.loc[peak] - curve.iloc[-1]) for curve, peak in zip(curves, peaks, strict=True)]
 
 
 def _rank_with_step(curve: pd.Series) -> float:

@@ -282,6 +282,8 @@ def run_all(tasks: dict[str, Task], num_workers: int) -> None:
     with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker) as pool:
         while waiting or running:
             ready = [name for name, task in waiting.items() if task.needs <= done][: num_workers - len(running)]
+            if not ready and not running:
+                raise RuntimeError(f"{sorted(waiting)} wait for what nobody does")
             for name in ready:
                 task = waiting.pop(name)
                 running[pool.submit(_timed, task.call, task.arguments)] = name

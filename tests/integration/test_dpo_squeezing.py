@@ -152,6 +152,17 @@ def test_arms_of_unequal_length_are_compared_at_the_end_of_the_shorter_one(recip
     assert np.isnan(recipe.measures.end_difference(short, pd.Series(dtype=float)))
 
 
+def test_a_peak_is_picked_on_other_seeds_than_it_is_tested_on(recipe):
+    ends = [(1.0, 0.4), (0.2, 0.9), (0.3, 0.1)]
+    curves = [pd.Series({0: 0.0, 10: middle, 20: end}) for middle, end in ends]
+    # The means of the others are 0.25 and 0.5, 0.65 and 0.25, 0.6 and 0.65 at steps 10 and 20.
+    assert recipe.claims.falls_from_others_peak(curves) == pytest.approx([0.0, -0.7, 0.0])
+    noise = np.random.default_rng(0).normal(size=(400, 5, 11))
+    falls = [recipe.claims.falls_from_others_peak([*map(pd.Series, draw)]) for draw in noise]
+    said = [recipe.measures.verdict(recipe.measures.over_seeds(fall), up=True) for fall in falls]
+    assert said.count("holds") < 400 * 0.08  # 0.1 and more where the peak is that of the same seeds
+
+
 def test_verdicts_know_their_direction_and_need_five_seeds(recipe):
     measures = recipe.measures
     rise = Effect(0.3, 0.05, 5)

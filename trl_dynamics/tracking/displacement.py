@@ -6,6 +6,7 @@ from trl_dynamics.tracking.effects import (
     COUNTS,
     MIN_BYSTANDER_FALL,
     MIN_EFFECT,
+    MIN_PROBES,
     Changes,
     Effect,
     bystander_types,
@@ -101,7 +102,8 @@ def bystander_loss(summary: Summary, changes: Changes, method: str) -> Finding |
     """Chosen holds or rises, but other fluent answers fall hard."""
     moved = {name: changes.of_types([name]) for name in bystander_types(summary.types)}
     fallen = {name: effect for name, effect in moved.items() if effect.down(MIN_BYSTANDER_FALL)}
-    if not changes.chosen.known or changes.chosen.down() or not fallen:
+    holds = changes.chosen.num_probes >= MIN_PROBES and changes.chosen.mean > -MIN_EFFECT
+    if not holds or not fallen:
         return None
     numbers = ", ".join(f"{name} {effect}" for name, effect in fallen.items())
     return Finding(

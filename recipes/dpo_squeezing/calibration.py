@@ -179,9 +179,9 @@ def write_page(stages: Mapping[str, list[Case]], path: Path) -> Path:
         "",
         f"Runs: {counts}. Truth: the world's checker on answers to held-out prompts, start against end of each run, "
         f"classes from a change of {EDGE} on (outcomes.py); for squeezing, what was done (calibration.py). Rates with "
-        "Wilson's 95 % interval, which takes runs as independent. They are not: runs of one arm mostly say the same, so "
-        "that what is known is nearer to the number of arms than to that of runs. Development and test have the world's "
-        "facts and the base model in common; what differs is wording, order and draws, learning rates and lengths.",
+        "Wilson's 95 % interval, which takes runs as independent. They are not: runs of one arm mostly say the same, "
+        "so that what is known is nearer to the number of arms than to that of runs. Development and test have the "
+        "world's facts and the base model in common; wording, order, draws, learning rates and lengths differ.",
         "",
         "## Confusion tables",
         "",

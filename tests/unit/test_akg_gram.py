@@ -373,8 +373,9 @@ def test_checkpointing_dropout_and_training_mode_change_nothing_and_nothing_is_l
         output.register_hook(mark := Mark())
         marks.append(weakref.ref(mark))
 
+    task = causal_lm(model)
     hook = model.model.layers[0].mlp.register_forward_hook(leave_mark)
-    found = gram(model, update, observe, by="module")
+    found = gram(task, update, observe, by="module")
     hook.remove()
     assert "model.norm" not in found.module_OU
     model.model.norm.weight.requires_grad_(True)

@@ -118,9 +118,10 @@ class _Recorder:
         self.uses: Uses = {}
         self.awaited: dict[str, int] = {}  # calls whose gradient has not arrived
         self.cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.pending: list[torch.Tensor] = []  # what goes backward through the backbone itself
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # logits that go backward at the end, and their G
         self.running = self.all_called = False
         self.spans: list[tuple[nn.Module, int]] = []  # what the head's modules returned in this tile
+        self.heads: dict[tuple[nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.depth = self.num_roots = self.num_seen = 0
 
     def forward(self) -> None:
@@ -130,21 +131,30 @@ class _Recorder:
             tile = slice(self.num_seen, self.num_seen + len(tile_nV))
             self._check_tile(len(tile_nV))
             self.num_seen += len(tile_nV)
-            logp_n = tile_nV.log_softmax(dim=-1).gather(1, self.label_N[tile, None])[:, 0]
-            score = (self.weight_N[tile].to(logp_n) * logp_n).sum()
-            if self.num_roots > 1 and score.requires_grad:
-                score.backward()
-            elif score.requires_grad:
-                self.pending.append(score)
+            if self.num_roots > 1 and tile_nV.requires_grad:
+                tile_nV.backward(self._force(tile_nV, tile))
+            elif tile_nV.requires_grad:
+                self.pending.append((tile_nV, self._force(tile_nV, tile)))
         self.running, self.all_called = False, True
+        everywhere = slice(0, len(self.label_N))
+        for (module, _), (inputs_N, grad_N) in self.heads.items():
+            self._add(module, self.trained[module], (inputs_N,), {}, grad_N, everywhere)
+        self.heads.clear()
 
     def backward(self) -> None:
         """All that is left to go backward through."""
         self._hand_over(list(self.uses))
-        if ends := [hidden for hidden, _ in self.cuts] + self.pending:
-            torch.autograd.backward(ends, [leaf.grad for _, leaf in self.cuts] + [None] * len(self.pending))
+        if ends := [(hidden, leaf.grad) for hidden, leaf in self.cuts] + self.pending:
+            torch.autograd.backward(*zip(*ends, strict=True))
         self.awaited.clear()
         self._hand_over(list(self.uses))
+
+    def _force(self, tile_nV: torch.Tensor, tile: slice) -> torch.Tensor:
+        """The gradient w (e_y - pi) of the logits."""
+        with torch.no_grad():
+            weight_n = self.weight_N[tile].to(tile_nV)
+            force_nV = tile_nV.softmax(dim=-1).mul_(-weight_n[:, None])
+            return force_nV.scatter_add_(1, self.label_N[tile, None], weight_n[:, None])
 
     def let_go(self) -> None:
         """The graph, whose hooks know this recorder: a circle that Python's collector does not see through."""
@@ -197,6 +207,7 @@ class _Recorder:
                 f"{self.paths[module]} has parameters of its own ({', '.join(own)}) and returns a "
                 f"{type(output).__name__}; gram needs modules that return one tensor"
             )
+        nth = sum(module is other for other, _ in self.spans)
         span = self._span(module, output)
         args = tuple(_detached(value) for value in args)
         kwargs = {name: _detached(value) for name, value in kwargs.items()}
@@ -209,7 +220,14 @@ class _Recorder:
             if any(value._version != version for value, version in versions):
                 raise ValueError(f"what {self.paths[module]} read is changed in place later; gram needs it as it was")
             with torch.no_grad():
-                self._add(module, own, args, kwargs, grad.detach(), span)
+                if span is None or len(args) != 1 or kwargs:
+                    self._add(module, own, args, kwargs, grad.detach(), span)
+                else:
+                    self._gather(module, nth, args[0], grad.detach(), span)
+                for name in own.values():
+                    self.awaited[name] -= 1
+                if self.all_called:
+                    self._hand_over(list(own.values()))
 
         if not output.requires_grad:
             # The graph starts here; the copy lets later modules work in place.
@@ -243,10 +261,14 @@ class _Recorder:
     def _add(self, module: nn.Module, own: dict[str, str], args: tuple, kwargs: dict, grad, span) -> None:
         for key, use in self._uses(module, list(own), args, kwargs, grad, span):
             self.uses.setdefault(own[key], []).append(use)
-        for name in own.values():
-            self.awaited[name] -= 1
-        if self.all_called:
-            self._hand_over(list(own.values()))
+
+    def _gather(self, module: nn.Module, nth: int, inputs_n: torch.Tensor, grad_n: torch.Tensor, span: slice) -> None:
+        """Put a tile's part of a call of the head where the whole of it is kept, in one piece of memory."""
+        if (module, nth) not in self.heads:
+            size = len(self.label_N)
+            self.heads[module, nth] = tuple(part.new_zeros(size, *part.shape[1:]) for part in (inputs_n, grad_n))
+        for whole_N, part_n in zip(self.heads[module, nth], (inputs_n, grad_n), strict=True):
+            whole_N[span] = part_n
 
     def _hand_over(self, names: list[str]) -> None:
         names = [name for name in names if name in self.uses and not self.awaited.get(name)]
@@ -281,7 +303,8 @@ class _Recorder:
         if span is not None:
             per_each = grad[..., 0].numel() // len(grad) if matrix else 1
             column_M = None if self.column_N is None else self.column_N[span].repeat_interleave(per_each)
-            return Where(self.item_N[span].repeat_interleave(per_each), column_M, self.num_rows)
+            row_M = self.item_N[span].repeat_interleave(per_each)
+            return Where(row_M, column_M, self.num_rows, _per_row(row_M, self.num_rows))
         each_B = torch.arange(self.num_rows, device=grad.device)
         if self.column_N is None:
             per_row, column_M = grad[..., 0].numel() // self.num_rows, None
@@ -300,6 +323,13 @@ class _Recorder:
                 f"{columns} columns; add a column of padding, or leave out by='position'"
             )
         return axes[0]
+
+
+def _per_row(row_M: torch.Tensor, num_rows: int) -> int | None:
+    """How many positions each row has, where they come row by row and all have as many."""
+    per_row = len(row_M) // num_rows
+    each_B = torch.arange(num_rows, device=row_M.device)
+    return per_row if per_row and torch.equal(row_M, each_B.repeat_interleave(per_row)) else None
 
 
 def _detached(value: Any) -> Any:

@@ -15,7 +15,7 @@ from trl_dynamics.akg.gram_journal import Arrays
 from trl_dynamics.akg.gram_pairs import add_position_products, inner_products
 from trl_dynamics.akg.gram_plan import Estimate, rows_at_once
 from trl_dynamics.akg.gram_record import num_rows, owners, record, rows_of
-from trl_dynamics.akg.gram_uses import Uses, together
+from trl_dynamics.akg.gram_uses import Together, Uses
 from trl_dynamics.akg.influence import View
 from trl_dynamics.akg.task import IGNORED, Task
 
@@ -136,12 +136,15 @@ class RowTiles:
 
     def _recorded(self, update: Side) -> Uses:
         """A few rows at a time, so that autograd's graph is small."""
-        num_u, parts = num_rows(update.batch), []
+        num_u = num_rows(update.batch)
+        whole = Together(num_u)
         for rows in _slices(num_u, rows_at_once(update.batch)):
             part = update.rows(rows)
             uses = record(self.task, part.batch, part.weight_N, column_N=self._columns(part))
-            parts.append((uses, num_rows(part.batch)))
-        return together(parts)
+            if rows == slice(0, num_u):
+                return uses
+            whole.add(uses, num_rows(part.batch))
+        return whole.uses
 
     def _products(self, observe: Side, num_u: int, uses: Uses) -> Arrays:
         num_o = num_rows(observe.batch)

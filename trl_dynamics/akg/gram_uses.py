@@ -248,14 +248,57 @@ Use = Outer | Lookup | OfCall | Dense
 Uses = dict[str, list[Use]]
 
 
-def together(parts: list[tuple[Uses, int]]) -> Uses:
-    """Uses of rows that were run one part after the other, each with its number of rows, as those of one batch."""
-    num_rows, first, found = sum(size for _, size in parts), 0, {}
-    for uses, size in parts:
+class Together:
+    """Uses of rows that are run a few at a time, as those of one batch.
+
+    What positions have is copied to where all rows have it, once where uses share it, and so is in one piece of memory.
+
+    Args:
+        num_rows (`int`): B, of all parts.
+    """
+
+    def __init__(self, num_rows: int):
+        self.num_rows, self.first = num_rows, 0
+        self.uses: Uses = {}
+        self.wholes: dict[tuple[str, int], Outer] = {}
+
+    def add(self, uses: Uses, size: int) -> None:
+        """The next `size` rows."""
+        shared: dict[int, torch.Tensor] = {}
         for name, side in uses.items():
-            found.setdefault(name, []).extend(use.among(first, num_rows) for use in side)
-        first += size
-    return found
+            kept = self.uses.setdefault(name, [])
+            for key, use in (((name, index), use) for index, use in enumerate(side)):
+                if isinstance(use, Outer) and use.where.per_row is not None and key not in self.wholes:
+                    self.wholes[key] = self._whole(use, shared)
+                    kept.append(self.wholes[key])
+                if key in self.wholes and use.where.per_row == self.wholes[key].where.per_row:
+                    self._write(self.wholes[key], use)
+                else:
+                    kept.append(use.among(self.first, self.num_rows))
+        self.first += size
+
+    def _whole(self, use: Outer, shared: dict[int, torch.Tensor]) -> Outer:
+        """Zeros for all rows; those that no part is written to add nothing."""
+        size = self.num_rows * use.where.per_row
+
+        def zeros(part: torch.Tensor) -> torch.Tensor:
+            if part.stride(0) == 0:
+                return part[:1].expand(size, -1)
+            return shared.setdefault(part.data_ptr(), part.new_zeros(size, *part.shape[1:]))
+
+        row_M = torch.arange(self.num_rows, device=use.left_MR.device).repeat_interleave(use.where.per_row)
+        column_M = None if use.where.column_M is None else torch.zeros_like(row_M)
+        where = Where(row_M, column_M, self.num_rows, use.where.per_row)
+        return Outer(zeros(use.left_MR), zeros(use.right_MC), where)
+
+    def _write(self, whole: Outer, use: Outer) -> None:
+        start = self.first * use.where.per_row
+        positions = slice(start, start + len(use.left_MR))
+        for whole_MX, part_mX in ((whole.left_MR, use.left_MR), (whole.right_MC, use.right_MC)):
+            if whole_MX.stride(0):
+                whole_MX[positions] = part_mX
+        if whole.where.column_M is not None:
+            whole.where.column_M[positions] = use.where.column_M
 
 
 def lookup_gradient(module: nn.Embedding, token_BT: torch.Tensor, grad_BTC: torch.Tensor) -> torch.Tensor:

@@ -111,6 +111,19 @@ def test_classifiers_too(index):
     assert error(gram(task, update, observe, check=False).total_OU, products(task, update, observe)) < 1e-12
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "cnn"])
+def test_how_many_rows_run_together_does_not_matter(name, rows, monkeypatch):
+    if name == "cnn":
+        task, update, observe = list(classifiers())[1]
+    else:
+        task, update, observe = causal_lm(LANGUAGE_MODELS[name]()), batch_of(4, 8, 0), batch_of(5, 7, 1)
+        update["labels"] = update["input_ids"].clone()
+    for module in (gram_tiles, gram_plan):
+        monkeypatch.setattr(module, "rows_at_once", lambda batch: rows)
+    assert error(gram(task, update, observe).total_OU, products(task, update, observe)) < 1e-12
+
+
 def test_a_model_with_one_label_per_text_too():
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -421,6 +434,7 @@ def small_blocks(monkeypatch) -> None:
     for module in (gram_pairs, gram_plan):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(gram_plan, "TILE_ELEMENTS", 1000)
+    monkeypatch.setattr(gram_plan, "FEWEST_POSITIONS", 14)
 
 
 def least_budget(task, update, observe, **options) -> int:

@@ -6,8 +6,8 @@ S[o, u] = <grad ln pi(y_o), grad L_u>, ln pi(y_o) the sum over an observer's lab
 those of row u. An SGD step of rate eta on row u alone changes ln pi(y_o) by -eta S[o, u], to first order: the
 thesis' -eta A K G (arXiv 2407.10490, proposition 1), summed over labels.
 
-No gradient of a row is ever stored. Rows of the update leave what their layers read and what came back to the outputs;
-observers then go backward, and each layer's products are added as soon as that layer is reached.
+No gradient of a row is ever stored, but what layers read and what came back to their outputs; layer by layer, the
+gradients of all rows are then formed for some of a matrix' rows, multiplied, and dropped.
 """
 
 from collections.abc import Mapping
@@ -121,14 +121,12 @@ def _checked(
     task: Task, update: Any, observe: Any, by: str | None, weight: torch.Tensor | None, diagonal: Mapping | None
 ) -> torch.Tensor:
     """The weights, once all arguments are known to make sense."""
-    trained, label_M = task.trainable(), task.labels(update)
+    trained, label_M = task.trainable(), task.labels_of(update, "update")
     if by not in (None, *SPLITS):
         raise ValueError(f"by is {by!r}, expected None or one of {SPLITS}")
     if not trained:
         raise ValueError("no parameter of the model requires a gradient, so that all products are zero")
-    for side, label in (("update", label_M), ("observe", task.labels(observe))):
-        if not len(label):
-            raise ValueError(f"{side} has no labelled position: every label is ignored")
+    task.labels_of(observe, "observe")
     if by == "position" and not all(isinstance(b, Mapping) and "input_ids" in b for b in (update, observe)):
         raise ValueError("by='position' needs batches of a causal language model, with input_ids and labels")
     if diagonal is not None:

@@ -19,7 +19,7 @@ from trl_dynamics.akg.task import Task
 from trl_dynamics.ops.tiled_head import TILE_ELEMENTS
 
 ALLOCATED = 1.4  # what the process grows by for each byte that is alive
-FEWEST_POSITIONS = 1024  # that go through the model together; with fewer, it is slower
+FEWEST_POSITIONS = 512  # that go through the model together; with fewer, it is slower
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class _Row:
     flops: float
     uses: dict[str, list[Use]]
 
+    @property
+    def running(self) -> int:
+        """Bytes while it goes through the model."""
+        return self.graph + self.kept + 3 * self.largest
+
 
 def estimate(
     task: Task,
@@ -77,17 +82,20 @@ def estimate(
     if by == "position":
         fixed += 16 * num_o * num_u * observe["input_ids"].shape[1] * update["input_ids"].shape[1]
     wide = max([p.numel() * size for n, p in task.trainable().items() if _is_dense(row_u, row_o, n)], default=0)
-    at_once = rows_at_once(update)
+    most_u, most_o = rows_at_once(update), rows_at_once(observe)
     checking = 2 * gradient + 2 * max(row_u.graph, row_o.graph) if check else 0
 
     def needed(rows_u: int, rows_o: int) -> int:
-        first = rows_u * row_u.kept + min(rows_u, at_once) * (row_u.graph + 3 * row_u.largest)
-        second = rows_o * (row_o.graph + row_o.kept + 3 * row_o.largest) + (rows_u + rows_o) * wide
-        return fixed + int(ALLOCATED * max(first, rows_u * row_u.kept + max(second, checking)))
+        running = max(
+            min(b, most) * row.running for b, most, row in ((rows_u, most_u, row_u), (rows_o, most_o, row_o))
+        )
+        kept = rows_u * row_u.kept + max(rows_o * row_o.kept, checking)
+        return fixed + int(ALLOCATED * (running + kept + (rows_u + rows_o) * wide))
 
     rows_u, rows_o = _largest_tiles(needed, num_u, num_o, memory_budget)
-    tiles = -(-num_u // rows_u) * -(-num_o // rows_o)
-    flops = num_u * row_u.flops + -(-num_u // rows_u) * num_o * row_o.flops
+    tiles_u = -(-num_u // rows_u)
+    tiles = tiles_u * -(-num_o // rows_o)
+    flops = num_u * row_u.flops + tiles_u * num_o * row_o.flops
     shapes = {name: p.shape for name, p in task.trainable().items()}
     flops += tiles * sum(_pair_flops(row_o.uses[n], row_u.uses[n], rows_o, rows_u, shapes[n]) for n in shapes)
     return Estimate(needed(rows_u, rows_o), flops, rows_u, rows_o, tiles)
@@ -100,7 +108,7 @@ def all_at_once(task: Task, update: Any, observe: Any, by: str | None) -> Estima
 
 
 def rows_at_once(batch: Any) -> int:
-    """Rows of the update that go forward and backward together."""
+    """Rows of a side that go forward and backward together."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return -(-FEWEST_POSITIONS // (1 if ids is None or ids.dim() < 2 else ids.shape[1]))
 

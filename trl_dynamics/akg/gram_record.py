@@ -1,4 +1,4 @@
-"""One forward and one backward of a batch with frozen parameters, which hand over every parameter's uses on the way.
+"""One forward and one backward of a batch with frozen parameters, which collect every parameter's uses on the way.
 
     B rows   N labelled positions   M positions of all rows   V labels
 
@@ -59,7 +59,6 @@ def record(
     task: Task,
     batch: Any,
     weight_N: torch.Tensor,
-    complete: Callable[[list[str], Uses], None] | None = None,
     *,
     column_N: torch.Tensor | None = None,
     forwarded: Callable[[], None] | None = None,
@@ -70,8 +69,6 @@ def record(
         task ([`Task`]): Model and observables.
         batch: Rows of one side.
         weight_N (`torch.Tensor`): The weight of each labelled position.
-        complete (`Callable`, *optional*): Takes names and uses of parameters as soon as no more of them can come; they
-            are then not returned.
         column_N (`torch.Tensor`, *optional*): The column at which the head is applied for each labelled position; with
             it, positions keep their columns.
         forwarded (`Callable`, *optional*): Is called between forward and backward of the backbone.
@@ -79,7 +76,7 @@ def record(
     Raises:
         ValueError: If a module with trained parameters is called in a way that does not keep rows apart.
     """
-    recorder = _Recorder(task, batch, weight_N, complete, column_N)
+    recorder = _Recorder(task, batch, weight_N, column_N)
     with evaluated(task.model), _frozen(task.model), recorder.hooked(), torch.enable_grad():
         try:
             recorder.forward()
@@ -104,8 +101,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Recorder:
-    def __init__(self, task: Task, batch: Any, weight_N: torch.Tensor, complete: Callable | None, column_N):
-        self.task, self.batch, self.complete, self.column_N = task, batch, complete, column_N
+    def __init__(self, task: Task, batch: Any, weight_N: torch.Tensor, column_N: torch.Tensor | None):
+        self.task, self.batch, self.column_N = task, batch, column_N
         self.weight_N, self.item_N, self.label_N = weight_N, task.items(batch), task.labels(batch)
         self.num_rows = num_rows(batch)
         names = {id(p): name for name, p in task.trainable().items()}
@@ -116,10 +113,9 @@ class _Recorder:
         }
         self.paths = {module: path or "the model" for path, module in task.model.named_modules()}
         self.uses: Uses = {}
-        self.awaited: dict[str, int] = {}  # calls whose gradient has not arrived
         self.cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # logits that go backward at the end, and their G
-        self.running = self.all_called = False
+        self.running = False
         self.spans: list[tuple[nn.Module, int]] = []  # what the head's modules returned in this tile
         self.heads: dict[tuple[nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.depth = self.num_roots = self.num_seen = 0
@@ -135,7 +131,7 @@ class _Recorder:
                 tile_nV.backward(self._force(tile_nV, tile))
             elif tile_nV.requires_grad:
                 self.pending.append((tile_nV, self._force(tile_nV, tile)))
-        self.running, self.all_called = False, True
+        self.running = False
         everywhere = slice(0, len(self.label_N))
         for (module, _), (inputs_N, grad_N) in self.heads.items():
             self._add(module, self.trained[module], (inputs_N,), {}, grad_N, everywhere)
@@ -143,11 +139,8 @@ class _Recorder:
 
     def backward(self) -> None:
         """All that is left to go backward through."""
-        self._hand_over(list(self.uses))
         if ends := [(hidden, leaf.grad) for hidden, leaf in self.cuts] + self.pending:
             torch.autograd.backward(*zip(*ends, strict=True))
-        self.awaited.clear()
-        self._hand_over(list(self.uses))
 
     def _force(self, tile_nV: torch.Tensor, tile: slice) -> torch.Tensor:
         """The gradient w (e_y - pi) of the logits."""
@@ -212,9 +205,6 @@ class _Recorder:
         args = tuple(_detached(value) for value in args)
         kwargs = {name: _detached(value) for name, value in kwargs.items()}
         versions = [(value, value._version) for value in args if isinstance(value, torch.Tensor)]
-        for name in own.values():
-            self.awaited[name] = self.awaited.get(name, 0) + 1
-            self.uses.setdefault(name, [])
 
         def arrived(grad: torch.Tensor) -> None:
             if any(value._version != version for value, version in versions):
@@ -224,10 +214,6 @@ class _Recorder:
                     self._add(module, own, args, kwargs, grad.detach(), span)
                 else:
                     self._gather(module, nth, args[0], grad.detach(), span)
-                for name in own.values():
-                    self.awaited[name] -= 1
-                if self.all_called:
-                    self._hand_over(list(own.values()))
 
         if not output.requires_grad:
             # The graph starts here; the copy lets later modules work in place.
@@ -269,12 +255,6 @@ class _Recorder:
             self.heads[module, nth] = tuple(part.new_zeros(size, *part.shape[1:]) for part in (inputs_n, grad_n))
         for whole_N, part_n in zip(self.heads[module, nth], (inputs_n, grad_n), strict=True):
             whole_N[span] = part_n
-
-    def _hand_over(self, names: list[str]) -> None:
-        names = [name for name in names if name in self.uses and not self.awaited.get(name)]
-        if self.complete is not None and names:
-            with torch.no_grad():
-                self.complete(names, {name: self.uses.pop(name) for name in names})
 
     def _uses(
         self, module: nn.Module, keys: list[str], args: tuple, kwargs: dict, grad: torch.Tensor, span: slice | None

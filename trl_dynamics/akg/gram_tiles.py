@@ -69,7 +69,7 @@ class Side:
 
 
 class RowTiles:
-    """Tiles of rows of both sides; rows of the update are recorded once, observers once for each of their tiles."""
+    """Tiles of rows of both sides: those of the update are run once, observers once for each tile of the update."""
 
     def __init__(
         self, task: Task, update: Side, observe: Side, by: str | None, diagonal: Mapping | None, plan: Estimate
@@ -134,14 +134,14 @@ class RowTiles:
     def _columns(self, side: Side) -> torch.Tensor | None:
         return side.column_N() if self.by == "position" else None
 
-    def _recorded(self, update: Side) -> Uses:
+    def _recorded(self, side: Side) -> Uses:
         """A few rows at a time, so that autograd's graph is small."""
-        num_u = num_rows(update.batch)
-        whole = Together(num_u)
-        for rows in _slices(num_u, rows_at_once(update.batch)):
-            part = update.rows(rows)
+        size = num_rows(side.batch)
+        whole = Together(size)
+        for rows in _slices(size, rows_at_once(side.batch)):
+            part = side.rows(rows)
             uses = record(self.task, part.batch, part.weight_N, column_N=self._columns(part))
-            if rows == slice(0, num_u):
+            if rows == slice(0, size):
                 return uses
             whole.add(uses, num_rows(part.batch))
         return whole.uses
@@ -154,17 +154,15 @@ class RowTiles:
             widths = observe.batch["input_ids"].shape[1], self.update.batch["input_ids"].shape[1]
             position_OTUS = torch.zeros(num_o, widths[0], num_u, widths[1], dtype=torch.float64)
 
-        def complete(names: list[str], arrived: Uses) -> None:
-            for name in (name for name in names if arrived[name] and uses.get(name)):
-                if position_OTUS is not None:
-                    add_position_products(arrived[name], uses[name], position_OTUS)
-                    continue
-                shape = self.parameters[name].shape
-                part_OU = inner_products(arrived[name], uses[name], shape, self.diagonal.get(name))
-                for key in {"total", MODULE + self.owners[name]} & set(totals):
-                    totals[key] += part_OU
-
-        record(self.task, observe.batch, observe.weight_N, complete, column_N=self._columns(observe))
+        arrived = self._recorded(observe)
+        for name in [name for name in arrived if name in uses]:
+            one, other = arrived.pop(name), uses[name]
+            if position_OTUS is not None:
+                add_position_products(one, other, position_OTUS)
+                continue
+            part_OU = inner_products(one, other, self.parameters[name].shape, self.diagonal.get(name))
+            for key in {"total", MODULE + self.owners[name]} & set(totals):
+                totals[key] += part_OU
         arrays = {name: total.numpy() for name, total in totals.items()}
         if position_OTUS is not None:
             arrays |= {"position": position_OTUS.numpy(), "total": position_OTUS.sum(dim=(1, 3)).numpy()}

@@ -251,7 +251,7 @@ Uses = dict[str, list[Use]]
 class Together:
     """Uses of rows that are run a few at a time, as those of one batch.
 
-    What positions have is copied to where all rows have it, once where uses share it, and so is in one piece of memory.
+    What positions have is copied to where all rows have it, once where uses share it: memory stays in one piece.
 
     Args:
         num_rows (`int`): B, of all parts.
@@ -265,6 +265,7 @@ class Together:
     def add(self, uses: Uses, size: int) -> None:
         """The next `size` rows."""
         shared: dict[int, torch.Tensor] = {}
+        written = set()
         for name, side in uses.items():
             kept = self.uses.setdefault(name, [])
             for key, use in (((name, index), use) for index, use in enumerate(side)):
@@ -273,23 +274,28 @@ class Together:
                     kept.append(self.wholes[key])
                 if key in self.wholes and use.where.per_row == self.wholes[key].where.per_row:
                     self._write(self.wholes[key], use)
+                    written.add(key)
                 else:
                     kept.append(use.among(self.first, self.num_rows))
+        for key in self.wholes.keys() - written:
+            self._clear(self.wholes[key], self.first, self.first + size)
         self.first += size
 
     def _whole(self, use: Outer, shared: dict[int, torch.Tensor]) -> Outer:
-        """Zeros for all rows; those that no part is written to add nothing."""
-        size = self.num_rows * use.where.per_row
+        """Room for all rows; those before have nothing."""
+        per_row = use.where.per_row
 
-        def zeros(part: torch.Tensor) -> torch.Tensor:
+        def room(part: torch.Tensor) -> torch.Tensor:
             if part.stride(0) == 0:
-                return part[:1].expand(size, -1)
-            return shared.setdefault(part.data_ptr(), part.new_zeros(size, *part.shape[1:]))
+                return part[:1].expand(self.num_rows * per_row, -1)
+            whole = part.new_empty(self.num_rows * per_row, *part.shape[1:])
+            return shared.setdefault(part.data_ptr(), whole)
 
-        row_M = torch.arange(self.num_rows, device=use.left_MR.device).repeat_interleave(use.where.per_row)
+        row_M = torch.arange(self.num_rows, device=use.left_MR.device).repeat_interleave(per_row)
         column_M = None if use.where.column_M is None else torch.zeros_like(row_M)
-        where = Where(row_M, column_M, self.num_rows, use.where.per_row)
-        return Outer(zeros(use.left_MR), zeros(use.right_MC), where)
+        whole = Outer(room(use.left_MR), room(use.right_MC), Where(row_M, column_M, self.num_rows, per_row))
+        self._clear(whole, 0, self.first)
+        return whole
 
     def _write(self, whole: Outer, use: Outer) -> None:
         start = self.first * use.where.per_row
@@ -299,6 +305,11 @@ class Together:
                 whole_MX[positions] = part_mX
         if whole.where.column_M is not None:
             whole.where.column_M[positions] = use.where.column_M
+
+    def _clear(self, whole: Outer, start: int, stop: int) -> None:
+        for whole_MX in (whole.left_MR, whole.right_MC):
+            if whole_MX.stride(0):
+                whole_MX[start * whole.where.per_row : stop * whole.where.per_row] = 0
 
 
 def lookup_gradient(module: nn.Embedding, token_BT: torch.Tensor, grad_BTC: torch.Tensor) -> torch.Tensor:

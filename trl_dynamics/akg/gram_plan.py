@@ -18,7 +18,7 @@ from trl_dynamics.akg.gram_uses import Dense, Lookup, OfCall, Outer, Use
 from trl_dynamics.akg.task import Task
 from trl_dynamics.ops.tiled_head import TILE_ELEMENTS
 
-ALLOCATED = 1.4  # what the process grows by for each byte that is alive
+ALLOCATED = 1.2  # what the process grows by for each byte that is alive
 FEWEST_POSITIONS = 512  # that go through the model together; with fewer, it is slower
 
 

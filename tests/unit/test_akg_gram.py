@@ -9,8 +9,9 @@ from test_akg_influence import batch_of, language_model, padded, small_classifie
 from torch import nn
 
 from tiny import tiny_model
-from trl_dynamics.akg import gram_journal, gram_pairs, gram_plan, gram_record, gram_tiles, gram_uses, losses
-from trl_dynamics.akg.gram import estimate, gram, loss_weights
+from trl_dynamics.akg import losses
+from trl_dynamics.akg.gram import journal, pairs, plan, record, tiles, uses
+from trl_dynamics.akg.gram.gram import estimate, gram, loss_weights
 from trl_dynamics.akg.influence import influence
 from trl_dynamics.akg.task import Task, causal_lm, classifier
 from true_float64 import true_float64
@@ -24,7 +25,7 @@ def stored(task: Task, batch, weight_N=None) -> list[dict[str, torch.Tensor]]:
     logp_N = logp_N if weight_N is None else logp_N * weight_N
     names = task.trainable()
     rows = []
-    for row in range(gram_record.num_rows(batch)):
+    for row in range(record.num_rows(batch)):
         score = logp_N[item_N == row].sum()
         found = torch.autograd.grad(score, list(names.values()), retain_graph=True, allow_unused=True)
         rows.append({n: torch.zeros_like(names[n]) if g is None else g for n, g in zip(names, found, strict=True)})
@@ -119,7 +120,7 @@ def test_how_many_rows_run_together_does_not_matter(name, rows, monkeypatch):
     else:
         task, update, observe = causal_lm(LANGUAGE_MODELS[name]()), batch_of(4, 8, 0), batch_of(5, 7, 1)
         update["labels"] = update["input_ids"].clone()
-    for module in (gram_tiles, gram_plan):
+    for module in (tiles, plan):
         monkeypatch.setattr(module, "rows_at_once", lambda batch: rows)
     assert error(gram(task, update, observe).total_OU, products(task, update, observe)) < 1e-12
 
@@ -152,10 +153,10 @@ def test_comparing_positions_and_forming_gradients_agree(name, forced, monkeypat
     true = products(task, update, observe)
 
     def choice(observe, update, shape):
-        return forced and all(isinstance(use, gram_uses.Outer) for use in (*observe, *update))
+        return forced and all(isinstance(use, uses.Outer) for use in (*observe, *update))
 
-    monkeypatch.setattr(gram_pairs, "compares_positions", choice)
-    monkeypatch.setattr(gram_pairs, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(pairs, "compares_positions", choice)
+    monkeypatch.setattr(pairs, "BLOCK_BYTES", 1000)
     assert error(gram(task, update, observe).total_OU, true) < 1e-12
 
 
@@ -167,7 +168,7 @@ def test_without_the_terms_between_two_uses_of_a_parameter_they_are_wrong(name, 
     else:
         task, update, observe = list(classifiers())[1]
     true = products(task, update, observe)
-    whole = gram_tiles.inner_products
+    whole = tiles.inner_products
 
     def apart(observe, update, *options):
         pairs = zip(sorted(observe, key=by_kind), sorted(update, key=by_kind), strict=True)
@@ -176,7 +177,7 @@ def test_without_the_terms_between_two_uses_of_a_parameter_they_are_wrong(name, 
     def by_kind(use):
         return type(use).__name__
 
-    monkeypatch.setattr(gram_tiles, "inner_products", apart)
+    monkeypatch.setattr(tiles, "inner_products", apart)
     assert error(gram(task, update, observe, check=False).total_OU, true) > 0.01
     with pytest.raises(ValueError, match="by both gradients"):
         gram(task, update, observe)
@@ -329,7 +330,7 @@ def test_a_column_is_what_one_sgd_step_on_that_row_does():
     task, update, observe = causal_lm(language_model(), losses.sum_cross_entropy), batch_of(3, 8, 0), batch_of(4, 7, 1)
     total_OU = gram(task, update, observe).total_OU
     for row in range(3):
-        moved = influence(task, gram_record.rows_of(update, slice(row, row + 1)), observe, lr=0.1).per_item
+        moved = influence(task, record.rows_of(update, slice(row, row + 1)), observe, lr=0.1).per_item
         assert error(-0.1 * total_OU[:, row], moved) < 1e-10
 
 
@@ -364,7 +365,7 @@ def test_padding_and_other_rows_move_nothing(name, left, right):
     plain = gram(task, update, observe).total_OU
     wide = gram(task, padded(update, left, right), padded(observe, right, left)).total_OU
     assert error(wide, plain) < 1e-10
-    one = gram(task, gram_record.rows_of(update, slice(1, 2)), gram_record.rows_of(observe, slice(2, 3))).total_OU
+    one = gram(task, record.rows_of(update, slice(1, 2)), record.rows_of(observe, slice(2, 3))).total_OU
     torch.testing.assert_close(one[0, 0], plain[2, 1], rtol=1e-10, atol=1e-12)
 
 
@@ -431,10 +432,10 @@ def test_tiles_within_a_budget_have_the_same_numbers(by, monkeypatch):
 
 def small_blocks(monkeypatch) -> None:
     """What does not grow with rows is small, so that the budget is about rows."""
-    for module in (gram_pairs, gram_plan):
+    for module in (pairs, plan):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(gram_plan, "TILE_ELEMENTS", 1000)
-    monkeypatch.setattr(gram_plan, "FEWEST_POSITIONS", 14)
+    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1000)
+    monkeypatch.setattr(plan, "FEWEST_POSITIONS", 14)
 
 
 def least_budget(task, update, observe, **options) -> int:
@@ -456,7 +457,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(by, tmp_path, monkeypatc
     num_tiles, done = estimate(task, update, observe, **options).tiles, []
     options["disable_tqdm"] = True
     whole, path = gram(task, update, observe, **options), tmp_path / "new" / "journal"
-    add = gram_journal.Journal.add
+    add = journal.Journal.add
 
     def failing(self, *tile):
         if len(done) == 3:
@@ -464,13 +465,13 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(by, tmp_path, monkeypatc
         done.append(tile[0])
         add(self, *tile)
 
-    monkeypatch.setattr(gram_journal.Journal, "add", failing)
+    monkeypatch.setattr(journal.Journal, "add", failing)
     with pytest.raises(Interrupted):
         gram(task, update, observe, journal=path, **options)
     with path.open("ab") as file:
         file.write((1000).to_bytes(8, "little") + b"cut off")
     first, done = done, []
-    monkeypatch.setattr(gram_journal.Journal, "add", lambda self, *tile: (done.append(tile[0]), add(self, *tile)))
+    monkeypatch.setattr(journal.Journal, "add", lambda self, *tile: (done.append(tile[0]), add(self, *tile)))
     resumed = gram(task, update, observe, journal=path, **options)
     assert len(first) == 3 and len(done) == num_tiles - 3 and not set(first) & set(done)
     assert torch.equal(resumed.total_OU, whole.total_OU)

@@ -89,7 +89,8 @@ def causal_lm_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Ite
     tile = max(1, TILE_ELEMENTS // head.weight.shape[0])
     for start in range(0, len(hidden_ND), tile):
         logits_nV = head(hidden_ND[start : start + tile])
-        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)) * factor
+        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
+        logits_nV = logits_nV if factor == 1.0 else logits_nV * factor
         yield logits_nV if softcap is None else torch.tanh(logits_nV / softcap) * softcap
 
 

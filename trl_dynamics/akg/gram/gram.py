@@ -20,9 +20,9 @@ from torch import nn
 from tqdm import tqdm
 
 from trl_dynamics.akg.dual import evaluated
-from trl_dynamics.akg.gram_journal import Journal, fingerprint
-from trl_dynamics.akg.gram_plan import all_at_once, estimate
-from trl_dynamics.akg.gram_tiles import LabelTiles, RowTiles, Side
+from trl_dynamics.akg.gram.journal import Journal, fingerprint
+from trl_dynamics.akg.gram.plan import all_at_once, estimate
+from trl_dynamics.akg.gram.tiles import LabelTiles, RowTiles, Side
 from trl_dynamics.akg.task import Task, causal_lm
 
 __all__ = ["SPLITS", "GramResult", "estimate", "gram", "loss_weights"]

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from trl_dynamics.akg.dual import evaluated, push_forward
-from trl_dynamics.akg.gram_journal import Arrays
-from trl_dynamics.akg.gram_pairs import add_position_products, inner_products
-from trl_dynamics.akg.gram_plan import Estimate, rows_at_once
-from trl_dynamics.akg.gram_record import num_rows, owners, record, rows_of
-from trl_dynamics.akg.gram_uses import Together, Uses
+from trl_dynamics.akg.gram.journal import Arrays
+from trl_dynamics.akg.gram.pairs import add_position_products, inner_products
+from trl_dynamics.akg.gram.plan import Estimate, rows_at_once
+from trl_dynamics.akg.gram.record import num_rows, owners, record, rows_of
+from trl_dynamics.akg.gram.uses import Together, Uses
 from trl_dynamics.akg.influence import View
 from trl_dynamics.akg.task import IGNORED, Task
 
@@ -102,7 +102,7 @@ class RowTiles:
                 yield Tile(name, arrays)
 
     def joined(self, tiles: Mapping[str, Arrays]) -> dict[str, Any]:
-        """All tiles put together, as [`akg.gram.GramResult`] has them."""
+        """All tiles put together, as [`akg.gram.gram.GramResult`] has them."""
         by_name = {
             name: np.block([[tiles[t][name] for t, _ in row] for row in self._grid()]) for name in self._names()
         }
@@ -205,7 +205,7 @@ class LabelTiles:
             yield Tile(str(row), {"token": torch.stack(moved).numpy()})
 
     def joined(self, tiles: Mapping[str, Arrays]) -> dict[str, Any]:
-        """All rows put together, as [`akg.gram.GramResult`] has them."""
+        """All rows put together, as [`akg.gram.gram.GramResult`] has them."""
         token_NM = torch.from_numpy(np.concatenate([tiles[str(row)]["token"] for row in self._rows()]))
         token_NM = token_NM.T.contiguous() if self.by_update else token_NM
         total_OU = torch.zeros(num_rows(self.observe.batch), num_rows(self.update.batch), dtype=torch.float64)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trl_dynamics.akg.dual import evaluated
-from trl_dynamics.akg.gram_uses import Call, Lookup, Outer, Use, Uses, Where, lookup_gradient
+from trl_dynamics.akg.gram.uses import Call, Lookup, Outer, Use, Uses, Where, lookup_gradient
 from trl_dynamics.akg.task import Task
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from trl_dynamics.akg.gram_uses import Dense, Lookup, OfCall, Outer, Use
+from trl_dynamics.akg.gram.uses import Dense, Lookup, OfCall, Outer, Use
 
 BLOCK_BYTES = 16 << 20
 

@@ -98,10 +98,10 @@ def built(vocab_size: int) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def rows_of(setting: Setting, num_rows: int, seed: int) -> dict[str, torch.Tensor]:
+def rows_of(setting: Setting, num_rows: int, seed: int, num_tokens: int = NUM_TOKENS) -> dict[str, torch.Tensor]:
     """Random tokens, all of them labels."""
     generator = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(3, setting.model.config.vocab_size, (num_rows, NUM_TOKENS), generator=generator)
+    ids_BT = torch.randint(3, setting.model.config.vocab_size, (num_rows, num_tokens), generator=generator)
     labels_BT = ids_BT.clone()
     labels_BT[:, 0] = IGNORED
     return {"input_ids": ids_BT, "labels": labels_BT}

@@ -9,6 +9,7 @@ from measures import (
     EQUAL_MARGIN,
     EQUALITIES,
     HOLDS,
+    UNDECIDED,
     Study,
     count_verdict,
     over_seeds,
@@ -152,11 +153,13 @@ def guard_claims(study: Study) -> list[tuple[str, str]]:
 
 
 def whole(claim: str, rows: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """A claim that holds only if all its parts do."""
+    """A claim that holds only if all its parts do, and is refuted only if one of them is."""
     said = [part for _, part in rows]
     if any(part.startswith("no verdict") for part in said):
         return f"**{claim}**", "no verdict"
-    return f"**{claim}**", "**holds**" if set(said) == {HOLDS} else "**does not hold**"
+    if set(said) == {HOLDS}:
+        return f"**{claim}**", "**holds**"
+    return f"**{claim}**", "**not established**" if set(said) <= {HOLDS, UNDECIDED} else "**does not hold**"
 
 
 def all_claims(study: Study) -> list[tuple[str, str]]:

@@ -53,7 +53,7 @@ def answer_table(study: Study) -> list[str]:
     metrics = ("same_share", "distinct_2", "repeat_share", "length")
     checks = ("fact_right", "grammatical", "preferred")
     heads = [*metrics, *checks, "win rate", "against"]
-    lines = ["", "## Greedy answers at the end", "", *_header("arm", heads)]
+    lines = []
     for arm in study.arms:
         samples = [run.summary.samples for run in study.runs[arm]]
         verdicts = judged(study, arm)
@@ -63,7 +63,7 @@ def answer_table(study: Study) -> list[str]:
         cells += [over_seeds([one["numbers"]["A"][name] for one in verdicts]) for name in checks]
         cells.append(over_seeds([one["win_rate"] for one in verdicts]))
         lines.append(_row(arm, [*(shown(cell, "") for cell in cells), "sft" if arm == "dpo" else "dpo"]))
-    return lines
+    return ["", "## Greedy answers at the end", "", *_header("arm", heads), *lines] if lines else []
 
 
 def write_summary(folders: Mapping[int, Path], arms: Sequence[str], path: Path) -> Path:

@@ -171,7 +171,8 @@ def test_verdicts_know_their_direction_and_need_five_seeds(recipe):
     assert measures.verdict(Effect(0.3, 0.05, 4), up=True).startswith("no verdict")
     assert measures.count_verdict([True] * 4 + [False]) == "holds, 4 of 5 seeds"
     assert measures.count_verdict([True] * 3 + [False] * 2).startswith("does not hold")
-    assert recipe.claims.whole("x", [("a", "holds"), ("b", "undecided")])[1] == "**does not hold**"
+    assert recipe.claims.whole("x", [("a", "holds"), ("b", "undecided")])[1] == "**not established**"
+    assert recipe.claims.whole("x", [("a", "holds"), ("b", "the reverse holds")])[1] == "**does not hold**"
     assert recipe.claims.whole("x", [("a", "holds")])[1] == "**holds**"
 
 

@@ -412,6 +412,8 @@ class Halved(torch.optim.AdamW):
         ({"lr": 0.1, "order": 3}, "order is 3"),
         ({"direction": "lion", "lr": 0.1}, "direction is 'lion'"),
         ({}, "needs lr"),
+        ({"lr": "1e-5"}, "lr is '1e-5', expected a number"),
+        ({"lr": 0.1, "top_k": 0}, "top_k is 0"),
         ({"direction": torch.optim.SGD([torch.zeros(1)], lr=0.1), "lr": 0.1}, "lr is given beside"),
         ({"direction": torch.optim.Adagrad([torch.zeros(1)])}, "direction is a Adagrad"),
         ({"direction": Halved([torch.zeros(1)])}, "direction is a Halved"),
@@ -423,6 +425,23 @@ def test_bad_arguments_are_told(options, message):
         influence(
             classifier(small_classifier()), *[(torch.zeros(1, 6).double(), torch.zeros(1).long())] * 2, **options
         )
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("text", "the batch has a str, expected a mapping"),
+        ({"input_ids": torch.zeros(1, 4).long()}, "the batch has \\['input_ids'\\], expected"),
+        (
+            {"input_ids": torch.zeros(1, 4).long(), "labels": torch.zeros(1, 3).long()},
+            "labels \\(1, 3\\), expected the same",
+        ),
+        ({"input_ids": torch.zeros(4).long(), "labels": torch.zeros(4).long()}, "expected the same \\(B, T\\)"),
+    ],
+)
+def test_batches_that_are_none_are_told(batch, message):
+    with pytest.raises(ValueError, match=message):
+        influence(language_model(), batch, batch_of(1, 6, 0), lr=0.1)
 
 
 def test_frozen_models_and_updates_without_labels_are_told():

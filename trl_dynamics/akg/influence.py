@@ -122,7 +122,7 @@ def influence(
             forward-mode derivative.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
-    _check(output, order)
+    _check(output, order, top_k)
     force = update_gradient(task, update)
     step = step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm)
     return predict(task, force, step, observe, output=output, top_k=top_k, order=order)
@@ -136,7 +136,7 @@ def predict(
     Raises:
         ValueError: As [`influence`].
     """
-    _check(output, order)
+    _check(output, order, top_k)
     label_N = task.labels_of(observe, "what is observed")
     views = {name: View(label_N, output, top_k) for name in step.parts}
     for name, changes in step.parts.items():
@@ -155,7 +155,9 @@ def predict(
     return Influence(total, parts, label_N, task.items(observe), logp_N, top_id_Nk, force.loss, force.norm_U, step)
 
 
-def _check(output: str, order: int) -> None:
+def _check(output: str, order: int, top_k: int) -> None:
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}, expected at least 1")
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, expected one of {OUTPUTS}")
     if order not in (1, 2):

@@ -6,6 +6,7 @@ linear only given D and the clipping factor: the part of one example does not sa
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -159,6 +160,8 @@ def _fresh(name: str, parameters: Mapping[str, nn.Parameter], lr: float | None) 
         raise ValueError(f"direction is {name!r}, expected one of {sorted(FRESH)}, an optimiser or a function")
     if lr is None:
         raise ValueError(f"direction {name!r} needs lr, the learning rate of the step")
+    if not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr!r}, expected a number of at least 0")
     return FRESH[name](list(parameters.values()), lr=lr)
 
 

@@ -95,7 +95,12 @@ def causal_lm_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Ite
 
 
 def causal_lm_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(N,) the labels that are not ignored, row by row; the first column has nothing that predicts it."""
+    """(N,) the labels that are not ignored, row by row; the first column has nothing that predicts it.
+
+    Raises:
+        ValueError: If the batch is no mapping, lacks one of the two, or they differ in shape.
+    """
+    _check_batch(batch)
     labels_BT = batch["labels"][:, 1:]
     return labels_BT[labels_BT != IGNORED]
 
@@ -145,6 +150,16 @@ def _inputs(base: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, tor
     if takes_positions and "position_ids" not in inputs and "attention_mask" in inputs:
         inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
     return inputs
+
+
+def _check_batch(batch: Any) -> None:
+    names = ("input_ids", "labels")
+    if not isinstance(batch, Mapping) or not all(isinstance(batch.get(name), torch.Tensor) for name in names):
+        what = sorted(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise ValueError(f"the batch has {what}, expected a mapping with input_ids and labels, tensors (B, T)")
+    shapes = [tuple(batch[name].shape) for name in names]
+    if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
+        raise ValueError(f"input_ids has shape {shapes[0]} and labels {shapes[1]}, expected the same (B, T)")
 
 
 def _check_head(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from trl_dynamics.akg.steps import Tensors
 from trl_dynamics.akg.task import Task, causal_lm
 
 # Relative error of the first order from which on the step is called too large for it.
-LARGE_ERROR = 0.2
+LARGE_ERROR = 0.1
 ROUNDING, SOFTMAX, KERNEL, BEYOND, FIRST_ORDER = "rounding", "softmax", "kernel", "beyond", "first order"
 VERDICTS = {
     FIRST_ORDER: "the first order explains what happened",
@@ -80,7 +80,7 @@ def verify(
     before_N = label_logp(task, observe)
     with moved(task, predicted.step.total):
         true_N = label_logp(task, observe) - before_N
-    with moved(task, _last_bits(task)):
+    with moved(task, last_bits(task)):
         rounding_N = label_logp(task, observe) - before_N
     scale = float(torch.linalg.vector_norm(true_N))
 
@@ -150,7 +150,8 @@ def fixed_features(task: Task, observe: Any, predicted: Influence) -> torch.Tens
     return view.change().target_N
 
 
-def _last_bits(task: Task) -> Tensors:
+def last_bits(task: Task) -> Tensors:
+    """A change of every weight, trained or not, by one or two units in its last place, up and down by turns."""
     changes: Tensors = {}
     for name, parameter in task.model.named_parameters():
         value = parameter.detach()

@@ -17,7 +17,7 @@ from trl_dynamics.akg import losses
 from trl_dynamics.akg.influence import Force, predict, update_gradient
 from trl_dynamics.akg.steps import Step, step_of
 from trl_dynamics.akg.task import IGNORED, Task, causal_lm
-from trl_dynamics.akg.verify import label_logp, moved
+from trl_dynamics.akg.verify import label_logp, last_bits, moved
 from trl_dynamics.cli import sources
 from trl_dynamics.cli.options import option
 from trl_dynamics.probing import io as probe_io
@@ -95,6 +95,9 @@ def run(argv: list[str]) -> int:
             raise ValueError(f"--{name} is missing; see trl-dynamics akg --help")
     if PartialState().num_processes > 1:
         raise ValueError("akg runs in one process: each would predict everything; start it without accelerate launch")
+    for name in ("probe_max_probes", "dataset_num_rows"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}, expected at least 1")
     folder = Path(args.output_dir)
     if folder.exists() and any(folder.iterdir()) and not (args.overwrite and (folder / INFLUENCE_FILE).is_file()):
         raise ValueError(f"{args.output_dir!r} is not empty; choose another folder, or --overwrite earlier results")
@@ -112,17 +115,19 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
 
     Columns: `update_row`, `update_type`, `same_prompt` (whether the update has the probe's prompt), `probe_id`,
     `response_type`, `num_tokens`, `logp_sum` before the step and `delta_sum`, its predicted change (nats, without the
-    end-of-turn token); `delta_sum/PART` per part of the step where there are several; `true_sum` with `verify`; and of
-    the update `update_loss` (nats) and `force_norm`, the norm of G over all its positions and labels.
+    end-of-turn token); `delta_sum/PART` per part of the step where there are several; with `verify` `true_sum`, and
+    `rounding_sum`, what weights moved by their last bits do to it; and of the update `update_loss` (nats) and
+    `force_norm`, the norm of G over all its positions and labels.
     """
     path = sources.find_model(args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
-    )
+    with sources.loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
+        )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     task = causal_lm(model.to(device))
     context = sources.context_length(path)
@@ -132,6 +137,7 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     observed = list(encode(probe_set, tokenizer, limits, ends).items)
     prompts = {probe.probe_id: _key(probe.prompt) for probe in probe_set}
     batches = [collate(items, tokenizer, device) for items in split(observed, args.tokens_per_batch)]
+    rounding = [_rounding(task, batch) if args.verify else None for batch in batches]
     rows, done = [], 0
     updates = list(read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, device))
     for update in updates:
@@ -139,10 +145,10 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
         force = update_gradient(trained, with_reference(trained, update))
         step = step_of(force.gradients, task.trainable(), args.direction, args.learning_rate, args.max_grad_norm)
         items = iter(observed)
-        for batch in batches:
+        for batch, rounding_B in zip(batches, rounding, strict=True):
             rows += [
                 row | {"same_prompt": prompts[row["probe_id"]] == update.prompt_key}
-                for row in _observe(trained, force, step, batch, items, update, args)
+                for row in _observe(trained, force, step, batch, rounding_B, items, update, args)
             ]
         done += 1
         logger.info("steps predicted: %d of %d", done, len(updates))
@@ -154,6 +160,7 @@ def _observe(
     force: Force,
     step: Step,
     batch: dict,
+    rounding_B: torch.Tensor | None,
     items: Iterator[EncodedResponse],
     update: Update,
     args: AkgArguments,
@@ -167,6 +174,8 @@ def _observe(
         with moved(task, step.total):
             sums["true_sum"] = label_logp(task, batch) - found.logp_N
     rows = {name: _by_row(values_N, found.item_N, num_rows) for name, values_N in sums.items()}
+    if rounding_B is not None:
+        rows["rounding_sum"] = rounding_B
     for index, item in zip(range(num_rows), items, strict=False):
         yield {
             "update_row": update.row,
@@ -178,6 +187,14 @@ def _observe(
             "update_loss": force.loss,
             "force_norm": float(torch.linalg.vector_norm(force.norm_U)),
         }
+
+
+def _rounding(task: Task, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B,) how far the last bits of all weights move the log-probability of each answer, nats."""
+    before_N = label_logp(task, batch)
+    with moved(task, last_bits(task)):
+        change_N = label_logp(task, batch) - before_N
+    return _by_row(change_N, task.items(batch), len(batch["input_ids"]))
 
 
 def _by_row(values_N: torch.Tensor, row_N: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -209,8 +226,10 @@ def read_updates(
     if any(set(REQUIRED_TYPES) <= set(probe.responses) for probe in probes):
         known.add(DPO)
     kinds = args.update_types or [name for name in (*REQUIRED_TYPES, DPO) if name in known]
-    if not kinds or not set(kinds) <= known:
-        raise ValueError(f"update_types are {kinds}, and {len(probes)} usable rows of the data have {sorted(known)}")
+    if not probes:
+        raise ValueError("there is no usable row to train on")
+    if unknown := sorted(set(kinds) - known):
+        raise ValueError(f"update_types has {unknown[0]!r}; the data has {', '.join(sorted(known))}")
     for index, probe in enumerate(probes):
         for kind in kinds:
             names = REQUIRED_TYPES if kind == DPO else (kind,)
@@ -308,7 +327,11 @@ def report(frame: pd.DataFrame, args: AkgArguments) -> list[str]:
         unmoved = f"no change that {args.dtype} can tell"
         errors = relative_errors(frame).items()
         shown = ", ".join(f"{kind} {unmoved if error is None else format(error, '.1%')}" for kind, error in errors)
-        lines += ["", f"against the real steps, relative error: {shown}"]
+        rounding = (frame["rounding_sum"].pow(2).sum() / max(frame["true_sum"].pow(2).sum(), 1e-300)) ** 0.5
+        told = (
+            f"rounding alone makes some {rounding:.1%}" if rounding < 1 else "rounding hides the steps: raise the rate"
+        )
+        lines += ["", f"against the real steps, relative error: {shown}; {told}"]
     return [*lines, ""]
 
 

@@ -1,9 +1,8 @@
 """trl-dynamics judge: which of two models, or files of answers, answers better by a judge of your choice."""
 
-import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import yaml
 from transformers import HfArgumentParser
 
 from trl_dynamics.cli import sources
-from trl_dynamics.cli.main import raised_here
 from trl_dynamics.cli.options import option
 from trl_dynamics.judging.answers import FileSide, ModelSide
 from trl_dynamics.judging.compare import Side, compare
@@ -185,14 +183,14 @@ def find_judge(args: JudgeArguments, prompts: list[Prompt]) -> Callable[[], Judg
         return lambda: server
     path = sources.find_model(args.judge_model)
     if args.judge == "reward":
-        with _loading(path):
+        with sources.loading(path):
             require_reward_model(path, args.trust_remote_code)
     make = _reward if args.judge == "reward" else _likelihood
     return lambda: ScoreJudge(make(path, args), args.tie_margin)
 
 
 def _reward(path: str, args: JudgeArguments) -> RewardModel:
-    with _loading(path):
+    with sources.loading(path):
         return RewardModel.load(
             path,
             dtype=args.dtype,
@@ -207,21 +205,10 @@ def _likelihood(path: str, args: JudgeArguments) -> Likelihood:
 
 
 def _local(path: str, args: JudgeArguments) -> LocalModel:
-    with _loading(path):
+    with sources.loading(path):
         return LocalModel.load(
             path, dtype=args.dtype, batch_size=args.batch_size, trust_remote_code=args.trust_remote_code
         )
-
-
-@contextlib.contextmanager
-def _loading(path: str) -> Iterator[None]:
-    """Say of a model that cannot be loaded which one it is."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if raised_here(error):
-            raise
-        raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _server_judge(args: JudgeArguments) -> PairwiseJudge:

@@ -1,6 +1,8 @@
 """Where the command line takes models, data and probe sets from: files, folders, the hub, or what is shipped."""
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import trl
@@ -8,6 +10,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoConfig, GenerationConfig
 
 from trl_dynamics import embedded
+from trl_dynamics.cli.main import raised_here
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.schema import ProbeSet
 
@@ -41,6 +44,21 @@ def find_model(name_or_path: str | None) -> str:
     if name_or_path == EMBEDDED:
         return embedded.model_path()
     return require_folder(name_or_path, "model")
+
+
+@contextlib.contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Say of a model that cannot be loaded which one it is.
+
+    Raises:
+        ValueError: In place of what transformers raises.
+    """
+    try:
+        yield
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        if raised_here(error):
+            raise
+        raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def require_folder(name_or_path: str, what: str) -> str:

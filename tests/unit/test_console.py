@@ -8,6 +8,7 @@ import sys
 import pytest
 from tqdm import tqdm
 
+from trl_dynamics.tracking.callback import console_line
 from trl_dynamics.tracking.console import ConsoleHandler, show_messages
 
 
@@ -72,3 +73,10 @@ def test_a_message_does_not_continue_the_line_of_a_progress_bar(monkeypatch):
     with tqdm(total=2, file=terminal):
         ConsoleHandler().handle(logging.makeLogRecord({"msg": "good news"}))
     assert "\rgood news\n" in terminal.getvalue()
+
+
+def test_a_probing_step_is_one_line_that_speaks_of_other_fluent_answers():
+    scalars = {"probe/chosen/logp_mean": -1.0, "squeeze/third_party_logp": -2.0}
+    line = console_line(5, scalars, -0.125)
+    assert line == "probe at step 5: chosen -1.000, other fluent answers since start -0.125 (nats per token)"
+    assert console_line(5, scalars, float("nan")) == "probe at step 5: chosen -1.000 (nats per token)"

@@ -31,12 +31,13 @@ def make_run(tmp_path):
 @pytest.mark.parametrize(
     ("fail_on", "statuses"),
     [
-        ([], {"alert": 30, "warning": 20, "info": 0, "none": 0}),
+        ([], {"alert": 30, "warning": 0, "info": 0, "none": 0}),
         (["--fail_on", "info"], {"alert": 30, "warning": 20, "info": 10, "none": 0}),
         (["--fail_on", "alert"], {"alert": 30, "warning": 0, "info": 0, "none": 0}),
+        (["--fail_on", "warning"], {"alert": 30, "warning": 20, "info": 0, "none": 0}),
         (["--fail_on", "never"], {"alert": 0, "warning": 0, "info": 0, "none": 0}),
     ],
-    ids=["default", "info", "alert", "never"],
+    ids=["default", "info", "alert", "warning", "never"],
 )
 def test_exit_status_is_that_of_the_worst_finding_of_any_run(make_run, fail_on, statuses, capsys):
     runs = {name: make_run(name, frame) for name, frame in FRAMES.items()}

@@ -85,7 +85,7 @@ def test_page_has_the_run_card(page):
 
 def test_page_compares_two_runs(page):
     assert "Compared with strong" in page.text
-    assert re.search(r"mild: the third parties 0\.40 nats per token higher than in strong", page.text)
+    assert re.search(r"mild: other fluent answers 0\.40 nats per token higher than in strong", page.text)
     compared = page.data["charts"]["compare-third_party_logp"]
     assert {row["run"] for row in compared["data"]["values"]} == {"strong", "mild"}
 

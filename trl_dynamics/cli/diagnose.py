@@ -20,7 +20,7 @@ EPILOG = f"""exit status:
   0   nothing as severe as --fail_on
   {NOT_JUDGED}   a run could not be judged: no records, one step only, damaged, or of a newer version
   {STATUS["info"]}  the worst finding is information (with --fail_on info only)
-  {STATUS["warning"]}  the worst finding is a warning
+  {STATUS["warning"]}  the worst finding is a warning (with --fail_on warning or info)
   {STATUS["alert"]}  the worst finding is an alert
   1 and 2 are errors of the command itself, as everywhere in trl-dynamics.
 
@@ -59,8 +59,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--fail_on",
         choices=[*reversed(SEVERITIES), "never"],
-        default="warning",
-        help="least severity that ends in an exit status other than 0; default: warning",
+        default="alert",
+        help="least severity that ends in an exit status other than 0; default: alert, as warnings are often false",
     )
     args = parser.parse_args(argv)
     found, failures = diagnose(args.runs)
@@ -174,7 +174,7 @@ def _moved(changes: Changes) -> str:
     known = {
         "chosen": changes.chosen,
         "rejected": changes.rejected,
-        "third parties": changes.third_parties,
+        "other fluent answers": changes.bystanders,
         "the likeliest token along chosen": changes.argmax,
     }
     moved = ", ".join(f"{label} {effect}" for label, effect in known.items() if effect.known)

@@ -6,6 +6,7 @@ import pandas as pd
 
 from trl_dynamics.report import charts, levels
 from trl_dynamics.report.load import Run, Series
+from trl_dynamics.tracking.effects import bystander_types
 from trl_dynamics.tracking.metrics import METRICS, third_party_types
 from trl_dynamics.tracking.samples import SAMPLE_METRICS
 
@@ -128,5 +129,10 @@ def thinned_note(series: Series) -> str:
 
 
 def third_party_note(series: Series) -> str:
-    """Which response types count as third parties in this series."""
-    return ", ".join(third_party_types(series.summary.types)) or "none in this probe set"
+    """Which response types count as third parties in this series, and which of them as other fluent answers."""
+    third, fluent = third_party_types(series.summary.types), bystander_types(series.summary.types)
+    return (
+        f"Third parties here: {', '.join(third) or 'none in this probe set'}. Other fluent answers, of which findings "
+        f"and comparisons speak: {', '.join(fluent) or 'none'}; shuffled words and paraphrases of rejected, which "
+        "training means to push down, are left out."
+    )

@@ -1,6 +1,7 @@
 """The tracker inside training: schedule -> engine -> store -> scalars, on every process together."""
 
 import logging
+import math
 
 import pyarrow as pa
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -11,6 +12,7 @@ from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking import alerts, metrics
 from trl_dynamics.tracking.budget import check_budget, is_affordable
 from trl_dynamics.tracking.cost import MAX_SHARE
+from trl_dynamics.tracking.effects import Changes
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
@@ -183,7 +185,7 @@ class ProbeCallback(TrainerCallback):
         log_apart(self.trainer, scalars | {"probe/seconds": seconds})
         self._write_progress(state)
         if state.is_world_process_zero:
-            logger.info(console_line(step, scalars))
+            logger.info(console_line(step, scalars, Changes(series.baseline, table).bystanders.mean))
             # After meta.json says so: a run that dies here and comes back does not tell it again.
             if self.trainer.args.probe_alerts:
                 alerts.tell(news, step, self.trainer.args.report_to)
@@ -241,15 +243,22 @@ class ProbeCallback(TrainerCallback):
             )
 
 
-def console_line(step: int, scalars: dict[str, float]) -> str:
-    """One probe in one line: what happens to chosen, rejected, the likeliest tokens and everybody else, in nats."""
+def console_line(step: int, scalars: dict[str, float], bystanders: float) -> str:
+    """One probe in one line: what happens to chosen, rejected, the likeliest tokens and bystanders, in nats.
+
+    Args:
+        step (`int`): Optimiser steps done.
+        scalars (`dict[str, float]`): What [`metrics.step_scalars`] gave.
+        bystanders (`float`): Change of other fluent answers since the start, NaN if the probe set has none.
+    """
     shown = {
         "chosen": "probe/chosen/logp_mean",
         "rejected": "probe/rejected/logp_mean",
         "argmax": "squeeze/argmax_logp",
-        "third parties since start": "squeeze/third_party_logp",
+        "other fluent answers since start": "bystanders",
         "entropy": "squeeze/entropy",
     }
+    scalars = scalars if math.isnan(bystanders) else scalars | {"bystanders": bystanders}
     parts = [f"{label} {scalars[key]:+.3f}" for label, key in shown.items() if key in scalars]
     return f"probe at step {step}: {', '.join(parts)} (nats per token)"
 

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 import pandas as pd
 
 from trl_dynamics.tracking.aggregate import Summary, summarise
-from trl_dynamics.tracking.effects import COUNTS, MIN_EFFECT, Changes, clustered_effect
+from trl_dynamics.tracking.effects import COUNTS, MIN_EFFECT, Changes, bystander_types, clustered_effect
 from trl_dynamics.tracking.findings import INFO, Finding
-from trl_dynamics.tracking.metrics import third_party_types
 
 
 def compare(runs: Mapping[str, pd.DataFrame | Summary]) -> list[Finding]:
@@ -30,10 +29,10 @@ def _differences(name: str, ours: Changes, reference: str, theirs: Changes) -> l
     quantities = {
         "chosen": ("chosen", ours.delta(["chosen"]), theirs.delta(["chosen"])),
         "rejected": ("rejected", ours.delta(["rejected"]), theirs.delta(["rejected"])),
-        "third_parties": (
-            "the third parties",
-            ours.delta(third_party_types(ours.types)),
-            theirs.delta(third_party_types(theirs.types)),
+        "bystanders": (
+            "other fluent answers",
+            ours.delta(bystander_types(ours.types)),
+            theirs.delta(bystander_types(theirs.types)),
         ),
         "gap": ("the gap argmax minus chosen", ours.gap_delta(), theirs.gap_delta()),
     }

@@ -142,7 +142,7 @@ def margin_by_rejection(summary: Summary, changes: Changes, method: str) -> Find
         },
         f"the margin rises, per token by at least {MIN_EFFECT} nats, rejected falls by at least {MIN_EFFECT} and "
         f"chosen does not rise by {MIN_EFFECT}; not for SFT; {COUNTS}.",
-        "Do not select checkpoints by reward margin or accuracy alone; watch chosen and the third parties."
+        "Do not select checkpoints by reward margin or accuracy alone; watch chosen and other fluent answers."
         + (' A term holds chosen up: dpop_lambda, or loss_type=["sigmoid", "sft"].' if method == "dpo" else ""),
     )
 

@@ -60,6 +60,10 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
         return None
     severe = changes.chosen.down() or changes.gap.mean >= ALERT_GAP
     drained = summary.metric("drained_mass")
+    if severe:
+        outlook = "Expect broken or repetitive samples."
+    else:
+        outlook = "Answers may be fine all the same: check with `trl-dynamics judge`, or read them (probe_samples)."
     cause = "Off-policy rejected answers, which the model finds unlikely, are the usual cause. "
     return Finding(
         "squeezing",
@@ -67,8 +71,7 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
         "squeezing: probability moves to tokens that were likely already",
         f"By step {changes.end} the likeliest token along the chosen responses moved {changes.argmax} nats per token, "
         f"chosen itself {changes.chosen}, the gap between them {changes.gap}; other fluent answers, which nothing "
-        f"pushes down by name, moved {others}. All of it holds from step {since} on. Expect broken or "
-        "repetitive samples.",
+        f"pushes down by name, moved {others}. All of it holds from step {since} on. {outlook}",
         {
             "argmax_change": changes.argmax.mean,
             "chosen_change": changes.chosen.mean,

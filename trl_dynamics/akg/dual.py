@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from trl_dynamics.akg.task import Task
 
+HALF = (torch.float16, torch.bfloat16)
 # Takes a tile's logits (n, V) and their derivatives of first and, where asked for, second order along the change.
 Visit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
@@ -36,15 +37,12 @@ def push_forward(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, vi
     Raises:
         ValueError: If an operation of the model has no forward-mode derivative.
     """
-    # Derivatives are linear (and quadratic) in the change, and a change of length one neither under- nor overflows.
-    length = _length(changes)
-    unit = {name: change / length for name, change in changes.items()}
-
-    def scaled(logits_nV: torch.Tensor, first_nV: torch.Tensor, second_nV: torch.Tensor | None) -> None:
-        visit(logits_nV, first_nV * length, None if second_nV is None else second_nV * length**2)
-
+    values = dict(task.model.named_parameters())
+    if any(values[name].dtype in HALF for name in changes):
+        # Derivatives are linear (and quadratic) in the change; one of length one does not vanish in half precision.
+        changes, visit = _of_length_one(changes, visit)
     with evaluated(task.model), _explained():
-        (_first_order if order == 1 else _second_order)(task, unit, batch, scaled)
+        (_first_order if order == 1 else _second_order)(task, changes, batch, visit)
 
 
 def reverse_jacobian(
@@ -159,14 +157,15 @@ class _Nestable(TorchFunctionMode):
         return self.WRITTEN_OUT.get(function, function)(*args, **(kwargs or {}))
 
 
-def _length(changes: Mapping[str, torch.Tensor]) -> float:
-    """Euclidean norm of all changes together; 1 where nothing changes."""
-    squares = [float(torch.linalg.vector_norm(change, dtype=_wide(change.dtype))) ** 2 for change in changes.values()]
-    return sum(squares) ** 0.5 or 1.0
+def _of_length_one(changes: Mapping[str, torch.Tensor], visit: Visit) -> tuple[dict[str, torch.Tensor], Visit]:
+    """The changes over their Euclidean norm, and a visit that is given the derivatives of the changes as they were."""
+    wide = [change.to(torch.promote_types(change.dtype, torch.float32)) for change in changes.values()]
+    length = sum(float(torch.linalg.vector_norm(change)) ** 2 for change in wide) ** 0.5 or 1.0
 
+    def scaled(logits_nV: torch.Tensor, first_nV: torch.Tensor, second_nV: torch.Tensor | None) -> None:
+        visit(logits_nV, first_nV * length, None if second_nV is None else second_nV * length**2)
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return {name: change / length for name, change in changes.items()}, scaled
 
 
 class _Call(nn.Module):

@@ -75,7 +75,7 @@ def test_page_says_what_was_found(page):
 
 def test_page_has_its_sections_in_order(page):
     found = [attrs["id"] for tag, attrs in page.elements if tag == "section"]
-    assert found == ["runs", "findings", "paths", "squeezing", "training", "probes", "comparison", "glossary"]
+    assert found == ["findings", "runs", "paths", "squeezing", "training", "probes", "comparison", "glossary"]
 
 
 def test_page_has_the_run_card(page):

@@ -30,7 +30,7 @@ from trl_dynamics.tracking.store import DynamicsStore
 BASE = "base"
 # Draws of one prompt before it is left out of the pairs with on-policy negatives.
 NUM_DRAWS = 4
-# Drained mass per token and step; tuned on seeds 100 and 101: see RESULTS.md.
+# Drained mass per token and step; tuned on development seeds: see RESULTS.md.
 GUARD_BUDGET = 1.0e-5
 
 

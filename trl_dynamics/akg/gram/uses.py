@@ -59,6 +59,7 @@ class Outer:
         return Outer(self.left_MR, self.right_MC, self.where.among(first, num_rows))
 
     def added(self, sum_BRC: torch.Tensor | None, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """`sum_BRC` (zeros if None) plus the rows `rows` of the parameter's gradient, for each row of the batch."""
         left_MR, right_MC = self.left_MR[:, rows].to(dtype), self.right_MC.to(dtype)
         if (per_row := self.where.per_row) is not None:
             left_bRT, right_bTC = (
@@ -93,6 +94,7 @@ class Lookup:
         return Lookup(self.token_M, self.grad_MC, self.where.among(first, num_rows))
 
     def added(self, sum_BRC: torch.Tensor | None, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """As [`Outer.added`]."""
         size = rows.stop - rows.start
         if sum_BRC is None:
             sum_BRC = self.grad_MC.new_zeros(self.where.num_rows, size, self.grad_MC.shape[1], dtype=dtype)

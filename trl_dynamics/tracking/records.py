@@ -12,6 +12,8 @@ import pyarrow as pa
 # of samples.
 SCHEMA_VERSION = 3
 
+# Where everything lies, below a run's output_dir.
+FOLDER = "dynamics"
 RECORDS, SAMPLES = "records", "samples"
 
 KEY_COLUMNS = ("model", "step", "probe_id", "response_type")

@@ -7,6 +7,7 @@
     dynamics/manifest.json        which files of records/ and samples/ hold which steps; readers trust nothing else
     dynamics/records/*.parquet    one file per (model, step), merged into a few at the end of the run
     dynamics/samples/*.parquet    the same for greedy answers, where the run was asked for any
+    dynamics/influence/*.parquet  what steps were predicted to do and did, see [`tracking.influence_store`]
     dynamics/trainer_log.json     the trainer's own log lines
     dynamics/report.html          the page, once made
     .dynamics.lock                beside it while a run is writing
@@ -27,12 +28,13 @@ import yaml
 from trl_dynamics.probing.io import load as load_probe_set
 from trl_dynamics.probing.io import to_files as probe_set_files
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.tracking import files
+from trl_dynamics.tracking import files, influence_store
 from trl_dynamics.tracking.aside import is_tracked, move_aside, where_is_run
 from trl_dynamics.tracking.identity import refuse_other_probes, refuse_other_series
 from trl_dynamics.tracking.lock import RunLock
 from trl_dynamics.tracking.manifest import MANIFEST_NAME, Manifest, damage, refuse_newer
 from trl_dynamics.tracking.records import (
+    FOLDER,
     KEY_COLUMNS,
     RECORDS,
     SAMPLE_KEY_COLUMNS,
@@ -42,8 +44,6 @@ from trl_dynamics.tracking.records import (
     SCHEMAS,
 )
 from trl_dynamics.tracking.shards import TARGET_BYTES, Shards
-
-FOLDER = "dynamics"
 
 
 class DynamicsStore:
@@ -170,7 +170,8 @@ class DynamicsStore:
         return earlier
 
     def drop_after(self, step: int) -> None:
-        """Drop the records and samples of later steps, and the frozen y* when none are left.
+        """Drop the records and samples of later steps, and the frozen y* when none are left; and the influence of
+        every step that is not done yet at `step`.
 
         Raises:
             ValueError: If a file of steps that stay is missing or damaged.
@@ -180,6 +181,7 @@ class DynamicsStore:
         self._shards.check([part for part in manifest.parts if part.steps[0] <= step])
         with files.explained(self.root):
             self._shards.drop(lambda _, other: other > step)
+            influence_store.drop_from(self.root, step)
             if not self.has_records:
                 files.remove(self._baseline_path(0))
             if self.read_meta()["schema_version"] < SCHEMA_VERSION:

@@ -4,9 +4,8 @@ import numpy as np
 import pandas as pd
 
 from trl_dynamics.ranking import Stability, rank_stability
+from trl_dynamics.tracking.influence_store import BATCH
 
-# The update that a row of the step's own batch has; any other is a hypothetical one, the same at every step.
-BATCH = "batch"
 EVERY_STEP, SAMPLED = "every step", "sampled"
 
 

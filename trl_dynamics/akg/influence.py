@@ -58,8 +58,8 @@ class Influence:
         label_N, item_N (`torch.Tensor`): Each position's label, and the observer that it belongs to.
         logp_N (`torch.Tensor`): ln pi of the label before the step, nats.
         top_id_Nk (`torch.Tensor`, *optional*): The labels of `top_Nk`.
-        loss (`float`): The update's loss before the step.
-        force_norm_U (`torch.Tensor`): Norm over labels of G = dL/dz at each position of the update.
+        loss (`float`, *optional*): The update's loss before the step, where it was computed.
+        force_norm_U (`torch.Tensor`, *optional*): Norm over labels of G = dL/dz at each position of the update.
         step ([`Step`]): What the parameters would do.
     """
 
@@ -69,8 +69,8 @@ class Influence:
     item_N: torch.Tensor
     logp_N: torch.Tensor
     top_id_Nk: torch.Tensor | None
-    loss: float
-    force_norm_U: torch.Tensor
+    loss: float | None
+    force_norm_U: torch.Tensor | None
     step: Step = field(repr=False)
 
     @property
@@ -129,9 +129,18 @@ def influence(
 
 
 def predict(
-    task: Task, force: Force, step: Step, observe: Any, *, output: str = "target", top_k: int = 10, order: int = 1
+    task: Task,
+    force: Force | None,
+    step: Step,
+    observe: Any,
+    *,
+    output: str = "target",
+    top_k: int = 10,
+    order: int = 1,
 ) -> Influence:
     """[`influence`] of a step that is known already, for one batch of observers after the other.
+
+    `force` is None where the gradients came from elsewhere: training has computed them itself.
 
     Raises:
         ValueError: As [`influence`].
@@ -152,7 +161,8 @@ def predict(
         push_forward(task, step.total, observe, whole.add, order)
         total = whole.change()
     logp_N, top_id_Nk = first.before()
-    return Influence(total, parts, label_N, task.items(observe), logp_N, top_id_Nk, force.loss, force.norm_U, step)
+    loss, norm_U = (None, None) if force is None else (force.loss, force.norm_U)
+    return Influence(total, parts, label_N, task.items(observe), logp_N, top_id_Nk, loss, norm_U, step)
 
 
 def _check(output: str, order: int, top_k: int) -> None:

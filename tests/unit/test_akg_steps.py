@@ -56,7 +56,7 @@ def test_a_gradient_added_to_sgds_adds_its_share_to_the_real_step(name, num_step
     for extra in (0.0, 1.0):
         model = {key: torch.nn.Parameter(value.detach().clone()) for key, value in parameters.items()}
         copied = OPTIMIZERS[name](list(model.values()))
-        copied.load_state_dict(optimizer.state_dict())
+        copied.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for key, parameter in model.items():
             parameter.grad = gradients[key] + extra * other[key]
         copied.step()

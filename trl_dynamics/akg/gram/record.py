@@ -77,7 +77,7 @@ def record(
         ValueError: If a module with trained parameters is called in a way that does not keep rows apart.
     """
     recorder = _Recorder(task, batch, weight_N, column_N)
-    with evaluated(task.model), _frozen(task.model), recorder.hooked(), torch.enable_grad():
+    with evaluated(task.model), frozen(task.model), recorder.hooked(), torch.enable_grad():
         try:
             recorder.forward()
             if forwarded is not None:
@@ -89,7 +89,8 @@ def record(
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient, so that none is computed; at the end those that did do so again."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -19,6 +19,7 @@ from trl_dynamics.akg.steps import Step, step_of
 from trl_dynamics.akg.task import Task, causal_lm
 
 OUTPUTS = ("target", "stats", "topk", "full")
+FORWARD_MODE, CENTRAL_DIFFERENCES = "forward mode", "central differences"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Change:
         kernel_N, softmax_N (`torch.Tensor`, *optional*): The two second-order terms within `target_N`: that of logits
             that do not move in a straight line, since K changes, and that of the softmax, since A does.
         logits_NV, logp_NV (`torch.Tensor`, *optional*): Delta z and Delta ln pi of all labels.
+        error_N (`torch.Tensor`, *optional*): How far `target_N` may be off, where it is not exact to first order.
     """
 
     target_N: torch.Tensor
@@ -45,6 +47,7 @@ class Change:
     softmax_N: torch.Tensor | None = None
     logits_NV: torch.Tensor | None = None
     logp_NV: torch.Tensor | None = None
+    error_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Influence:
         top_id_Nk (`torch.Tensor`, *optional*): The labels of `top_Nk`.
         loss (`float`, *optional*): The update's loss before the step, where it was computed.
         force_norm_U (`torch.Tensor`, *optional*): Norm over labels of G = dL/dz at each position of the update.
-        step ([`Step`]): What the parameters would do.
+        step ([`Step`]): What the parameters would do; of split weights, this process' pieces.
+        method (`str`): `"forward mode"`, or `"central differences"`, which have an error ([`akg.differences`]).
     """
 
     total: Change
@@ -72,6 +76,7 @@ class Influence:
     loss: float | None
     force_norm_U: torch.Tensor | None
     step: Step = field(repr=False)
+    method: str = FORWARD_MODE
 
     @property
     def per_item(self) -> torch.Tensor:

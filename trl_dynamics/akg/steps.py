@@ -110,6 +110,15 @@ def plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def split_of(optimizer: torch.optim.Optimizer) -> Callable:
+    """What of [`PARTS`] splits the steps of an optimiser, for gradients and states that it does not hold itself.
+
+    Raises:
+        ValueError: As [`plain`].
+    """
+    return PARTS[_kind(optimizer)]
+
+
 def _kind(optimizer: torch.optim.Optimizer) -> type:
     """The class of torch whose steps an optimiser takes; it may not only inherit from it.
 

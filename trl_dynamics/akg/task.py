@@ -82,8 +82,8 @@ def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
 def causal_lm_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """Logits of the labelled positions, the head applied tile by tile."""
     base = base_causal_lm(model)
-    hidden_BTD = base.base_model(**_inputs(base, batch), use_cache=False).last_hidden_state
-    row_N, column_N = _predicting(batch["labels"])
+    hidden_BTD = base.base_model(**model_inputs(base, batch), use_cache=False).last_hidden_state
+    row_N, column_N = predicting(batch["labels"])
     hidden_ND = hidden_BTD[row_N, column_N]
     head, (factor, softcap) = base.get_output_embeddings(), logit_transform(base)
     tile = max(1, TILE_ELEMENTS // head.weight.shape[0])
@@ -107,7 +107,7 @@ def causal_lm_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def row_of_label(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(N,) the row of each labelled position."""
-    return _predicting(batch["labels"])[0]
+    return predicting(batch["labels"])[0]
 
 
 def classifier(model: nn.Module, loss: Loss = mean_cross_entropy, head: nn.Module | None = None) -> Task:
@@ -143,7 +143,7 @@ def row_of_class(batch: Any) -> torch.Tensor:
     return torch.arange(len(labels_B), device=labels_B.device)
 
 
-def _inputs(base: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(base: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the backbone reads; positions are counted from a row's first real token, so that padding moves nothing."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
@@ -182,6 +182,6 @@ def _check_head(model: nn.Module) -> None:
         )
 
 
-def _predicting(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def predicting(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column of the positions that predict a label."""
     return (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)

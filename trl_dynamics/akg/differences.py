@@ -1,0 +1,202 @@
+"""One step's influence by central differences: for models whose weights lie in pieces on several processes.
+
+    N observed positions of this process
+
+Forward mode cannot run there. Instead each process moves its own pieces along the step, in place, all of them run the
+observers forward together, and every bit is put back. With f(e) = ln pi of a label at e times the step, and
+D(e) = (f(e) - f(-e)) / 2e, the derivative is (4 D(e) - D(2e)) / 3 up to order e^4 (Richardson's extrapolation).
+
+How large e is decides between two errors: terms of higher order, which grow with what the outputs move by, and
+rounding, which shrinks with it. Both are least where the outputs move by about u^(1/5) nats, u being the dtype's
+resolution, so e is chosen by that and not by the size of the weights: rates, optimisers and parts of a step differ by
+orders of magnitude, and what a weight does to the output differs with the model.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trl_dynamics.akg.influence import CENTRAL_DIFFERENCES, Change, Influence
+from trl_dynamics.akg.steps import Step, Tensors
+
+PRECISE = (torch.float32, torch.float64)
+# The largest movement of an output, over u^(1/5), that is aimed at, and the range around it that is taken as it is.
+AIM, RANGE, TRIALS = 2.0, (0.7, 5.0), 5
+# Standard errors of rounding that are stated. It is told from what five equidistant values of a cubic polynomial obey;
+# the two factors are the norms of the coefficients of the fourth difference, and of the derivative.
+ROUNDING_ERRORS, OF_FOURTH, OF_SLOPE = 4.0, 70**0.5, 130**0.5 / 12
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The trainable weights as this process holds them.
+
+    Args:
+        values (`dict[str, torch.Tensor]`): By name, the piece of each parameter; it can be written to, and the next
+            forward after `settle` sees it.
+        settle (`Callable`): Called by all processes after a change: drops what was gathered of the old weights.
+        device (`torch.device`): Where processes exchange numbers.
+        distributed (`bool`): Whether other processes hold other pieces.
+    """
+
+    values: dict[str, torch.Tensor]
+    settle: Callable[[], None]
+    device: torch.device
+    distributed: bool
+
+    def total(self, number: float) -> float:
+        """The sum over all processes."""
+        return self._reduced(number, dist.ReduceOp.SUM)
+
+    def largest(self, number: float) -> float:
+        """The largest of all processes."""
+        return self._reduced(number, dist.ReduceOp.MAX)
+
+    def _reduced(self, number: float, operation: dist.ReduceOp) -> float:
+        if not self.distributed:
+            return number
+        value = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(value, operation)
+        return float(value)
+
+
+def whole(model: nn.Module) -> Shards:
+    """The weights of a model that lies on one process as it is.
+
+    Raises:
+        ValueError: As [`refuse_rounded_weights`].
+    """
+    refuse_rounded_weights(model)
+    values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return Shards(values, lambda: None, next(model.parameters()).device, distributed=False)
+
+
+def refuse_rounded_weights(model: nn.Module) -> None:
+    """Refuse weights that cannot take a small change.
+
+    Raises:
+        ValueError: If any is quantised or of half precision.
+    """
+    dtypes = {p.dtype for p in model.parameters()}
+    coarse = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - set(PRECISE))
+    if getattr(model, "is_quantized", False) or coarse:
+        what = "quantised" if getattr(model, "is_quantized", False) else " and ".join(coarse)
+        raise ValueError(
+            f"the model has {what} weights, but central differences need float32: small changes would be rounded "
+            "away. Load it with dtype=torch.float32 and train with bf16=False and fp16=False, or train data parallel "
+            "(DDP), where influence is exact in half precision as well"
+        )
+
+
+@dataclass
+class CentralDifferences:
+    """Predicts what one step does to one batch of observers after the other, all processes together.
+
+    Args:
+        shards ([`Shards`]): The weights. They are moved while a batch is observed, and put back bit for bit, also when
+            a forward fails.
+        step ([`Step`]): The change of each piece, from [`akg.steps`], whose formulas are elementwise.
+        distances (`dict[str, float]`, *optional*): Per part, the last multiple of it that the weights were moved by;
+            the next batch begins there.
+    """
+
+    shards: Shards
+    step: Step
+    distances: dict[str, float] = field(default_factory=dict)
+
+    def predict(
+        self, label_logp: Callable[[], torch.Tensor], label_N: torch.Tensor, item_N: torch.Tensor
+    ) -> Influence:
+        """The step's influence, part by part; all processes call this together, each with observers of its own.
+
+        A part takes four forwards, and two more each time that its distance did not suit.
+
+        Args:
+            label_logp (`Callable`): Runs the observers forward; (N,) ln pi of their labels, nats.
+            label_N, item_N (`torch.Tensor`): As in [`Influence`].
+        """
+        logp_N = label_logp()
+        parts = {name: self._change(name, changes, label_logp, logp_N) for name, changes in self.step.parts.items()}
+        total = Change(
+            sum(part.target_N for part in parts.values()), error_N=sum(part.error_N for part in parts.values())
+        )
+        return Influence(
+            total, parts, label_N, item_N, logp_N, None, None, None, self.step, method=CENTRAL_DIFFERENCES
+        )
+
+    def _change(
+        self, name: str, changes: Tensors, label_logp: Callable[[], torch.Tensor], logp_N: torch.Tensor
+    ) -> Change:
+        with moving(self.shards, changes) as move:
+
+            def at(multiple: float) -> tuple[float, torch.Tensor]:
+                return move(multiple), label_logp().double()
+
+            near, distance = self._suiting(at, self.distances.get(name, 1.0), logp_N)
+            far = at(2 * distance), at(-2 * distance)
+        self.distances[name] = distance
+        value_N, error_N = derivative(near, far, logp_N.double(), distance)
+        return Change(value_N.to(logp_N.dtype), error_N=error_N.to(logp_N.dtype))
+
+    def _suiting(self, at: Callable, distance: float, logp_N: torch.Tensor) -> tuple[tuple, float]:
+        """Values at plus and minus a distance at which the outputs move by about what suits, and the distance."""
+        unit = torch.finfo(logp_N.dtype).eps ** 0.2
+        for trial in range(TRIALS):
+            near = at(distance), at(-distance)
+            movement_N = (near[0][1] - near[1][1])[logp_N.isfinite()].abs().nan_to_num(nan=torch.inf) / 2
+            movement = self.shards.largest(float(movement_N.max()) if len(movement_N) else 0.0) / unit
+            if RANGE[0] <= movement <= RANGE[1] or trial == TRIALS - 1:
+                return near, distance
+            distance *= min(max(AIM / movement if movement else torch.inf, 1e-3), 1e3)
+
+
+def derivative(near: tuple, far: tuple, logp_N: torch.Tensor, distance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The derivative at 0 and how far off it may be: the extrapolation's own size, and rounding.
+
+    Args:
+        near, far: (distance, values) up and down the line, at once and twice the distance; what the weights really
+            moved by once they were rounded, which for steps of one size everywhere, as Adam's, is not what was asked.
+        logp_N: The values at 0.
+        distance (`float`): What was asked for.
+    """
+    (up, up_N), (down, down_N) = near
+    (up2, up2_N), (down2, down2_N) = far
+    if up == down or up2 == down2:
+        return torch.zeros_like(logp_N), torch.zeros_like(logp_N)
+    slope_N, slope2_N = (up_N - down_N) / (up - down), (up2_N - down2_N) / (up2 - down2)
+    fourth_N = up2_N - 4 * up_N + 6 * logp_N - 4 * down_N + down2_N
+    rounding = fourth_N.square().mean().sqrt() / OF_FOURTH * OF_SLOPE / distance
+    correction_N = (slope_N - slope2_N) / 3
+    return slope_N + correction_N, correction_N.abs() + ROUNDING_ERRORS * rounding
+
+
+@contextlib.contextmanager
+def moving(shards: Shards, changes: Mapping[str, torch.Tensor]) -> Iterator[Callable[[float], float]]:
+    """A function that puts the weights at a multiple of the changes from where they are; at the end they are put back.
+
+    It returns by what multiple they really moved: a weight plus its change is rounded.
+    """
+    kept = {name: shards.values[name].clone() for name in changes}
+    length_sq = shards.total(sum(float(change.square().sum(dtype=torch.float64)) for change in changes.values()))
+
+    def move(multiple: float) -> float:
+        along = 0.0
+        for name, change in changes.items():
+            value = shards.values[name]
+            value.copy_(kept[name]).add_(change, alpha=multiple)
+            along += float(((value - kept[name]) * change).sum(dtype=torch.float64))
+        shards.settle()
+        return shards.total(along) / length_sq if length_sq else 0.0
+
+    try:
+        with torch.no_grad():
+            yield move
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                shards.values[name].copy_(value)
+        shards.settle()

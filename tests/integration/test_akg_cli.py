@@ -6,9 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from trl_dynamics.cli.akg import collate, split
 from trl_dynamics.cli.main import main
-from trl_dynamics.probing.encode import EncodedResponse
 
 SMALL = ["--model_name_or_path", "embedded", "--probe_set", "embedded", "--probe_max_probes", "2"]
 
@@ -73,18 +71,3 @@ def test_neither_the_size_of_a_forward_nor_other_data_changes_an_influence(tmp_p
 def test_what_cannot_be_is_one_line_and_writes_nothing(more, message, tmp_path, capsys):
     assert call(tmp_path / "map", *more) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "map").exists()
-
-
-def test_batches_hold_as_many_padded_tokens_as_allowed_and_every_answer_once():
-    class Tokenizer:
-        pad_token_id, eos_token_id = 0, 9
-
-    items = [EncodedResponse("p", str(n), (1, 2), (3,) * n, 9, False, False) for n in (1, 5, 2, 2)]
-    parts = list(split(items, 16))
-    assert [[len(item.response_ids) for item in part] for part in parts] == [[1, 5], [2, 2]]
-    assert [len(part) for part in split(items, 1)] == [1, 1, 1, 1]
-    batch = collate(items[:2], Tokenizer, torch.device("cpu"))
-    assert batch["labels"].tolist() == [[-100, -100, 3, *[-100] * 5], [-100, -100, 3, 3, 3, 3, 3, -100]]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [4, 8]
-    ended = collate(items[:2], Tokenizer, torch.device("cpu"), ends=True)
-    assert ended["labels"][0].tolist() == [-100, -100, 3, 9, *[-100] * 4]

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl_dynamics.akg import losses
 from trl_dynamics.akg.influence import Force, predict, update_gradient
 from trl_dynamics.akg.steps import Step, step_of
-from trl_dynamics.akg.task import IGNORED, Task, causal_lm
+from trl_dynamics.akg.task import Task, causal_lm
 from trl_dynamics.akg.verify import label_logp, last_bits, moved
 from trl_dynamics.cli import sources
 from trl_dynamics.cli.options import option
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.encode import EncodedResponse, LengthLimits, encode, encode_response
+from trl_dynamics.probing.labelled import collate, pad_id_of, split
 from trl_dynamics.probing.rows import Pair, read_pairs
 from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_types
 
@@ -136,7 +137,7 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     ends = sources.end_ids(path)
     observed = list(encode(probe_set, tokenizer, limits, ends).items)
     prompts = {probe.probe_id: _key(probe.prompt) for probe in probe_set}
-    batches = [collate(items, tokenizer, device) for items in split(observed, args.tokens_per_batch)]
+    batches = [collate(items, pad_id_of(tokenizer), device) for items in split(observed, args.tokens_per_batch)]
     rounding = [_rounding(task, batch) if args.verify else None for batch in batches]
     rows, done = [], 0
     updates = list(read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, device))
@@ -235,8 +236,9 @@ def read_updates(
             names = REQUIRED_TYPES if kind == DPO else (kind,)
             if set(names) <= set(probe.responses):
                 items = [encode_response(probe, name, tokenizer, limits, ends) for name in names]
+                batch = collate(items, pad_id_of(tokenizer), device, ends=True)
                 loss = losses.dpo(args.beta) if kind == DPO else losses.mean_cross_entropy
-                yield Update(index, kind, _key(probe.prompt), collate(items, tokenizer, device, ends=True), loss)
+                yield Update(index, kind, _key(probe.prompt), batch, loss)
 
 
 def with_reference(task: Task, update: Update) -> dict[str, torch.Tensor]:
@@ -245,40 +247,6 @@ def with_reference(task: Task, update: Update) -> dict[str, torch.Tensor]:
         return update.batch
     logp_N, row_N = label_logp(task, update.batch), task.items(update.batch)
     return update.batch | {"ref_logps": _by_row(logp_N, row_N, len(update.batch["input_ids"]))}
-
-
-def collate(
-    items: list[EncodedResponse], tokenizer: PreTrainedTokenizerBase, device: torch.device, ends: bool = False
-) -> dict[str, torch.Tensor]:
-    """Answers as a batch padded on the right; labels are their tokens, and with `ends` the end-of-turn token too.
-
-    Shapes: `input_ids`, `attention_mask`, `labels` (B, T).
-    """
-    width = max(len(item.input_ids) for item in items)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids_BT = torch.full((len(items), width), pad)
-    mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORED)
-    for row, item in enumerate(items):
-        length, start = len(item.input_ids), len(item.prompt_ids)
-        stop = length if ends else start + len(item.response_ids)
-        ids_BT[row, :length] = torch.tensor(item.input_ids)
-        mask_BT[row, :length] = 1
-        labels_BT[row, start:stop] = ids_BT[row, start:stop]
-    batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
-    return {name: values.to(device) for name, values in batch.items()}
-
-
-def split(items: list[EncodedResponse], tokens_per_batch: int) -> Iterator[list[EncodedResponse]]:
-    """Consecutive answers whose padded rows hold at most so many tokens, at least one."""
-    batch: list[EncodedResponse] = []
-    for item in items:
-        width = max(len(other.input_ids) for other in [*batch, item])
-        if batch and width * (len(batch) + 1) > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 def summarise(frame: pd.DataFrame, args: AkgArguments) -> dict:

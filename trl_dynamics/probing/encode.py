@@ -152,6 +152,19 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], a
     return tokenizer.decode(list(answer_ids), skip_special_tokens=True) if alone else text[len(before) :]
 
 
+def token_texts(tokenizer: PreTrainedTokenizerBase, item: EncodedResponse) -> list[str]:
+    """What each token of a response adds to the text before it; together they are the response.
+
+    A token that holds part of a character shows as a replacement character.
+    """
+    texts, before = [], item.prompt_ids[-1]
+    for token in item.response_ids:
+        alone, both = (tokenizer.decode(ids) for ids in ([before], [before, token]))
+        texts.append(both[len(alone) :] if both.startswith(alone) else tokenizer.decode([token]))
+        before = token
+    return texts
+
+
 @dataclass(frozen=True)
 class Seam:
     """Tokens that join a prompt's end to a response's start: the prompt's alone, and those in their place with the

@@ -6,6 +6,7 @@ import enum
 
 from trl_dynamics import compat
 from trl_dynamics.probing.encode import LengthLimits, encode, encode_prompts
+from trl_dynamics.probing.labelled import pad_id_of
 from trl_dynamics.probing.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.engine import ProbeEngine
@@ -29,11 +30,11 @@ def build_engine(
         accelerator ([`~accelerate.Accelerator`], *optional*): Processes that share the work.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    encoded = encode(probe_set, tokenizer, _limits(model, args), _end_ids(model))
-    pad_id = _pad_id(tokenizer)
+    encoded = encode(probe_set, tokenizer, limits_of(model, args), end_ids_of(model))
+    pad_id = pad_id_of(tokenizer)
     if args.probe_dtype not in (None, "float32"):
         raise ValueError(f"probe_dtype is {args.probe_dtype!r}, expected 'float32' or none")
-    tokens = _tokens_per_batch(args, accelerator)
+    tokens = tokens_per_batch_of(args, accelerator)
     engine = ProbeEngine(
         encoded,
         choose_layout(model, args.probe_layout, tokens, pad_id),
@@ -59,32 +60,31 @@ def build_sampler(model, processing_class, probe_set: ProbeSet, args, engine: Pr
     if args.probe_samples < 0 or args.probe_samples != int(args.probe_samples):
         raise ValueError(f"probe_samples is {args.probe_samples}, expected a number of probes, or none")
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    limits = _limits(model, args)
-    ends = {tokenizer.eos_token_id, *_end_ids(model), *(item.eos_id for item in engine.encoded.items)} - {None}
+    limits = limits_of(model, args)
+    ends = {tokenizer.eos_token_id, *end_ids_of(model), *(item.eos_id for item in engine.encoded.items)} - {None}
     return GreedySampler(
         encode_prompts(probe_set.sample(args.probe_samples), tokenizer, limits),
-        Reading(tokenizer, frozenset(ends), _pad_id(tokenizer), limits.context_length),
+        Reading(tokenizer, frozenset(ends), pad_id_of(tokenizer), limits.context_length),
         args.probe_sample_tokens,
         engine,
-        _tokens_per_batch(args, engine.accelerator),
+        tokens_per_batch_of(args, engine.accelerator),
     )
 
 
-def _limits(model, args) -> LengthLimits:
+def limits_of(model, args) -> LengthLimits:
+    """What the arguments cut, and what the model can take."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return LengthLimits(args.probe_max_prompt_length, args.probe_max_length, context)
 
 
-def _end_ids(model) -> list[int]:
+def end_ids_of(model) -> list[int]:
+    """Token ids that end a turn by the model's generation config."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def _pad_id(tokenizer) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def _tokens_per_batch(args, accelerator) -> int:
+def tokens_per_batch_of(args, accelerator) -> int:
+    """Most tokens of one forward: as asked for, else what suits the device."""
     on_cpu = accelerator is None or accelerator.device.type == "cpu"
     default = CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS
     return default if args.probe_tokens_per_batch is None else args.probe_tokens_per_batch
@@ -129,6 +129,21 @@ def describe_run(
     model, probe_set: ProbeSet, engine: ProbeEngine, method: str, args, sampler: GreedySampler | None = None
 ) -> dict:
     """What produced the numbers, for meta.json."""
+    return describe_origin(model, probe_set, method) | {
+        "batch_plan": engine.batch_plan,
+        "cuts": engine.encoded.cuts,
+        "top_k": engine.top_k,
+        "samples": None if sampler is None else sampler.description,
+        "probe_dtype": "float32" if engine.float32 else None,
+        "mixed_precision": engine.accelerator.mixed_precision if engine.accelerator else "no",
+        "limits": {name: getattr(args, name) for name in LIMITS},
+        "probe_seconds": 0.0,
+        "train_seconds": 0.0,
+    }
+
+
+def describe_origin(model, probe_set: ProbeSet, method: str) -> dict:
+    """Which package versions, model and probe set, for meta.json."""
     parameters = list(model.parameters())
     return {
         "kind": "track" if method == "track" else "train",
@@ -150,15 +165,6 @@ def describe_run(
             "counts": probe_set.counts,
             "metadata": probe_set.metadata,
         },
-        "batch_plan": engine.batch_plan,
-        "cuts": engine.encoded.cuts,
-        "top_k": engine.top_k,
-        "samples": None if sampler is None else sampler.description,
-        "probe_dtype": "float32" if engine.float32 else None,
-        "mixed_precision": engine.accelerator.mixed_precision if engine.accelerator else "no",
-        "limits": {name: getattr(args, name) for name in LIMITS},
-        "probe_seconds": 0.0,
-        "train_seconds": 0.0,
     }
 
 

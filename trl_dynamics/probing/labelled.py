@@ -1,0 +1,52 @@
+"""Encoded answers as batches with labels, the form in which losses and `akg` take them.
+
+B rows, one answer each   T tokens of a row
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trl_dynamics.probing.encode import EncodedResponse
+
+# transformers' label of a position that is not looked at.
+IGNORED = -100
+
+
+def collate(
+    items: Sequence[EncodedResponse], pad_id: int, device: torch.device | str = "cpu", ends: bool = False
+) -> dict[str, torch.Tensor]:
+    """Answers as a batch padded on the right; labels are their tokens, and with `ends` the end-of-turn token too.
+
+    Shapes: `input_ids`, `attention_mask`, `labels` (B, T).
+    """
+    width = max(len(item.input_ids) for item in items)
+    ids_BT = torch.full((len(items), width), pad_id)
+    mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORED)
+    for row, item in enumerate(items):
+        length, start = len(item.input_ids), len(item.prompt_ids)
+        stop = length if ends else start + len(item.response_ids)
+        ids_BT[row, :length] = torch.tensor(item.input_ids)
+        mask_BT[row, :length] = 1
+        labels_BT[row, start:stop] = ids_BT[row, start:stop]
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+    return {name: values.to(device) for name, values in batch.items()}
+
+
+def split(items: Sequence[EncodedResponse], tokens_per_batch: int) -> Iterator[list[EncodedResponse]]:
+    """Consecutive answers whose padded rows hold at most so many tokens, at least one."""
+    batch: list[EncodedResponse] = []
+    for item in items:
+        width = max(len(other.input_ids) for other in [*batch, item])
+        if batch and width * (len(batch) + 1) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up, which no number depends on."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

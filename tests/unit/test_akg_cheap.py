@@ -98,11 +98,8 @@ def test_weights_count_labels_as_those_of_gram_do(form):
     torch.testing.assert_close(form(model, UPDATE, OBSERVE), sum(ones), rtol=1e-10, atol=1e-12)
 
 
-NORMS = {
-    "llama": ("input_layernorm", "post_attention_layernorm"),
-    "gemma2": ("input_layernorm", "pre_feedforward_layernorm"),
-}
-NORMS["gpt_neox"] = NORMS["llama"]
+NORMS = dict.fromkeys(("llama", "gpt_neox"), ("input_layernorm", "post_attention_layernorm"))
+NORMS["gemma2"] = ("input_layernorm", "pre_feedforward_layernorm")
 
 
 def positions(model, batch, norms: tuple[str, ...]) -> list[dict]:
@@ -222,13 +219,19 @@ def test_agreement_is_over_all_pairs_with_both_sides_drawn_again():
     assert 0.9 < found["near"].low < found["near"].value < 1 and found["near"].num_pairs == 30
 
 
+class Twice(Network):
+    def forward(self, rows):
+        return self.head(self.body(rows)) + self.head(self.body(-rows))
+
+
 def test_what_has_no_form_is_told():
+    rows, model = (torch.ones(1, 4).double(), torch.tensor([0])), Network()
     with pytest.raises(ValueError, match="head is none"):
-        head_only(classifier(Network()), (torch.ones(1, 4), torch.tensor([0])), (torch.ones(1, 4), torch.tensor([0])))
+        head_only(classifier(model), rows, rows)
+    with pytest.raises(ValueError, match="head is a Sequential"):
+        head_only(classifier(model, head=model.body), rows, rows)
     with pytest.raises(ValueError, match="use head_only"):
-        model = Network()
-        rows = (torch.ones(1, 4).double(), torch.tensor([0]))
         blocks(classifier(model, head=model.head), rows, rows)
-    with pytest.raises(ValueError, match="expected one tensor"):
-        model = Network()
-        head_only(classifier(nn.Sequential(model, nn.Identity()), head=model.body[0]), rows, rows)
+    with pytest.raises(ValueError, match="for 1 labels, expected one tensor"):
+        twice = Twice()
+        head_only(classifier(twice, head=twice.head), rows, rows)

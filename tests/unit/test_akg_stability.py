@@ -1,0 +1,135 @@
+"""Sizes of K pair by pair, and how far rankings hold between checkpoints, against matrices and pandas."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from tiny import tiny_model
+from trl_dynamics.akg.block_norms import block_norms
+from trl_dynamics.akg.gram.gram import gram
+from trl_dynamics.akg.kernel import Kernel
+from trl_dynamics.akg.stability import influence_measure, kernel_measure, label_pairs, stability, stability_of
+from trl_dynamics.akg.task import causal_lm, classifier
+from true_float64 import true_float64
+
+
+def batch_of(num_rows: int, seed: int) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(1, 24, (num_rows, 6), generator=rng)
+    labels_BT = ids_BT.clone()
+    labels_BT[:, :3] = -100
+    labels_BT[0, 4] = -100  # one row has fewer labels
+    return {"input_ids": ids_BT, "labels": labels_BT}
+
+
+UPDATE, OBSERVE = batch_of(2, 0), batch_of(3, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    options = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 24}
+    return true_float64(tiny_model(initializer_range=0.15, **options, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+
+def one_by_one(task) -> torch.Tensor:
+    """(O, U) norms of the whole matrices of pairs, each by itself."""
+    rows = [
+        [{name: value[[row]] for name, value in batch.items()} for row in range(len(batch["labels"]))]
+        for batch in (OBSERVE, UPDATE)
+    ]
+    return torch.stack([torch.stack([Kernel(task, u, o).exact().norm() for u in rows[1]]) for o in rows[0]])
+
+
+def test_exact_norms_are_those_of_every_pairs_own_matrix(model):
+    task = causal_lm(model)
+    torch.testing.assert_close(block_norms(task, UPDATE, OBSERVE), one_by_one(task), rtol=1e-10, atol=0)
+    torch.testing.assert_close(block_norms(task, OBSERVE, UPDATE), one_by_one(task).T, rtol=1e-10, atol=0)
+
+
+def test_sketched_norms_are_unbiased_and_as_close_as_told(model):
+    task, exact_OU = causal_lm(model), one_by_one(causal_lm(model))
+    draws = torch.stack([block_norms(task, UPDATE, OBSERVE, num_products=16, seed=seed) for seed in range(12)])
+    spread = (draws / exact_OU - 1).square().mean().sqrt()
+    assert spread < 1.1 / 32**0.5
+    standard_error = (draws / exact_OU).square().std() / 12**0.5
+    assert abs((draws / exact_OU).square().mean() - 1) < 4 * standard_error
+    other = block_norms(task, OBSERVE, UPDATE, num_products=16, seed=3)
+    torch.testing.assert_close(other, draws[3].T, rtol=1e-10, atol=0)  # the side with fewer rows is drawn for
+
+
+def test_measures_are_per_pair_of_labels(model):
+    task = causal_lm(model)
+    assert label_pairs(task, UPDATE, OBSERVE).tolist() == [[4, 6], [6, 9], [6, 9]]
+    expected_OU = gram(task, UPDATE, OBSERVE).total_OU / torch.tensor([[4, 6], [6, 9], [6, 9]])
+    torch.testing.assert_close(influence_measure(task, UPDATE, OBSERVE), expected_OU)
+    twice = {name: torch.cat([value, value]) for name, value in UPDATE.items()}
+    found = kernel_measure()(task, twice, OBSERVE)
+    torch.testing.assert_close(found[:, :2] ** 2 * label_pairs(task, UPDATE, OBSERVE), one_by_one(task) ** 2)
+
+
+class Network(nn.Module):
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
+        self.double()
+
+    def forward(self, rows):
+        return self.head(self.body(rows).tanh())
+
+
+def sides() -> tuple:
+    rng = torch.Generator().manual_seed(0)
+    return tuple((torch.randn(n, 3, generator=rng, dtype=torch.float64), torch.arange(n) % 4) for n in (5, 6))
+
+
+@pytest.mark.parametrize("measure", [influence_measure, kernel_measure()], ids=["influence", "kernel"])
+def test_the_matrix_is_that_of_rankings_at_every_checkpoint(measure):
+    tasks = {step: classifier(Network(seed)) for step, seed in ((0, 0), (10, 0), (20, 7))}
+    with torch.no_grad():
+        tasks[10].model.head.bias += 0.01
+    found = stability(tasks.items(), *sides(), measure)
+    values = pd.DataFrame({step: measure(task, *sides()).flatten().numpy() for step, task in tasks.items()})
+    np.testing.assert_allclose(found.value_SS, values.corr("spearman").to_numpy(), atol=1e-12)
+    assert found.steps == [0, 10, 20] and found.num_pairs == 30
+    assert found.value_SS[0, 1] > 0.95 > found.value_SS[1, 2]
+    again = stability_of({step: measure(task, *sides()) for step, task in tasks.items()})
+    np.testing.assert_array_equal(again.high_SS, found.high_SS)
+
+
+def test_the_order_of_pairs_counts_and_not_the_size_of_the_kernel():
+    """Logits times 3, features as they were: K grows by 9 in the body's part, by 1 in the head's."""
+    model = nn.Linear(3, 4, bias=False).double()
+    scaled = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 4, bias=False)).double().requires_grad_(False)
+    with torch.no_grad():
+        scaled[0].weight.copy_(model.weight)
+        scaled[1].weight.copy_(3 * torch.eye(4))
+    scaled[0].weight.requires_grad_(True)
+    names = (("plain", classifier(model)), ("scaled", classifier(scaled)))
+    assert stability(names, *sides(), kernel_measure()).value_SS[0, 1] == pytest.approx(1, abs=1e-12)
+
+
+def test_one_model_may_come_again_with_other_weights():
+    model, states = Network(), [Network(seed).state_dict() for seed in (0, 7)]
+
+    def checkpoints():
+        for index, state in enumerate(states):
+            model.load_state_dict(state)
+            yield index, classifier(model)
+
+    apart = [(index, classifier(Network(seed))) for index, seed in enumerate((0, 7))]
+    np.testing.assert_array_equal(stability(checkpoints(), *sides()).value_SS, stability(apart, *sides()).value_SS)
+
+
+def test_bad_checkpoints_are_told():
+    task = classifier(Network())
+    with pytest.raises(ValueError, match="at least 2"):
+        stability([], *sides())
+    with pytest.raises(ValueError, match="at least 2"):
+        stability([(0, task)], *sides())
+    with pytest.raises(ValueError, match="0 comes twice"):
+        stability([(0, task), (0, task)], *sides())
+    with pytest.raises(ValueError, match="num_products is 0"):
+        block_norms(task, *sides(), num_products=0)

@@ -1,6 +1,6 @@
 """||K_ou||_F of every pair of rows: how strongly an update's logits are tied to an observer's, whatever the force.
 
-O observers   U rows of the update   N, M their labelled positions   V labels   P parameters
+O observers   U rows of the update   N, M labelled positions of all observers, of one row   V labels   P parameters
 """
 
 from typing import Any
@@ -20,19 +20,21 @@ def block_norms(
     Args:
         task ([`Task`]): What K is of.
         update, observe: Batches of the task.
-        num_products (`int`, *optional*): Products with K per row of the side that has fewer rows; the relative
-            standard deviation of a norm is at most about 1 / sqrt(2 `num_products`), as for a kernel of rank one.
-            Default: exact, by all Jacobians, which hold (N + M) V P numbers: for few labels and small models.
-        seed (`int`): Of the random vectors, which are the same for the same batches: norms at two checkpoints differ
-            by what K does, hardly by the draw.
+        num_products (`int`, *optional*): Products with K for each row of the side that has fewer rows, at least 6: a
+            third finds the directions of that row's logits that move the observers most, a third gives what these
+            move, exactly, and the rest estimates what is left, as in [`akg.kernel.Kernel.frobenius`], for all
+            observers at once. Default: exact, by all Jacobians, which hold (N + M U) V P numbers: for few labels and
+            small models.
+        seed (`int`): Of the random vectors, which are the same for batches of the same shape: norms at two
+            checkpoints differ by what K does, hardly by the draw.
 
     Raises:
-        ValueError: If there are no products to make.
+        ValueError: If there are too few products.
     """
     if num_products is None:
         return _exact(task, update, observe)
-    if num_products < 1:
-        raise ValueError(f"num_products is {num_products}, expected at least 1")
+    if num_products < 6:
+        raise ValueError(f"num_products is {num_products}, expected at least 6: two for each of three parts")
     if num_rows(observe) < num_rows(update):
         return block_norms(task, observe, update, num_products=num_products, seed=seed).T
     rng = torch.Generator().manual_seed(seed)
@@ -41,12 +43,27 @@ def block_norms(
 
 
 def _sketched(kernel: Kernel, num_products: int, rng: torch.Generator) -> torch.Tensor:
-    """(O,) means of ||K_o v||^2 over Gaussian v of the update's logits, each an unbiased estimate of ||K_o||_F^2."""
+    """(O,) estimates of ||K_o||_F^2, unbiased given the range: ||K_o Q||_F^2 and the mean of ||K_o (1 - Q Q^T) v||^2."""
+
+    def gaussian(shape: tuple[int, int]) -> torch.Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64).to(kernel.device, kernel.dtype)
+
+    third = num_products // 3
+    pulled = [kernel.apply_transposed(gaussian(kernel.shape_o)).flatten() for _ in range(third)]
+    range_Q, _ = torch.linalg.qr(torch.stack(pulled, dim=-1))
     square_N = torch.zeros(kernel.shape_o[0], dtype=torch.float64)
-    for _ in range(num_products):
-        vector_MV = torch.randn(kernel.shape_u, generator=rng, dtype=torch.float64).to(kernel.device, kernel.dtype)
-        square_N += kernel.apply(vector_MV).double().square().sum(dim=1).cpu() / num_products
+    for direction in range_Q.T:
+        square_N += _squares(kernel, direction)
+    num_left = num_products - third - range_Q.shape[1]
+    for _ in range(num_left):
+        probe = gaussian(kernel.shape_u).flatten()
+        square_N += _squares(kernel, probe - range_Q @ (range_Q.T @ probe)) / num_left
     return _by_row(square_N, kernel.task, kernel.observe)
+
+
+def _squares(kernel: Kernel, vector: torch.Tensor) -> torch.Tensor:
+    """(N,) squared norms of K v at each observed position."""
+    return kernel.apply(vector.view(kernel.shape_u)).double().square().sum(dim=1).cpu()
 
 
 def _exact(task: Task, update: Any, observe: Any) -> torch.Tensor:

@@ -25,7 +25,7 @@ from trl_dynamics.akg.steps import Step, Tensors
 
 PRECISE = (torch.float32, torch.float64)
 # The largest movement of an output, over u^(1/5), that is aimed at, and the range around it that is taken as it is.
-AIM, RANGE, TRIALS = 2.0, (0.7, 5.0), 5
+AIM, RANGE, TRIALS = 2.0, (0.5, 3.0), 5
 # Standard errors of rounding that are stated. It is told from what five equidistant values of a cubic polynomial obey;
 # the two factors are the norms of the coefficients of the fourth difference, and of the derivative.
 ROUNDING_ERRORS, OF_FOURTH, OF_SLOPE = 4.0, 70**0.5, 130**0.5 / 12

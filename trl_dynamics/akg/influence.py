@@ -127,7 +127,7 @@ def influence(
             forward-mode derivative.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
-    _check(output, order, top_k)
+    check_output(output, top_k, order)
     force = update_gradient(task, update)
     step = step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm)
     return predict(task, force, step, observe, output=output, top_k=top_k, order=order)
@@ -150,7 +150,7 @@ def predict(
     Raises:
         ValueError: As [`influence`].
     """
-    _check(output, order, top_k)
+    check_output(output, top_k, order)
     label_N = task.labels_of(observe, "what is observed")
     views = {name: View(label_N, output, top_k) for name in step.parts}
     for name, changes in step.parts.items():
@@ -170,7 +170,12 @@ def predict(
     return Influence(total, parts, label_N, task.items(observe), logp_N, top_id_Nk, loss, norm_U, step)
 
 
-def _check(output: str, order: int, top_k: int) -> None:
+def check_output(output: str, top_k: int, order: int = 1) -> None:
+    """Refuse what [`influence`] cannot give.
+
+    Raises:
+        ValueError: If an argument is none of its values.
+    """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1")
     if output not in OUTPUTS:

@@ -51,7 +51,7 @@ def reshard(model: nn.Module) -> None:
 
 def local_step(step: Step) -> Step:
     """A step whose changes are DTensors, as this process' pieces of it."""
-    parts = {part: {name: _local(change) for name, change in changes.items()} for part, changes in step.parts.items()}
+    parts = {part: {name: local(change) for name, change in changes.items()} for part, changes in step.parts.items()}
     return Step(parts, step.clip)
 
 
@@ -79,5 +79,6 @@ def sharded_label_logp(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tens
     return stats["target_logp"]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process' piece of a tensor that may be split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,7 +7,7 @@ linear only given D and the clipping factor: the part of one example does not sa
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,33 +70,7 @@ def step_of(
         raise ValueError("lr is given beside a direction that has its own; leave it out")
     if not isinstance(direction, torch.optim.Optimizer):
         return Step({UPDATE: dict(direction(gradients))}, clip)
-    optimizer = plain(direction)
-    parts: dict[str, Tensors] = {}
-    for name, *given in _moved(optimizer, gradients, parameters):
-        for part, change in PARTS[_kind(optimizer)](*given):
-            parts.setdefault(part, {})[name] = change
-    return Step(parts, clip)
-
-
-def update_scale(
-    gradients: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, float | torch.Tensor]:
-    """By what the step of these gradients multiplies each of their elements: its update part is `scale * gradient`.
-
-    Adam's D is that of this very step, so that `scale * h` is what another gradient h would be within it. A scale is a
-    number (SGD) or has the parameter's shape.
-
-    Args:
-        gradients, parameters: As for [`step_of`], the gradients clipped already.
-        optimizer: `SGD`, `Adam` or `AdamW` of torch; nothing of it is changed.
-
-    Raises:
-        ValueError: As [`step_of`].
-    """
-    optimizer = plain(optimizer)
-    wide = {name: g.to(torch.promote_types(g.dtype, torch.float32)) for name, g in gradients.items()}
-    scale_of = SCALES[_kind(optimizer)]
-    return {name: scale_of(*given) for name, *given in _moved(optimizer, wide, parameters)}
+    return Step(_parts_of(plain(direction), gradients, parameters), clip)
 
 
 def plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -134,50 +108,43 @@ def _kind(optimizer: torch.optim.Optimizer) -> type:
     )
 
 
-def _moved(
-    optimizer: torch.optim.Optimizer, gradients: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, dict, dict]]:
-    """(name, gradient, value, group, state) of every parameter that the optimiser would move."""
-    names, seen = {id(parameter): name for name, parameter in parameters.items()}, set()
+def _parts_of(
+    optimizer: torch.optim.Optimizer, gradients: Tensors, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensors]:
+    names, split = {id(parameter): name for name, parameter in parameters.items()}, split_of(optimizer)
+    parts: dict[str, Tensors] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.get(id(parameter))
             if name not in gradients:
                 continue
-            if name in seen:
+            if name in parts.get(UPDATE, {}):
                 raise ValueError(f"the optimiser holds {name!r} twice, and so would move it twice; give it once")
-            seen.add(name)
-            yield name, gradients[name], parameter.detach(), group, optimizer.state.get(parameter, {})
-    if not seen:
+            state = optimizer.state.get(parameter, {})
+            for part, change in split(gradients[name], parameter.detach(), group, state):
+                parts.setdefault(part, {})[name] = change
+    if not parts:
         raise ValueError("the optimiser holds no parameter of this model that has a gradient; was it made for a copy?")
+    return parts
 
 
 def sgd_parts(gradient: torch.Tensor, value: torch.Tensor, group: dict, state: dict) -> list[tuple[str, torch.Tensor]]:
     """torch.optim.SGD: -lr (g + wd theta) and what the momentum buffer adds, with dampening and Nesterov."""
-    fresh, kept = _sgd_factors(group, state)
-    parts = [(UPDATE, sgd_scale(gradient, value, group, state) * gradient)]
-    if kept:
-        parts.append((MOMENTUM, -group["lr"] * kept * state["momentum_buffer"]))
-    if group["weight_decay"]:
-        parts.append((DECAY, -group["lr"] * fresh * group["weight_decay"] * value))
-    return parts
-
-
-def sgd_scale(gradient: torch.Tensor, value: torch.Tensor, group: dict, state: dict) -> float:
-    """What multiplies the gradient in torch.optim.SGD."""
+    lr, momentum, buffer = group["lr"], group["momentum"], state.get("momentum_buffer")
+    fresh, kept = 1.0, 0.0
+    if momentum and buffer is None:
+        fresh = 1.0 + momentum if group["nesterov"] else 1.0
+    elif momentum:
+        fresh, kept = 1.0 - group["dampening"], momentum
+        if group["nesterov"]:
+            fresh, kept = 1.0 + momentum * fresh, momentum**2
     sign = -1.0 if group["maximize"] else 1.0
-    return -group["lr"] * _sgd_factors(group, state)[0] * sign
-
-
-def _sgd_factors(group: dict, state: dict) -> tuple[float, float]:
-    """By how much of lr the step takes the gradient, and the momentum buffer as it was."""
-    momentum = group["momentum"]
-    if not momentum:
-        return 1.0, 0.0
-    if state.get("momentum_buffer") is None:
-        return (1.0 + momentum if group["nesterov"] else 1.0), 0.0
-    fresh, kept = 1.0 - group["dampening"], momentum
-    return (1.0 + momentum * fresh, momentum**2) if group["nesterov"] else (fresh, kept)
+    parts = [(UPDATE, -lr * fresh * sign * gradient)]
+    if kept:
+        parts.append((MOMENTUM, -lr * kept * buffer))
+    if group["weight_decay"]:
+        parts.append((DECAY, -lr * fresh * group["weight_decay"] * value))
+    return parts
 
 
 def adam_parts(
@@ -188,41 +155,26 @@ def adam_parts(
     With t steps done: update = -lr (1 - b1) / (1 - b1^(t+1)) D g, momentum = -lr b1 / (1 - b1^(t+1)) D m_t, decay =
     -lr wd theta (AdamW) or, for Adam, what wd theta adds to the gradient.
     """
-    beta1, decay, mean = group["betas"][0], group["weight_decay"], state.get("exp_avg")
-    rate = _adam_rate(gradient, value, group, state)
-    sign = -1.0 if group["maximize"] else 1.0
-    parts = [(UPDATE, -(1 - beta1) * sign * rate * gradient)]
+    lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+    decoupled = group.get("decoupled_weight_decay", False)
+    gradient = -gradient if group["maximize"] else gradient
+    whole = gradient if decoupled or not decay else gradient + decay * value
+    done = float(state["step"]) if "step" in state else 0.0
+    mean = state.get("exp_avg")
+    square = (1 - beta2) * whole.square() + (beta2 * state["exp_avg_sq"] if mean is not None else 0.0)
+    if group["amsgrad"]:
+        square = torch.maximum(state["max_exp_avg_sq"], square) if mean is not None else square
+    unbiased1, unbiased2 = 1 - beta1 ** (done + 1), 1 - beta2 ** (done + 1)
+    scale = lr / unbiased1 / (square.sqrt() / unbiased2**0.5 + group["eps"])
+    parts = [(UPDATE, -(1 - beta1) * scale * gradient)]
     if mean is not None:
-        parts.append((MOMENTUM, -beta1 * rate * mean))
+        parts.append((MOMENTUM, -beta1 * scale * mean))
     if decay:
-        decoupled = group.get("decoupled_weight_decay", False)
-        parts.append((DECAY, -group["lr"] * decay * value if decoupled else -(1 - beta1) * decay * rate * value))
+        parts.append((DECAY, -lr * decay * value if decoupled else -(1 - beta1) * decay * scale * value))
     return parts
 
 
-def adam_scale(gradient: torch.Tensor, value: torch.Tensor, group: dict, state: dict) -> torch.Tensor:
-    """What multiplies the gradient in torch.optim.Adam and AdamW."""
-    sign = -1.0 if group["maximize"] else 1.0
-    return -(1 - group["betas"][0]) * sign * _adam_rate(gradient, value, group, state)
-
-
-def _adam_rate(gradient: torch.Tensor, value: torch.Tensor, group: dict, state: dict) -> torch.Tensor:
-    """lr / (1 - b1^(t+1)) D, D = 1 / (sqrt(v_hat) + eps) as the step of this gradient will have it."""
-    beta1, beta2 = group["betas"]
-    gradient = -gradient if group["maximize"] else gradient
-    decoupled = group.get("decoupled_weight_decay", False)
-    whole = gradient if decoupled or not group["weight_decay"] else gradient + group["weight_decay"] * value
-    done = float(state["step"]) if "step" in state else 0.0
-    began = state.get("exp_avg") is not None
-    square = (1 - beta2) * whole.square() + (beta2 * state["exp_avg_sq"] if began else 0.0)
-    if group["amsgrad"]:
-        square = torch.maximum(state["max_exp_avg_sq"], square) if began else square
-    unbiased1, unbiased2 = 1 - beta1 ** (done + 1), 1 - beta2 ** (done + 1)
-    return group["lr"] / unbiased1 / (square.sqrt() / unbiased2**0.5 + group["eps"])
-
-
 PARTS: dict[type, Callable] = {torch.optim.SGD: sgd_parts, torch.optim.Adam: adam_parts}
-SCALES: dict[type, Callable] = {torch.optim.SGD: sgd_scale, torch.optim.Adam: adam_scale}
 FRESH = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
@@ -239,5 +191,9 @@ def _fresh(name: str, parameters: Mapping[str, nn.Parameter], lr: float | None) 
 def _clip_factor(gradients: Mapping[str, torch.Tensor], max_norm: float | None) -> float:
     if max_norm is None or not gradients:
         return 1.0
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
-    return min(1.0, float(max_norm / (norm + 1e-6)))
+    return min(1.0, float(max_norm / (whole_norm(gradients) + 1e-6)))
+
+
+def whole_norm(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of all gradients together."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))

@@ -1,0 +1,282 @@
+"""Trains on every process that a launcher starts, and predicts steps of the run from the pieces of the weights.
+
+usage: akg_worker.py CONFIG FOLDER NUM_PROCESSES SCENARIO...
+
+Predictions are compared in here, with the exact influence on a plain copy of the model that functions of the libraries
+put together, since both need the very same state.
+"""
+
+import contextlib
+import copy
+import faulthandler
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from accelerate.utils import gather_object
+from scenarios import Scenario, make
+from transformers import TrainerCallback
+from worker import EXPECTED, prepare_device, share_held
+
+from tiny import tiny_model
+from trl_dynamics.akg import shards, zero
+from trl_dynamics.akg.differences import CentralDifferences
+from trl_dynamics.akg.influence import Influence, predict
+from trl_dynamics.akg.steps import step_of
+from trl_dynamics.akg.task import causal_lm, causal_lm_labels, row_of_label
+
+OPTIONS = {"max_steps": 4, "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, "save_strategy": "no"}
+PLAIN = Scenario("sft", accumulation=2, options=OPTIONS)
+PREDICTED_STEPS = (0, 2)
+# As the trainer makes them, without what does not bear on the step.
+OPTIMIZERS = {"AdamW": (torch.optim.AdamW, {}), "SGD": (torch.optim.SGD, {"momentum": 0.9})}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A scenario, and what is done to it.
+
+    Args:
+        scenario ([`Scenario`]): The training.
+        predicted (`bool`): Predict some of its steps.
+        persistent (`bool`): Leave small weights gathered, as DeepSpeed does by default.
+    """
+
+    scenario: Scenario
+    predicted: bool = True
+    persistent: bool = False
+
+
+RUNS = {
+    "plain": Run(PLAIN, predicted=False),
+    "predicted": Run(PLAIN),
+    "persistent": Run(PLAIN, persistent=True),
+    "sgd": Run(replace(PLAIN, options=OPTIONS | {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1})),
+    "tied": Run(replace(PLAIN, tied=True)),
+}
+# Made before anything asks for ZeRO-3, under which models are split while they are made.
+MODELS = {tied: tiny_model("llama", tie_word_embeddings=tied) for tied in (False, True)}
+
+
+def observers(rank: int) -> dict[str, torch.Tensor]:
+    """Other rows, lengths and numbers of labels on each process."""
+    rng = torch.Generator().manual_seed(rank)
+    ids_BT = torch.randint(0, 250, (3, 20 + 4 * rank), generator=rng)
+    labels_BT = ids_BT.clone()
+    labels_BT[:, : 10 + 8 * rank] = -100
+    return {"input_ids": ids_BT, "labels": labels_BT, "attention_mask": torch.ones_like(ids_BT)}
+
+
+class Split:
+    """A trainer's model and optimiser: the pieces that a process holds, and the whole by the libraries' functions."""
+
+    def __init__(self, trainer):
+        self.trainer, self.engine = trainer, trainer.model_wrapped
+        self.stage = self.engine.zero_optimization_stage() if hasattr(self.engine, "zero_optimization_stage") else 0
+        self.optimizer = self.engine.optimizer.optimizer if self.stage else trainer.optimizer.optimizer
+        self.named = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    def pieces(self) -> list[torch.Tensor]:
+        """Copies of all that a prediction could disturb."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_grad
+
+            own = [piece for p in self.named.values() for piece in (p.ds_tensor, safe_get_local_grad(p))]
+            own += self.engine.optimizer.fp32_partitioned_groups_flat
+        elif self.stage:
+            own = [*self.named.values(), *self.engine.optimizer.single_partition_of_fp32_groups]
+        else:
+            own = [piece for p in self.named.values() for piece in (p, p.grad)]
+        tensors = [tensor for tensor in (*own, *states) if isinstance(tensor, torch.Tensor)]
+        return [shards.local(tensor.detach()).clone() for tensor in tensors]
+
+    def weight(self, p) -> torch.Tensor:
+        if not self.stage:
+            return p.detach().full_tensor()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(p)
+
+    def gradient(self, p) -> torch.Tensor:
+        if not self.stage:
+            return p.grad.full_tensor()
+        from deepspeed.utils import safe_get_full_grad
+
+        # Where weights are whole, what a parameter itself has is the gradient of this process.
+        return safe_get_full_grad(p) if self.stage == 3 else p.get_full_hp_grad()
+
+    def state(self, p) -> dict[str, torch.Tensor]:
+        if not self.stage:
+            held = {key: value for key, value in self.optimizer.state.get(p, {}).items() if value is not None}
+            return {key: value.full_tensor().double() if value.ndim else value for key, value in held.items()}
+        some = next((state for state in self.optimizer.state.values() if state), {})
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        keys = [key for key in some if key != "step"]
+        whole = {key: safe_get_full_optimizer_state(p, key).double() for key in keys}
+        return whole | ({"step": some["step"]} if "step" in some else {})
+
+    def exact(self, observe: dict[str, torch.Tensor]) -> Influence:
+        """The influence of the step by forward mode in float64, on a model that is not split."""
+        model = copy.deepcopy(MODELS[self.trainer.model.config.tie_word_embeddings]).double()
+        values = dict(model.named_parameters())
+        decayed = set(self.trainer.get_decay_parameter_names(model))
+        for name, p in self.named.items():
+            values[name].data.copy_(self.weight(p))
+        groups = [
+            {"params": [value], "weight_decay": 0.1 if name in decayed else 0.0} for name, value in values.items()
+        ]
+        kind, options = OPTIMIZERS[type(self.optimizer).__name__]
+        optimizer = kind(groups, lr=self.trainer.lr_scheduler.get_last_lr()[0], **options)
+        for name, p in self.named.items():
+            state = self.state(p)
+            if state:
+                optimizer.state[values[name]] = {
+                    key: value.view_as(values[name]) if value.ndim else value for key, value in state.items()
+                }
+        gradients = {name: self.gradient(p).double().view_as(values[name]) for name, p in self.named.items()}
+        limit = OPTIONS["max_grad_norm"] if self.stage else None  # otherwise they are clipped already
+        # ZeRO-3 puts a function of its own in the place of torch's, without derivatives of forward mode.
+        with mock.patch.object(torch.nn.functional, "linear", torch._C._nn.linear):
+            return predict(causal_lm(model), None, step_of(gradients, values, optimizer, None, limit), observe)
+
+
+class Predictor(TrainerCallback):
+    """Predicts steps right before they are taken, and compares."""
+
+    def __init__(self, trainer):
+        self.trainer, self.found, self.waiting = trainer, [], contextlib.ExitStack()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        engine = self.trainer.model_wrapped
+        if state.global_step in PREDICTED_STEPS and hasattr(engine, "zero_optimization_stage"):
+            self.waiting.enter_context(zero.before_step(engine, self.compare))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step in PREDICTED_STEPS and not hasattr(self.trainer.model_wrapped, "zero_optimization_stage"):
+            self.compare()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.waiting.close()
+
+    def compare(self) -> None:
+        split, observe = Split(self.trainer), observers(self.trainer.accelerator.process_index)
+        before = split.pieces()
+        predicted, failed = self.predict(split, observe)
+        same = [torch.equal(a, b) for a, b in zip(before, split.pieces(), strict=True)]
+        exact = split.exact(observe)
+        pairs = {"total": (predicted.total, exact.total)}
+        pairs |= {name: (predicted.parts[name], exact.parts[name]) for name in exact.parts}
+        assert predicted.parts.keys() == exact.parts.keys()
+        self.found.append(
+            {
+                "step": self.trainer.state.global_step,
+                "method": predicted.method,
+                "same_bits": all(same) and len(same) > len(split.named),
+                "failed": failed,
+                "clip": predicted.step.clip,
+                "parts": {name: compared(*pair) for name, pair in pairs.items()},
+            }
+        )
+
+    def predict(self, split: Split, observe: dict) -> tuple[Influence, str]:
+        """The prediction, after one whose forward failed half way."""
+        model, calls = self.trainer.model, []
+        label_N, item_N = causal_lm_labels(observe), row_of_label(observe)
+        if split.stage in (1, 2):
+            return predict(causal_lm(model), None, zero.whole_step(split.engine), observe), "not tried"
+        if split.stage:
+            pieces, step = zero.zero_shards(split.engine), zero.piecewise_step(split.engine)
+        else:
+            gradients = {name: p.grad for name, p in split.named.items()}
+            pieces, step = (
+                shards.fsdp_shards(model),
+                shards.local_step(step_of(gradients, split.named, self.trainer.optimizer, None, None)),
+            )
+        differences = CentralDifferences(pieces, step)
+
+        def forward() -> torch.Tensor:
+            return shards.sharded_label_logp(model, observe)
+
+        def failing() -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == 4:
+                raise FloatingPointError("the fourth forward")
+            return forward()
+
+        try:
+            differences.predict(failing, label_N, item_N)
+            failed = ""
+        except FloatingPointError as error:
+            failed = str(error)
+        return differences.predict(forward, label_N, item_N), failed
+
+
+def compared(predicted, exact) -> dict[str, float]:
+    """How far a prediction is off, over the size of the change and over the error that it states."""
+    off_N, size = (predicted.target_N - exact.target_N).abs(), float(exact.target_N.norm())
+    stated_N = predicted.error_N if predicted.error_N is not None else torch.full_like(off_N, torch.nan)
+    return {
+        "size": size,
+        "off": float(off_N.norm()) / size,
+        "stated": float(stated_N.norm()) / size,
+        "worst": float((off_N / stated_N).max()),
+    }
+
+
+def run(name: str, config: str, folder: Path, num_processes: int, device_options: dict) -> dict:
+    planned = RUNS[name]
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    trainer = make(planned.scenario, folder, name, num_processes, **device_options)
+    accelerator = trainer.accelerator
+    assert accelerator.distributed_type == EXPECTED[config], vars(accelerator)
+    assert accelerator.num_processes == num_processes
+    accelerator.wait_for_everyone()
+    if config == "zero3":
+        config_of_zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        config_of_zero["stage3_param_persistence_threshold"] = 10**6 if planned.persistent else 0
+    predictor = Predictor(trainer)
+    if planned.predicted:
+        trainer.add_callback(predictor)
+    trainer.train()
+    split = Split(trainer)
+    weights = {key: split.weight(p).clone() for key, p in split.named.items()}
+    if accelerator.is_main_process:
+        torch.save(weights, folder / f"{name}.pt")
+    accelerator.wait_for_everyone()
+    share = None if planned.persistent else share_held(trainer, config)
+    return {"predictions": gather_object([predictor.found]), "share_held": share, "log": trainer.state.log_history}
+
+
+def main(config: str, folder: Path, num_processes: int, names: list[str]) -> None:
+    device_options = prepare_device(config)
+    for name in names:
+        faulthandler.dump_traceback_later(float(os.environ["SCENARIO_LIMIT"]) * 0.9)
+        is_main = int(os.environ.get("RANK", 0)) == 0
+        if is_main:
+            (folder / "progress").write_text(name)
+        facts = run(name, config, folder, num_processes, device_options)
+        if is_main:
+            (folder / f"{name}.part").write_text(json.dumps(facts))
+            os.replace(folder / f"{name}.part", folder / f"{name}.json")
+        faulthandler.cancel_dump_traceback_later()
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # As in worker.py.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

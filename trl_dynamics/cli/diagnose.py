@@ -11,6 +11,7 @@ from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import Summary, summarise_store
 from trl_dynamics.tracking.effects import Changes
 from trl_dynamics.tracking.findings import SEVERITIES, Finding
+from trl_dynamics.tracking.influence_summary import open_influence
 from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 
 # 1 and 2 are what every command ends with after an error or wrong usage; a typo must not look like a finding.
@@ -160,10 +161,11 @@ def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
     if not store.has_records:
         wait = "the run has begun but scored nothing yet, try again later" if running else "no probe was ever scored"
         raise ValueError(f"no records in {store.records_dir}: {wait}")
-    found = [
-        Diagnosis(name, model, str(store.output_dir), meta, summary, findings.find(summary, meta))
-        for model, summary in summarise_store(store).items()
-    ]
+    found = []
+    for model, summary in summarise_store(store).items():
+        influence = open_influence(store.output_dir, meta, model)
+        judged = findings.find(summary, meta, influence)
+        found.append(Diagnosis(name, model, str(store.output_dir), meta, summary, judged))
     if not any(one.is_judged for one in found):
         wait = "; the run has not finished, try again later" if running else ""
         raise ValueError(f"only one step was scored ({found[0].summary.steps[0]}): no change to judge{wait}")

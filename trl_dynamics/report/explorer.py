@@ -83,7 +83,7 @@ def _probe(probe_id: str, probe: Probe | None, types: list[str], columns: dict[s
     scored = [(name, index) for index, name in enumerate(types) if not np.isnan(columns["num_tokens"][:, index]).all()]
     return {
         "id": probe_id,
-        "prompt": _messages(probe.prompt) if probe else [{"role": "", "text": "(the text was not recorded)"}],
+        "prompt": messages(probe.prompt) if probe else [{"role": "", "text": "(the text was not recorded)"}],
         "responses": [
             {
                 "type": name,
@@ -103,7 +103,8 @@ def _last(values: np.ndarray) -> float:
     return values[~np.isnan(values)][-1]
 
 
-def _messages(prompt: Prompt) -> list[dict[str, str]]:
+def messages(prompt: Prompt) -> list[dict[str, str]]:
+    """The turns of a prompt as role and text; a plain prompt is one turn without a role."""
     messages = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{"role": str(m["role"]), "text": _cut(_content(m["content"]))} for m in messages]
 

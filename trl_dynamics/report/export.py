@@ -28,7 +28,7 @@ def export_png(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     specs = {}
     for one in series:
         charts = gallery.path_charts(one) | gallery.squeezing_charts(one) | gallery.force_charts(one)
-        charts |= gallery.sample_charts(one)
+        charts |= gallery.sample_charts(one) | gallery.influence_charts_of(one)
         specs |= {f"{one.label}-{name}": _titled(spec, one.label) for name, spec in charts.items()}
     specs |= {f"training-{name}": spec for name, spec in gallery.scalar_charts(runs).items()}
     specs |= {f"comparison-{name}": spec for name, spec in gallery.comparison_charts(series).items()}
@@ -46,12 +46,14 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
 
     Columns of paths.csv: run, model, measure, response_type, step, mean, num_probes, q10, q50, q90; `measure` is
     logp_mean, logp_sum, or one of them with `_change` for the paired change since the start. Columns of metrics.csv:
-    run, model, metric, step, value; metrics of greedy answers are called `samples/...`.
+    run, model, metric, step, value; metrics of greedy answers are called `samples/...`. Where influence was recorded,
+    `influence.csv` has its means over answers, per token: run, model, step, update, response_type, predicted, true
+    (empty for updates that were not taken), logp before the step, num_answers.
 
     Raises:
         ValueError: If a folder holds no records.
     """
-    paths, values = [], []
+    paths, values, influences = [], [], []
     for series in split_series(load_runs(run_dirs)):
         keys = {"run": series.run.name, "model": series.model}
         for measure, (column, since_start) in MEASURES.items():
@@ -59,11 +61,13 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
         values.append(series.summary.metric_table().assign(**keys))
         if series.summary.samples is not None:
             values.append(series.summary.samples.metric_table().assign(**keys))
+        if series.influence is not None:
+            influences.append(series.influence.means.assign(**keys))
     first = ["run", "model"]
     tables = {
         "paths": _with_first(pd.concat(paths), [*first, "measure"]),
         "metrics": _with_first(pd.concat(values), first),
-    }
+    } | ({"influence": _with_first(pd.concat(influences), first)} if influences else {})
     written = _paths(folder, list(tables), ".csv")
     for path, table in zip(written, tables.values(), strict=True):
         table.to_csv(path, index=False)

@@ -4,9 +4,11 @@ import math
 
 import pandas as pd
 
-from trl_dynamics.report import charts, levels
+from trl_dynamics.report import charts, influence_charts, influence_maps, levels
 from trl_dynamics.report.load import Run, Series
 from trl_dynamics.tracking.effects import bystander_types
+from trl_dynamics.tracking.influence_findings import MAX_ROUNDING, judged_steps
+from trl_dynamics.tracking.influence_store import BATCH
 from trl_dynamics.tracking.metrics import METRICS, third_party_types
 from trl_dynamics.tracking.samples import SAMPLE_METRICS
 
@@ -76,6 +78,40 @@ def sample_charts(series: Series) -> dict[str, dict]:
         return {}
     drawn = {f"answers_{name}": charts.sample_metric({series.label: series.summary}, name) for name in SAMPLE_METRICS}
     return {name: spec for name, spec in drawn.items() if spec}
+
+
+def influence_charts_of(series: Series) -> dict[str, dict]:
+    """What single steps did to the answers, and how far that was foreseen; none without `akg_every`."""
+    if series.influence is None:
+        return {}
+    drawn = {
+        "force_map": influence_maps.force_map,
+        "force_change": influence_maps.force_change,
+        "predicted_and_true": influence_charts.predicted_and_true,
+        "first_order_error": influence_charts.first_order_error,
+        "step_parts": influence_charts.step_parts,
+        "accumulated": influence_charts.accumulated,
+        "rank_matrix": influence_maps.rank_matrix,
+        "rank_line": influence_charts.rank_line,
+    }
+    specs = {name: draw(series.influence) for name, draw in drawn.items()}
+    return {name: spec for name, spec in specs.items() if spec}
+
+
+def influence_note(series: Series) -> str:
+    """Where influence was recorded, of what, and how much of it cannot be judged; empty without any."""
+    influence = series.influence
+    if influence is None:
+        return ""
+    steps, fixed = influence.steps, [name for name in influence.updates if name != BATCH]
+    known = influence.errors["step"].nunique() if len(influence.errors) else 0
+    lost = known - len(judged_steps(influence))
+    recorded = f"{len(steps):,} steps" + (f", {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f" ({steps[0]:,})")
+    hidden = f" In {lost:,} of them rounding ({influence.dtype}) may be {MAX_ROUNDING:.0%} of the change or more."
+    return (
+        f"Recorded at {recorded}; {influence.num_probes:,} probes observed. Fixed updates beside the batch: "
+        f"{', '.join(fixed) or 'none (akg_updates), so that nothing can be said about rankings'}."
+    ) + (hidden if lost else "")
 
 
 def scalar_charts(runs: list[Run]) -> dict[str, dict]:

@@ -184,6 +184,27 @@ SAMPLE_TERMS: dict[str, Term] = {
     ),
 }
 
+# Under a chart of influence, by its name.
+HOW_TO_READ: dict[str, str] = {
+    "force_map": "A column is one step of the optimiser, a row a type of answer: blue answers would rise, red ones "
+    "fall, the number says by how much on average; “batch” is the step that training took, any other column one that "
+    "would learn (SFT) the probes' own answers of that type, so DPO's push on rejected is minus its column.",
+    "force_change": "The last map minus the first: strong cells are moved otherwise at the end than at the start.",
+    "predicted_and_true": "A dot is an answer. On the dashed line the step did exactly what its gradient foretold; "
+    "a cloud flatter than the line means that steps do less, one without direction that nothing is explained.",
+    "first_order_error": "How much of what a step did its prediction misses (grey: all answers together): below the "
+    "dashed line (30 %) rely on the large cells of the force map, above it on measured changes alone; along the "
+    "dotted line it is rounding.",
+    "step_parts": "Where momentum lies above this batch's gradient, what you see at a step was mostly pushed by "
+    "earlier batches; parts may cancel, so their curves do not add up to that of the whole step.",
+    "accumulated": "Where dashed (predicted) follows solid (measured), single steps explain the learning path of a "
+    "type; click names in the legend to keep them.",
+    "rank_matrix": "A cell says how alike two steps rank who moves whom (Spearman's correlation; 1: the same order); "
+    "pale cells away from the diagonal mean that an explanation holds for its own phase of training only.",
+    "rank_line": "Below the dashed line (0.9) the order of who moves whom has changed since the recorded step before; "
+    "the bar is the 95 % interval over probes.",
+}
+
 TERMS: tuple[Term, ...] = (
     Term("probe set", "A fixed set of prompts, each with responses of several types, scored again and again."),
     Term("probe", "One prompt of the probe set with its responses."),
@@ -213,6 +234,27 @@ TERMS: tuple[Term, ...] = (
     Term(
         "squeezing",
         "Pushing an unlikely response down lifts the token that is likeliest already and lowers everything else.",
+    ),
+    Term(
+        "influence",
+        "How much one step of the optimiser moves the log-probability of an answer, of the same prompt or of another.",
+        "Δ log π(answer) = −η A K G to first order",
+        "nats; per token here",
+    ),
+    Term(
+        "first order",
+        "The prediction from gradients alone, taken before the step; it is exact for small steps only.",
+        "error: ‖predicted − measured‖ / ‖measured‖ over all observed answers",
+    ),
+    Term(
+        "fixed update",
+        "A step that was not taken: what the optimiser, as it stands, would do on the probes' answers of one type. "
+        "The same at every recorded step, so that its influence can be compared over time.",
+    ),
+    Term(
+        "momentum",
+        "The part of a step that the optimiser remembers from earlier batches; AdamW moves by it even where a batch "
+        "has no gradient.",
     ),
     Term("greedy answer", "What the model says to a probe's prompt, the likeliest token at every step."),
     *METRIC_TERMS.values(),

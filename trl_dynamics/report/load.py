@@ -1,11 +1,12 @@
 """Runs from disk, as the report needs them: the records are reduced step by step, never loaded whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.aggregate import Summary, summarise_store
-from trl_dynamics.tracking.store import open_store, run_names
+from trl_dynamics.tracking.influence_summary import InfluenceSummary, open_influence
+from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Run:
         trainer_log (`list[dict]`): The trainer's log lines, empty for models tracked without training.
         summaries (`dict[str, Summary]`): What the records of each model say.
         probe_set ([`ProbeSet`] or `None`): What was scored; `None` where its copy cannot be read.
+        influences (`dict[str, InfluenceSummary]`, *optional*): What single steps did, of models that have it.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Run:
     trainer_log: list[dict]
     summaries: dict[str, Summary]
     probe_set: ProbeSet | None
+    influences: dict[str, InfluenceSummary] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str | None:
@@ -53,6 +56,11 @@ class Series:
         """The recorded steps in order."""
         return self.summary.steps
 
+    @property
+    def influence(self) -> InfluenceSummary | None:
+        """What single steps did, where it was recorded (`akg_every`)."""
+        return self.run.influences.get(self.model)
+
 
 def load_runs(run_dirs: list[str | Path]) -> list[Run]:
     """Read runs, named as `load_records` names them; the memory needed does not grow with the steps.
@@ -61,17 +69,7 @@ def load_runs(run_dirs: list[str | Path]) -> list[Run]:
         ValueError: If a folder is no run, holds no records, or is given twice.
     """
     stores = [open_store(path) for path in run_dirs]
-    return [
-        Run(
-            name,
-            store.read_meta(),
-            store.read_config(),
-            store.read_trainer_log(),
-            summarise_store(store),
-            _read_probe_set(store),
-        )
-        for name, store in zip(run_names(stores), stores, strict=True)
-    ]
+    return [_load(name, store) for name, store in zip(run_names(stores), stores, strict=True)]
 
 
 def split_series(runs: list[Run]) -> list[Series]:
@@ -83,7 +81,21 @@ def split_series(runs: list[Run]) -> list[Series]:
     ]
 
 
-def _read_probe_set(store) -> ProbeSet | None:
+def _load(name: str, store: DynamicsStore) -> Run:
+    meta, summaries = store.read_meta(), summarise_store(store)
+    influences = {model: open_influence(store.output_dir, meta, model) for model in summaries}
+    return Run(
+        name,
+        meta,
+        store.read_config(),
+        store.read_trainer_log(),
+        summaries,
+        _read_probe_set(store),
+        {model: influence for model, influence in influences.items() if influence is not None},
+    )
+
+
+def _read_probe_set(store: DynamicsStore) -> ProbeSet | None:
     # A set of a user's own types only was valid when scored but is refused by the reader; the records remain readable.
     try:
         return store.read_probe_set()

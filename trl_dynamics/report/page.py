@@ -9,7 +9,8 @@ import numpy as np
 from trl_dynamics.report import cards, extra, gallery
 from trl_dynamics.report.charts import MEASURES
 from trl_dynamics.report.explorer import explorer
-from trl_dynamics.report.glossary import TERMS
+from trl_dynamics.report.glossary import HOW_TO_READ, TERMS
+from trl_dynamics.report.influence_tokens import token_strips
 from trl_dynamics.report.load import Run, Series, load_runs, split_series
 from trl_dynamics.report.spec import VEGA_LITE
 from trl_dynamics.report.steps import is_log_spaced
@@ -38,10 +39,11 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
     series = split_series(runs)
     sections = [_section(index, one) for index, one in enumerate(series)]
     scalars, comparison = gallery.scalar_charts(runs), gallery.comparison_charts(series)
-    panels = ("paths", "squeezing", "forces", "answers")
+    panels = ("paths", "squeezing", "forces", "answers", "influence")
     drawn = [section[panel] for section in sections for panel in panels]
     specs = {key: spec for charts in drawn for key, spec in charts.items()}
     specs |= _keyed("scalar", scalars) | _keyed("compare", comparison)
+    strips = token_strips(series)
     main_chart = next(iter(sections[0]["paths"].values()))
     page = template.render(
         title=", ".join(run.name for run in runs),
@@ -54,8 +56,10 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
         measures={name: label for name, (label, _, _) in MEASURES.items()},
         log_steps=any(is_log_spaced(one.steps) for one in series),
         terms=TERMS,
+        how_to_read=HOW_TO_READ,
+        strips=bool(strips),
         static_chart=_svg_uri(renderer, main_chart),
-        data_json=inline_json({"charts": specs, "explorer": explorer(series)}),
+        data_json=inline_json({"charts": specs, "explorer": explorer(series), "strips": strips}),
         vega=renderer.javascript_bundle(vl_version=VEGA_LITE),
     )
     output = Path(output)
@@ -81,7 +85,7 @@ def _run_view(run: Run) -> dict:
 
 
 def _section(index: int, series: Series) -> dict:
-    found = findings.find(series.summary, series.run.meta)
+    found = findings.find(series.summary, series.run.meta, series.influence)
     single = len(series.steps) < 2
     nothing = "One step was scored: there is no change to judge." if single else None
     return {
@@ -95,6 +99,8 @@ def _section(index: int, series: Series) -> dict:
         "forces": _keyed(f"s{index}", gallery.force_charts(series)),
         "answers": _keyed(f"s{index}", gallery.sample_charts(series)),
         "asked": series.run.meta.get("samples"),
+        "influence": _keyed(f"s{index}", gallery.influence_charts_of(series)),
+        "influence_note": gallery.influence_note(series),
         "thinned": gallery.thinned_note(series),
         "third_parties": gallery.third_party_note(series),
         "changes": cards.change_rows(series),

@@ -30,6 +30,8 @@ GROUP_DASHES: dict[str, list[int]] = {
     RANDOM: [8, 3, 2, 3],
     CUSTOM: [12, 3],
 }
+# What goes up and what goes down, in heat maps and behind tokens: readable on a light and on a dark page.
+RISE, FALL = "#4393c3", "#d6604d"
 MAIN_TYPES = ("chosen", "rejected")
 
 RUN_COLORS = ("#1a7fc4", "#d55e00", "#009e73", "#cc79a7", "#c2a500", "#56b4e9", "#8c8c8c", "#aa4499")

@@ -18,6 +18,8 @@ from trl_dynamics.tracking.effects import (
     bystander_types,
 )
 from trl_dynamics.tracking.finding import ALERT, INFO, REMEDIES, SEVERITIES, WARNING, Finding
+from trl_dynamics.tracking.influence_findings import find_in_influence
+from trl_dynamics.tracking.influence_summary import InfluenceSummary
 
 # Share of the starting entropy whose loss is called a collapse.
 ENTROPY_COLLAPSE = 0.5
@@ -30,19 +32,21 @@ MIN_DISTINCT_FALL, ALERT_DISTINCT_FALL, MIN_REPEAT_GROWTH = 0.1, 0.3, 3.0
 MIN_SHORTENING, MIN_SAMENESS = 0.5, 0.1
 
 
-def find(records: pd.DataFrame | Summary, meta: dict) -> list[Finding]:
+def find(records: pd.DataFrame | Summary, meta: dict, influence: InfluenceSummary | None = None) -> list[Finding]:
     """Findings of one run and one model, the most severe first; empty when the records support none.
 
     Args:
         records (`pandas.DataFrame` or [`Summary`]): Records of one run and one model, any order, or what
             [`summarise_store`] made of a store too large for a frame.
         meta (`dict`): The run's meta.json; `method` decides which rules apply.
+        influence ([`InfluenceSummary`], *optional*): What was recorded with `akg_every`, for rules of its own.
     """
-    summary = summarise(records)
-    if len(summary.steps) < 2:
-        return []
-    changes, method = summary.changes(), meta.get("method", "track")
-    found = [rule(summary, changes, method) for rule in RULES.values()]
+    summary, found = summarise(records), []
+    if len(summary.steps) > 1:
+        changes, method = summary.changes(), meta.get("method", "track")
+        found = [rule(summary, changes, method) for rule in RULES.values()]
+    if influence is not None:
+        found += find_in_influence(influence)
     return sorted((f for f in found if f), key=lambda finding: SEVERITIES.index(finding.severity))
 
 

@@ -1,0 +1,178 @@
+"""Recorded influence, reduced step by step, against loops and pandas; and the two findings that it supports."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_influence import STEPS, TYPES, influence, summary_of, write_influence
+from synthetic_runs import SQUEEZED, records, write_run
+
+from trl_dynamics.cli.main import main
+from trl_dynamics.tracking import findings, influence_summary
+from trl_dynamics.tracking.influence_findings import find_in_influence, judged_steps
+from trl_dynamics.tracking.influence_summary import ALL, open_influence
+
+
+def found(frame, dtype="float32"):
+    return {finding.name: finding for finding in find_in_influence(summary_of(frame, dtype))}
+
+
+def test_means_and_errors_are_what_loops_give():
+    frame = influence(num_probes=5, error=0.3)
+    summary = summary_of(frame.sample(frac=1, random_state=1))
+    for step in STEPS:
+        for name in (ALL, *TYPES):
+            predicted, true, noise = [], [], []
+            for row in frame.to_dict("records"):
+                wanted = row["step"] == step and row["update"] == "batch" and name in (ALL, row["response_type"])
+                if wanted:
+                    predicted.append(row["predicted_sum"] / row["num_tokens"])
+                    true.append(row["true_sum"] / row["num_tokens"])
+                    noise.append(influence_summary.ROUNDING["float32"] ** 2 / row["num_tokens"])
+            norm = sum(value**2 for value in true) ** 0.5
+            wrong = sum((p - t) ** 2 for p, t in zip(predicted, true, strict=True)) ** 0.5
+            error = summary.errors.set_index(["step", "response_type"]).loc[(step, name)]
+            assert error["error"] == pytest.approx(wrong / norm, rel=1e-12)
+            assert error["rounding"] == pytest.approx(sum(noise) ** 0.5 / norm, rel=1e-12)
+            assert error["moved"] == pytest.approx(norm / len(true) ** 0.5, rel=1e-12)
+            if name != ALL:
+                means = summary.means.set_index(["step", "update", "response_type"]).loc[(step, "batch", name)]
+                assert means["predicted"] == pytest.approx(np.mean(predicted), rel=1e-12)
+                assert means["true"] == pytest.approx(np.mean(true), rel=1e-12) and means["num_answers"] == 5
+    assert summary.updates == ["batch", "chosen", "rejected"] and summary.types == list(TYPES)
+
+
+def test_answers_count_alike_whatever_their_length():
+    frame = influence(error=0.3)
+    longer = frame["probe_id"] < "p006"
+    sums = ["num_tokens", *(name for name in frame if name.endswith("_sum"))]
+    twice = frame.assign(**{name: frame[name].where(~longer, 2 * frame[name]) for name in sums})
+    twice["num_tokens"] = twice["num_tokens"].astype(int)
+    one, other = summary_of(frame, "float64"), summary_of(twice, "float64")
+    pd.testing.assert_frame_equal(one.means, other.means)
+    pd.testing.assert_frame_equal(one.errors, other.errors)
+    pd.testing.assert_frame_equal(one.stretches, other.stretches)
+
+
+def test_parts_add_up_answer_by_answer_and_are_absent_without_momentum():
+    parts = summary_of(influence(momentum=0.25)).parts
+    assert (parts["gradient"] / parts["whole"]).to_list() == pytest.approx([0.75] * 4)
+    assert (parts["momentum"] / parts["whole"]).to_list() == pytest.approx([0.25] * 4)
+    assert summary_of(influence(momentum=np.nan)).parts["momentum"].isna().all()
+
+
+def test_rankings_are_spearmans_over_pairs_of_fixed_updates():
+    frame = influence(drift=0.3, num_probes=8)
+    summary = summary_of(frame)
+    fixed = frame[frame["update"] != "batch"]
+    table = fixed.pivot(index=["update", "probe_id", "response_type"], columns="step", values="predicted_sum")
+    expected = table.corr("spearman")
+    np.testing.assert_allclose(summary.matrix, expected, atol=1e-12)
+    assert summary.num_pairs == len(table) == 8 * 3 * 2
+    for row in summary.stretches.itertuples():
+        assert row.value == pytest.approx(expected.at[row.before, row.after], abs=1e-12)
+        assert row.low < row.value < row.high
+    assert list(zip(summary.stretches["before"], summary.stretches["after"], strict=True)) == [
+        (0, 10),
+        (10, 20),
+        (20, 30),
+    ]
+
+
+def test_what_is_ranked_is_bounded(monkeypatch):
+    monkeypatch.setattr(influence_summary, "MAX_STRETCHES", 3)
+    monkeypatch.setattr(influence_summary, "MAX_MATRIX", 4)
+    monkeypatch.setattr(influence_summary, "MAX_PAIRS", 40)
+    summary = summary_of(influence(drift=0.1, steps=range(0, 100, 10)))
+    assert list(summary.stretches["before"]) == [0, 40, 80] and list(summary.stretches["after"]) == [10, 50, 90]
+    assert list(summary.matrix.index) == [0, 30, 60, 90]
+    assert summary.num_pairs == 36, "six probes with six pairs each"
+
+
+def test_a_step_that_is_too_large_is_told_with_its_numbers():
+    large = found(influence(error=0.4))["step_too_large"]
+    assert large.severity == "info" and large.evidence["steps_above"] == 4 == large.evidence["steps_judged"]
+    assert 0.3 < large.evidence["median_error"] < 0.5
+    assert f"miss by {large.evidence['median_error']:.0%} or more" in large.text and "large cells" in large.text
+    worse = found(influence(error=lambda step: 3.0 if step == 20 else 0.7))["step_too_large"]
+    assert worse.severity == "warning" and worse.evidence["worst_step"] == 20
+    assert "do not explain" in worse.text and "learning rate" in worse.remedy
+
+
+def test_steps_that_the_first_order_explains_are_no_finding():
+    assert "step_too_large" not in found(influence(error=0.1))
+    assert "step_too_large" not in found(influence(error=lambda step: 2.0 if step == 0 else 0.05)), (
+        "most steps are fine"
+    )
+    assert "step_too_large" not in found(influence(error=0.9, num_probes=3)), "too few probes"
+    assert "step_too_large" not in found(influence(updates=("chosen",))), "no step was taken"
+
+
+def test_a_change_within_rounding_is_not_judged():
+    tiny, small = influence(error=0.9, size=1e-6), influence(error=0.9, size=1e-3)
+    assert "step_too_large" in found(tiny, "float64") and "step_too_large" not in found(tiny, "float32")
+    assert "step_too_large" in found(small, "float32") and "step_too_large" not in found(small, "bfloat16")
+    assert len(judged_steps(summary_of(small))) == 4 and len(judged_steps(summary_of(small, "bfloat16"))) == 0
+    frame = influence(error=0.9)
+    first = frame["step"] == 0
+    frame.loc[first, "true_sum"] = frame.loc[first, "true_sum"] * 0
+    assert found(frame)["step_too_large"].evidence["steps_lost_in_rounding"] == 1
+    assert "1 further step moved the answers too little" in found(frame)["step_too_large"].text
+
+
+def test_a_ranking_that_changes_is_told_with_where_and_how_sure():
+    unstable = found(influence(drift=0.5))["kernel_unstable"]
+    assert unstable.severity == "warning" and unstable.evidence["share_unstable"] == 1
+    assert unstable.evidence["lowest_spearman"] < 0.9 and unstable.evidence["steps_between_records"] == 10
+    assert "between steps 0 and 30" in unstable.text and "akg_every; now 10 steps" in unstable.remedy
+    late = influence(drift=0.0, steps=range(0, 60, 10))
+    other = influence(drift=0.0, steps=range(50, 60, 10), seed=5)
+    once = pd.concat([late[late["step"] < 50], other])
+    assert "kernel_unstable" not in found(once), "one stretch of five"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [influence(drift=0.02), influence(drift=0.5, updates=("batch",)), influence(drift=0.5, num_probes=3),
+     influence(drift=0.5, steps=(0,))],
+    ids=["holds", "only batches", "few probes", "one step"],
+)  # fmt: skip
+def test_a_ranking_that_holds_or_is_unknown_is_no_finding(frame):
+    assert "kernel_unstable" not in found(frame)
+
+
+def test_noise_about_a_ranking_that_holds_fires_no_rule():
+    assert not [name for seed in range(20) for name in found(influence(seed=seed, error=0.15, drift=0.05))]
+
+
+def test_findings_stand_among_the_others_the_most_severe_first():
+    frame, steps = records(SQUEEZED, argmax=0.5), summary_of(influence(error=0.6, drift=0.5))
+    names = [finding.name for finding in findings.find(frame, {"method": "dpo"}, steps)]
+    alone = [finding.name for finding in findings.find(frame, {"method": "dpo"})]
+    assert [name for name in names if name in alone] == alone
+    assert names.index("squeezing") < names.index("step_too_large") < names.index("margin_by_rejection")
+    one_scoring = findings.find(records(steps=[0]), {}, steps)
+    assert {finding.name for finding in one_scoring} == {"step_too_large", "kernel_unstable"}
+    for finding in one_scoring:
+        assert finding.severity != "alert" and finding.rule and finding.remedy and finding.evidence
+
+
+def test_diagnose_tells_them(tmp_path, capsys):
+    run = write_influence(write_run(tmp_path / "run", records()), influence(error=0.6, drift=0.5))
+    assert main(["diagnose", str(run), "--fail_on", "warning"]) == 20
+    assert "WARNING  training steps are too large for their first-order explanation" in capsys.readouterr().out
+    assert main(["diagnose", str(run), "--format", "json"]) == 0
+    told = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["runs"][0]["findings"]}
+    assert told["kernel_unstable"]["evidence"]["share_unstable"] == 1
+
+
+def test_influence_is_read_of_one_model_and_knows_its_dtype(tmp_path):
+    frame = influence(num_probes=4)
+    both = pd.concat([frame, influence(num_probes=4, size=5.0).assign(model="reference")])
+    run = write_influence(write_run(tmp_path / "run", records(num_probes=4)), both)
+    one = open_influence(run, {"mixed_precision": "bf16", "model": {"dtype": "float32"}})
+    pd.testing.assert_frame_equal(one.means, summary_of(frame).means, check_dtype=False)
+    assert one.dtype == "bfloat16" and open_influence(run, {"model": {"dtype": "float16"}}).dtype == "float16"
+    assert open_influence(run, {}, "nobody") is None
+    assert open_influence(write_run(tmp_path / "plain", records(num_probes=4)), {}) is None

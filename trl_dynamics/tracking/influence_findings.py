@@ -1,0 +1,115 @@
+"""Findings about what recorded influence can explain: whether the first order holds, and whether it holds for long."""
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from trl_dynamics.ranking import STABLE
+from trl_dynamics.tracking.effects import MIN_PROBES
+from trl_dynamics.tracking.finding import INFO, WARNING, Finding
+from trl_dynamics.tracking.influence_summary import ALL, InfluenceSummary
+
+# Relative error of the first order: from here a tenth, or a quarter, of the squared change is not explained.
+LARGE_ERROR, SEVERE_ERROR = 0.3, 0.5
+# A step is judged where rounding alone would make less than this.
+MAX_ROUNDING = 0.1
+# Share of the stretches between neighbouring recorded steps whose ranking surely changed.
+MIN_UNSTABLE, SEVERE_UNSTABLE = 0.25, 0.5
+
+
+def find_in_influence(influence: InfluenceSummary) -> list[Finding]:
+    """What the rules say of the recorded influence of one model."""
+    return [found for rule in INFLUENCE_RULES.values() if (found := rule(influence))]
+
+
+def judged_steps(influence: InfluenceSummary) -> pd.DataFrame:
+    """The rows of [`InfluenceSummary`]`.errors` over all answers whose change is well above rounding."""
+    errors = influence.errors
+    if errors.empty:
+        return errors
+    return errors[(errors["response_type"] == ALL) & (errors["rounding"] < MAX_ROUNDING) & errors["error"].notna()]
+
+
+def step_too_large(influence: InfluenceSummary) -> Finding | None:
+    """What single steps did is far from what their gradients predict."""
+    judged = judged_steps(influence)
+    if judged.empty or influence.num_probes < MIN_PROBES or judged["error"].median() < LARGE_ERROR:
+        return None
+    median, worst = float(judged["error"].median()), judged.loc[judged["error"].idxmax()]
+    large = judged[judged["error"] >= LARGE_ERROR]
+    severe = median >= SEVERE_ERROR
+    meaning = (
+        "So the force map and the token strips do not explain what happened"
+        if severe
+        else "So read the large cells of the force map and leave the small ones, whose sign may be wrong"
+    )
+    left_out = influence.errors["step"].nunique() - len(judged)
+    further = f"{left_out} further step{'s' * (left_out > 1)}"
+    unjudged = f" {further} moved the answers too little to be told from rounding." if left_out else ""
+    return Finding(
+        "step_too_large",
+        WARNING if severe else INFO,
+        "training steps are too large for their first-order explanation",
+        f"In {len(large)} of {len(judged)} recorded steps what the gradient predicts for the probes' answers misses "
+        f"what was measured by {LARGE_ERROR:.0%} or more; half of the steps miss by {median:.0%} or more, step "
+        f"{worst['step']:.0f} by {worst['error']:.0%}. {meaning}.{unjudged} This says nothing against the training.",
+        {
+            "median_error": median,
+            "worst_error": float(worst["error"]),
+            "worst_step": float(worst["step"]),
+            "steps_judged": float(len(judged)),
+            "steps_above": float(len(large)),
+            "steps_lost_in_rounding": float(left_out),
+        },
+        f"the median over recorded steps of ‖predicted − true‖ / ‖true‖, over all observed answers in nats per token, "
+        f"is at least {LARGE_ERROR}; warning from {SEVERE_ERROR}. Steps count where rounding alone would make less "
+        f"than {MAX_ROUNDING}; at least {MIN_PROBES} probes.",
+        "Trust the measured changes and the learning paths, not the predicted ones. To see what drives the run, take "
+        "a short stretch of it again from a checkpoint, at a tenth of the learning rate: directions stay, the error "
+        "shrinks with the step. `trl-dynamics akg --order 2` adds the next term for single steps.",
+    )
+
+
+def kernel_unstable(influence: InfluenceSummary) -> Finding | None:
+    """Which answer moves which is ranked anew between two recorded steps."""
+    stretches = influence.stretches
+    if stretches.empty or influence.num_probes < MIN_PROBES:
+        return None
+    changed = stretches[stretches["high"] < STABLE]
+    share = len(changed) / len(stretches)
+    if share < MIN_UNSTABLE:
+        return None
+    worst = stretches.loc[stretches["value"].idxmin()]
+    where = f"{changed['before'].iloc[0]:.0f} and {changed['after'].iloc[-1]:.0f}"
+    gap = float((stretches["after"] - stretches["before"]).median())
+    return Finding(
+        "kernel_unstable",
+        WARNING if share >= SEVERE_UNSTABLE else INFO,
+        "which answer moves which changes from one recorded step to the next",
+        f"Fixed updates were predicted at every recorded step, and their {influence.num_pairs} influences on observed "
+        f"answers ranked. In {len(changed)} of {len(stretches)} stretches between neighbouring steps, all of them "
+        f"between steps {where}, the two rankings agree by clearly less than {STABLE} (Spearman; median "
+        f"{stretches['value'].median():.2f}, lowest {worst['value']:.2f} [{worst['low']:.2f}, {worst['high']:.2f}] "
+        f"from step {worst['before']:.0f} to {worst['after']:.0f}). A force map explains the steps around its own, "
+        "not the run.",
+        {
+            "share_unstable": share,
+            "stretches": float(len(stretches)),
+            "median_spearman": float(stretches["value"].median()),
+            "lowest_spearman": float(worst["value"]),
+            "pairs": float(influence.num_pairs),
+            "steps_between_records": gap,
+        },
+        f"Spearman's correlation over pairs of a fixed update and an observed answer, between neighbouring recorded "
+        f"steps: in at least {MIN_UNSTABLE:.0%} of the stretches the upper end of its 95 % bootstrap interval over "
+        f"probes is below {STABLE}; warning from {SEVERE_UNSTABLE:.0%}. At least {MIN_PROBES} probes.",
+        f"Record more often (a smaller akg_every; now {gap:.0f} steps lie between) and compare neighbouring steps "
+        "only. If the ranking still changes, features themselves are being learnt: explain each phase of the run by "
+        "itself.",
+    )
+
+
+INFLUENCE_RULES: dict[str, Callable[[InfluenceSummary], Finding | None]] = {
+    "step_too_large": step_too_large,
+    "kernel_unstable": kernel_unstable,
+}

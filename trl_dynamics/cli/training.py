@@ -100,6 +100,7 @@ class TrainingCommand:
             **(training_args.model_init_kwargs or {}),
         }
         probe_set = sources.find_probe_set(training_args.probe_set, training_args.probe_max_probes)
+        observed = sources.find_probe_set(training_args.akg_observe, training_args.akg_max_probes)
         splits = sources.load_splits(script_args, dataset_args)
         tokenizer = AutoTokenizer.from_pretrained(
             model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
@@ -119,12 +120,13 @@ class TrainingCommand:
             quantization_config=trl.get_quantization_config(model_args),
             peft_config=trl.get_peft_config(model_args),
             probe_set=probe_set,
+            akg_observe=observed,
             **more,
         )
         for callback in drop_callbacks:
             trainer.remove_callback(callback)
-        if trainer.probe_callback:
-            trainer.probe_callback.config |= given
+        if trainer.store_keeper:
+            trainer.store_keeper.config |= given
         trainer.train(resume_from_checkpoint=_resume_from(training_args))
         trainer.save_model(training_args.output_dir)
         if training_args.push_to_hub:

@@ -53,6 +53,10 @@ class CostLedger:
         self.timeline.append([step, probe_seconds, 0.0])
         self.timeline[-1][2] = self.train_seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """Count seconds that just passed neither as training nor as probing."""
+        self._began += seconds
+
     def projected_share(self, max_steps: int, remaining: int) -> float | None:
         """Seconds of probing over seconds of training at the end of the run, None while too little is known.
 

@@ -26,6 +26,7 @@ _SAME = (
         "Keep probe_samples as in the run, or leave it out",
     ),
     (("samples", "max_new_tokens"), "probe_sample_tokens", "Keep probe_sample_tokens as in the run"),
+    (("akg", "observe", "fingerprint"), "what akg observes", "Keep akg_observe, akg_max_probes and the tokenizer"),
     (("samples", "fingerprint"), "the prompts to answer or what ends an answer", "Keep the tokenizer of the run"),
 )
 

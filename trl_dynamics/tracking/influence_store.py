@@ -4,8 +4,9 @@
 
 Everything is in nats and of an answer's own tokens, without the end-of-turn token, as in the records. Rows are keyed
 by (model, step, update, probe_id, response_type), where `step` counts the optimiser steps done *before* the one that
-is predicted. The update `"batch"` is the step that training took; any other name is that of a response type, and its
-rows say what one step of the same optimiser on the observed answers of that type would have done.
+is predicted. The update `"batch"` is the step that training took. Any other name is that of a response type: its rows
+say what the gradient of the SFT loss of all observed answers of that type would have done, had the optimiser taken it
+in place of the batch's. What it remembers of earlier steps, and weight decay, are not part of them.
 """
 
 import re
@@ -30,6 +31,7 @@ INFLUENCE_VALUE_COLUMNS: dict[str, str] = {
     "update_sum": "the part that this step's gradient makes",
     "momentum_sum": "the part that gradients of earlier steps make",
     "decay_sum": "the part that weight decay makes",
+    "error_sum": "how far off predicted_sum may be as a derivative, if it was not computed exactly; else NaN",
     "true_sum": "its change as measured after the step; NaN for steps that were not taken",
     "force_norm": "norm of dL/dz over all positions and labels of the update; NaN where L is not known",
     "grad_norm": "norm of the update's gradient before clipping",

@@ -19,6 +19,7 @@ from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.alerts import Watch
 from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.findings import Finding
+from trl_dynamics.tracking.influence_summary import open_influence
 from trl_dynamics.tracking.step_table import StepTable, split_frame
 from trl_dynamics.tracking.store import DynamicsStore
 
@@ -113,6 +114,8 @@ class Series:
     def _take_over(self, earlier: dict, step: int) -> None:
         """What meta.json said as of the checkpoint's step."""
         self.meta |= {name: earlier[name] for name in ("created", "baseline_step", "alerts") if name in earlier}
+        if "akg" in earlier:
+            self.meta.setdefault("akg", earlier["akg"])
         # Answers that were taken are described, and not mixed with others later, where this part takes none.
         self.meta["samples"] = self._asked or earlier.get("samples")
         # Each part of a run says how many processes took its records.
@@ -164,7 +167,17 @@ class Series:
             self._failing.discard("records")
 
         self.steps.add(step)
-        self._on_main(write, lost=f"the records of step {step}", lost_step=step)
+        self._on_main(write, lost=f"the records of step {step}", what="records", lost_step=step)
+
+    def write(self, write: Callable[[], object], lost: str) -> None:
+        """Let the main process write something beside the records; `lost` names it, should that fail."""
+
+        def work() -> None:
+            self._reopen()
+            write()
+            self._failing.discard("more")
+
+        self._on_main(work, lost=lost, what="more")
 
     def recorded_plan(self) -> dict | None:
         """The batch plan of the run that is about to be continued; None where there is none to read."""
@@ -254,18 +267,25 @@ class Series:
             logger.warning(f"the record files stay as many as they are: {error}")
         if lost := self.meta["lost_steps"]:
             logger.warning(f"the records of {len(lost)} probing steps could not be written: {lost}")
-        summary = next(iter(summarise_store(self.store).values()))
-        found = findings.find(summary, self.meta)
+        model, summary = next(iter(summarise_store(self.store).items()))
+        influence = open_influence(self.store.output_dir, self.meta, model)
+        found = findings.find(summary, self.meta, influence)
         text = findings.summary_text(found, self.store.output_dir.name)
         harmful = any(finding.severity != "info" for finding in found)
         (logger.warning if harmful else logger.info)(text)
         logger.info(f"records: {self.store.root}")
         logger.info(f"page:    trl-dynamics report {self.store.output_dir} -o report.html")
 
-    def _on_main(self, work: Callable[[], object], lost: str | None = None, lost_step: int | None = None) -> object:
+    def _on_main(
+        self,
+        work: Callable[[], object],
+        lost: str | None = None,
+        what: str = "progress",
+        lost_step: int | None = None,
+    ) -> object:
         """Run `work` on the main process; its result, or its error, reaches every process.
 
-        With `lost`, an error in the way of writing is one that `on_error` decides about.
+        With `lost`, an error in the way of writing is one that `on_error` decides about; `what` is the kind of it.
         """
         outcome: list = [None, None]
         if self.accelerator.is_main_process:
@@ -273,7 +293,7 @@ class Series:
                 outcome[0] = work()
             except Exception as error:
                 if lost and self.on_error == "warn" and isinstance(error, OSError | ValueError):
-                    self._warn(error, lost, "progress" if lost_step is None else "records")
+                    self._warn(error, lost, what)
                     self.meta["lost_steps"] += [] if lost_step is None else [lost_step]
                 else:
                     outcome[1] = error

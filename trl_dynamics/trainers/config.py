@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from trl_dynamics.trainers.data import SFT_ON
+from trl_dynamics.trainers.influence.arguments import InfluenceArguments
 from trl_dynamics.trainers.probe_checks import check_probe_options
 from trl_dynamics.trainers.squeeze.arguments import SqueezeArguments
 
@@ -129,8 +130,8 @@ class ProbeArguments(ScoringArguments):
 
 
 @dataclass
-class SFTConfig(ProbeArguments, trl.SFTConfig):
-    """[`trl.SFTConfig`] with probing and extended SFT.
+class SFTConfig(InfluenceArguments, ProbeArguments, trl.SFTConfig):
+    """[`trl.SFTConfig`] with probing, the influence of single steps, and extended SFT.
 
     Args:
         sft_on (`str`, *optional*, defaults to `"chosen"`):
@@ -159,10 +160,11 @@ class SFTConfig(ProbeArguments, trl.SFTConfig):
 
 
 @dataclass
-class DPOConfig(SqueezeArguments, ProbeArguments, trl.DPOConfig):
-    """[`trl.DPOConfig`] with probing, the gauge of the squeezing risk and interventions against it."""
+class DPOConfig(SqueezeArguments, InfluenceArguments, ProbeArguments, trl.DPOConfig):
+    """[`trl.DPOConfig`] with probing, the influence of single steps, the gauge of the squeezing risk and interventions
+    against it."""
 
 
 @dataclass
-class GRPOConfig(ProbeArguments, trl.GRPOConfig):
-    """[`trl.GRPOConfig`] with probing."""
+class GRPOConfig(InfluenceArguments, ProbeArguments, trl.GRPOConfig):
+    """[`trl.GRPOConfig`] with probing and the influence of single steps."""

@@ -1,4 +1,4 @@
-"""What SFT, DPO and GRPO trainers of this package share: the tracker, and a section in the model card."""
+"""What SFT, DPO and GRPO trainers of this package share: tracker, recorded influence, a section in the model card."""
 
 import dataclasses
 import logging
@@ -14,28 +14,49 @@ from trl_dynamics.tracking.console import show_messages
 from trl_dynamics.tracking.run import build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ProbeArguments
+from trl_dynamics.trainers.influence.arguments import InfluenceArguments
+from trl_dynamics.trainers.influence.callback import InfluenceCallback
+from trl_dynamics.trainers.influence.lone_run import LoneRun
+from trl_dynamics.trainers.influence.observed import observe
 from trl_dynamics.trainers.parallelism import refuse_parallelism, refuse_silent_fallback
 
 logger = logging.getLogger(__name__)
 
 
 class DynamicsMixin:
-    """Adds the probe tracker to a TRL trainer; without a probe set it adds nothing.
+    """Adds the probe tracker and recorded influence to a TRL trainer; without a probe set it adds nothing.
 
     Attributes:
         probe_callback ([`ProbeCallback`] or `None`): The tracker, once a probe set was given.
+        influence_callback ([`InfluenceCallback`] or `None`): What looks at single steps, where `akg_every` is given.
+        store_keeper ([`ProbeCallback`], [`LoneRun`] or `None`): Who opens the run's store, and must close it.
     """
 
     probe_callback: ProbeCallback | None = None
+    influence_callback: InfluenceCallback | None = None
+    store_keeper: ProbeCallback | LoneRun | None = None
 
-    def _start_tracking(self, probe_set: ProbeSet | None, method: str) -> None:
-        if probe_set is None:
+    def _start_tracking(self, probe_set: ProbeSet | None, observed: ProbeSet | None, method: str) -> None:
+        if probe_set is None and observed is None:
             return
-        args = with_probe_defaults(self.args)
+        with_probe_defaults(self.args)
         refuse_parallelism(self)
         refuse_silent_fallback(self)
         if self.is_world_process_zero():
             show_messages()
+        if probe_set is not None:
+            self.store_keeper = self.probe_callback = self._build_tracker(probe_set, method)
+            self.add_callback(self.probe_callback)
+        if observed is not None:
+            answers = observe(self, observed)
+            if self.store_keeper is None:
+                self.store_keeper = LoneRun(self, answers, method)
+                self.add_callback(self.store_keeper)
+            self.influence_callback = InfluenceCallback(self, answers, self.store_keeper.series)
+            self.add_callback(self.influence_callback)
+
+    def _build_tracker(self, probe_set: ProbeSet, method: str) -> ProbeCallback:
+        args = self.args
         engine, fallback = build_engine(self.model, self.processing_class, probe_set, args, self.accelerator)
         sampler = build_sampler(self.model, self.processing_class, probe_set, args, engine)
         stats_head.install(self.model)
@@ -44,17 +65,22 @@ class DynamicsMixin:
             "num_processes": self.accelerator.num_processes,
         }
         store = DynamicsStore(args.output_dir)
-        config = changed_fields(args)
-        self.probe_callback = ProbeCallback(self, engine, probe_set, store, meta, config, fallback, sampler)
-        self.add_callback(self.probe_callback)
+        return ProbeCallback(self, engine, probe_set, store, meta, changed_fields(args), fallback, sampler)
 
     def train(self, *args, **kwargs):
         """TRL's training; however it ends, other runs may write into the output_dir again."""
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self.probe_callback is not None:
-                self.probe_callback.close()
+            if self.store_keeper is not None:
+                self.store_keeper.close()
+
+    def _get_grad_norm(self, *args, **kwargs):
+        """The norm before clipping, which recorded influence is told of."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if self.influence_callback is not None:
+            self.influence_callback.grad_norm = norm
+        return norm
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """TRL's evaluation; with `probe_on_evaluate`, the probe scalars are among its metrics."""
@@ -85,8 +111,9 @@ class DynamicsMixin:
 
 
 def with_probe_defaults(args: TrainingArguments) -> TrainingArguments:
-    """`args`, with the defaults of the probe fields where a plain TRL config lacks them."""
-    for field in dataclasses.fields(ProbeArguments):
+    """`args`, with the defaults of our fields where a plain TRL config lacks them."""
+    for field in (*dataclasses.fields(ProbeArguments), *dataclasses.fields(InfluenceArguments)):
         if not hasattr(args, field.name):
-            setattr(args, field.name, field.default)
+            listed = field.default_factory is not dataclasses.MISSING
+            setattr(args, field.name, field.default_factory() if listed else field.default)
     return args

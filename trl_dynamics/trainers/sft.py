@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 
 from trl_dynamics.trainers.config import SFTConfig
 from trl_dynamics.trainers.data import column_names, is_preference, preference_to_completion, sides_of
+from trl_dynamics.trainers.influence.arguments import find_observed
 from trl_dynamics.trainers.mixin import DynamicsMixin
 from trl_dynamics.trainers.probe_checks import find_probes
 from trl_dynamics.trainers.recorder import Recorder
@@ -32,6 +33,7 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
             `dataset_kwargs={"skip_prepare_dataset": True}`, rows are left to it.
         probe_set ([`ProbeSet`], `str`, `datasets.Dataset` or `list[dict]`, *optional*): What to track; takes
             precedence over `args.probe_set`.
+        akg_observe (as `probe_set`, *optional*): What `akg_every` observes; takes precedence over `args.akg_observe`.
 
     Raises:
         ValueError: If `sft_on` cannot be had with `formatting_func` or with the data.
@@ -39,11 +41,22 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
 
     _tag_names = [*trl.SFTTrainer._tag_names, "trl-dynamics"]
 
-    def __init__(self, model, args=None, data_collator=None, train_dataset=None, *more, probe_set=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        *more,
+        probe_set=None,
+        akg_observe=None,
+        **kwargs,
+    ):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = SFTConfig(f"{name.split('/')[-1]}-SFT")
         probe_set = find_probes(probe_set, args)
+        observed = find_observed(akg_observe, probe_set, args)
         self._sft_on = getattr(args, "sft_on", "chosen")
         self._sides = sides_of(self._sft_on)
         self._side_sums: dict[str, torch.Tensor] = {}
@@ -59,7 +72,7 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
         super().__init__(model, args, data_collator, train_dataset, *more, **kwargs)
         if self._sides:
             self.data_collator = SideCollator(self.data_collator)
-        self._start_tracking(probe_set, "sft")
+        self._start_tracking(probe_set, observed, "sft")
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         dataset = self._as_completions(dataset, dataset_name)

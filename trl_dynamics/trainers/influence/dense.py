@@ -1,0 +1,81 @@
+"""Steps of weights that every process holds as a whole, one process or data parallel: exact, by forward mode."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import Trainer
+
+from trl_dynamics.akg.influence import FORWARD_MODE, Influence, predict, update_gradient
+from trl_dynamics.akg.steps import UPDATE, Step, Tensors, step_of, whole_norm
+from trl_dynamics.akg.task import causal_lm
+from trl_dynamics.akg.verify import label_logp
+from trl_dynamics.trainers.influence.backend import Batch
+
+
+class Dense:
+    """The backend of one process, or of several with a copy of the weights each.
+
+    It computes as training does, under autocast where there is one, and in float32 with `probe_dtype="float32"`.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Its model, optimiser and gradients are read, never written.
+
+    Raises:
+        ValueError: If the model cannot be observed, see [`akg.task.causal_lm`], or computes in fp16.
+    """
+
+    method = FORWARD_MODE
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.float32 = trainer, trainer.args.probe_dtype == "float32"
+        if trainer.accelerator.mixed_precision == "fp16" and not self.float32:
+            raise ValueError(
+                "akg_every cannot compute in fp16, where the change of a weight in one step vanishes: add "
+                "probe_dtype='float32', or train with bf16=True in place of fp16=True"
+            )
+        with self._precision():
+            self.task = causal_lm(trainer.model)
+
+    def step(self) -> Step:
+        """As in [`Backend`]."""
+        gradients = {name: p.grad for name, p in self.task.trainable().items() if p.grad is not None}
+        return step_of(gradients, self.task.trainable(), self.trainer.optimizer, None, None)
+
+    def step_on(self, batches: Sequence[Batch]) -> tuple[Step, float, float]:
+        """As in [`Backend`]; every process computes it as a whole."""
+        gradients, force_norm = self._sft_gradient(batches)
+        max_norm = self.trainer.args.max_grad_norm or None
+        step = step_of(gradients, self.task.trainable(), self.trainer.optimizer, None, max_norm)
+        return Step({UPDATE: step.parts[UPDATE]}, step.clip), force_norm, float(whole_norm(gradients))
+
+    def predict(self, step: Step, observe: Batch) -> Influence:
+        """As in [`Backend`]."""
+        with self._precision():
+            return predict(self.task, None, step, observe)
+
+    def logp(self, observe: Batch) -> torch.Tensor:
+        """As in [`Backend`]."""
+        with self._precision():
+            return label_logp(self.task, observe)
+
+    def _sft_gradient(self, batches: Sequence[Batch]) -> tuple[Tensors, float]:
+        """Gradient of the mean loss over all labels of some batches, and the norm of its force over all of them."""
+        counts = [len(self.task.labels_of(batch, "an update")) for batch in batches]
+        gradients: Tensors = {}
+        force_sq = 0.0
+        for batch, count in zip(batches, counts, strict=True):
+            with self._precision():
+                force = update_gradient(self.task, batch)
+            share = count / sum(counts)
+            force_sq += float(force.norm_U.double().square().sum()) * share**2
+            for name, gradient in force.gradients.items():
+                part = share * gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                gradients[name] = gradients[name] + part if name in gradients else part
+        return gradients, force_sq**0.5
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        accelerator = self.trainer.accelerator
+        with torch.autocast(accelerator.device.type, enabled=False) if self.float32 else accelerator.autocast():
+            yield

@@ -7,7 +7,7 @@ DeepSpeed steps inside of the backward, before transformers' callbacks; [`before
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -79,30 +79,56 @@ def piecewise_step(engine: Engine) -> Step:
     return Step(parts, clip)
 
 
-def whole_step(engine: Engine) -> Step:
+def whole_step(engine: Engine, gradients: Mapping[str, torch.Tensor] | None = None) -> Step:
     """The step that ZeRO-1 or ZeRO-2 is about to take, whole on every process; to be called within [`before_step`].
+
+    Args:
+        engine: DeepSpeed's.
+        gradients (`Mapping`, *optional*): By name, whole gradients that take the place of training's.
 
     Raises:
         ValueError: If the engine is of another stage, or its optimiser none of torch's that [`akg.steps`] knows.
     """
     _refuse_stage(engine, (1, 2))
     zero, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
-    optimizer = zero.optimizer
+    optimizer, flats = zero.optimizer, zero.single_partition_of_fp32_groups
     split = split_of(optimizer)
-    gradients = {id(p): p.get_full_hp_grad() for group in zero.bit16_groups for p in group}
-    # Each process has all of it.
-    clip = _clip_factor(engine, sum(map(_sum_sq, gradients.values())) / dist.get_world_size())
+    held = [_flat_gradient(*given, names, gradients) for given in zip(zero.bit16_groups, flats, strict=True)]
+    clip = _clip_factor(engine, sum(map(_sum_sq, held)))
     parts: dict[str, Tensors] = {}
-    for index, members in enumerate(zero.bit16_groups):
-        flat = zero.single_partition_of_fp32_groups[index]
-        held = optimizer.state.get(flat, {})
-        split_keys = [key for key, value in held.items() if getattr(value, "shape", None) == flat.shape]
-        for p in members:
-            state = held | {key: p.get_full_hp_param(key) for key in split_keys}
-            given = gradients[id(p)] * clip, p.detach(), optimizer.param_groups[index], state
-            for part, change in split(*given):
-                parts.setdefault(part, {})[names[id(p)]] = change
+    for flat, gradient, members, group in zip(flats, held, zero.bit16_groups, optimizer.param_groups, strict=True):
+        for part, change in split(gradient * clip, flat.detach(), group, optimizer.state.get(flat, {})):
+            of_members = {names[id(p)]: _gathered(p, change) for p in members}
+            parts[part] = parts.get(part, {}) | of_members
     return Step(parts, clip)
+
+
+def _flat_gradient(
+    members: Sequence[nn.Parameter], flat: torch.Tensor, names: Mapping[int, str], given: Mapping | None
+) -> torch.Tensor:
+    """This process' part of a group's gradients, laid out as the optimiser has the weights."""
+    gradient = torch.zeros_like(flat)
+    for p in members:
+        if (found := p._hp_mapping) is None:
+            continue  # other processes have all of it
+        if given is None:
+            piece = found.get_lp_grad_fragment(p._index_in_param_group).flatten()
+        else:
+            piece = given.get(names[id(p)], torch.zeros_like(p)).flatten()
+        here, there = found.lp_fragment_address, found.hp_fragment_address
+        piece = piece.narrow(0, here.start, here.numel) if piece.numel() == p.numel() else piece
+        gradient.narrow(0, there.start, there.numel).copy_(piece)
+    return gradient
+
+
+def _gathered(p: nn.Parameter, change: torch.Tensor) -> torch.Tensor:
+    """A parameter's whole change, of which each process has a part, or none."""
+    whole = torch.zeros(p.numel(), dtype=change.dtype, device=p.device)
+    if (found := p._hp_mapping) is not None:
+        here, there = found.lp_fragment_address, found.hp_fragment_address
+        whole.narrow(0, here.start, here.numel).copy_(change.narrow(0, there.start, there.numel))
+    dist.all_reduce(whole)
+    return whole.view_as(p)
 
 
 def _owned(p: nn.Parameter, piece: torch.Tensor) -> torch.Tensor:

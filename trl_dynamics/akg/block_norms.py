@@ -43,7 +43,7 @@ def block_norms(
 
 
 def _sketched(kernel: Kernel, num_products: int, rng: torch.Generator) -> torch.Tensor:
-    """(O,) estimates of ||K_o||_F^2, unbiased given the range: ||K_o Q||_F^2 and the mean of ||K_o (1 - Q Q^T) v||^2."""
+    """(O,) unbiased estimates of ||K_o||_F^2: ||K_o Q||_F^2, and means of ||K_o (1 - Q Q^T) v||^2 over Gaussian v."""
 
     def gaussian(shape: tuple[int, int]) -> torch.Tensor:
         return torch.randn(shape, generator=rng, dtype=torch.float64).to(kernel.device, kernel.dtype)

@@ -17,15 +17,16 @@ from trl_dynamics.tracking.influence_store import BATCH
 
 # What of a step does it -> its column: this batch's gradient, the optimiser's memory of earlier ones, weight decay.
 PARTS = {"gradient": "update_sum", "momentum": "momentum_sum", "decay": "decay_sum"}
-SUMS = {"logp": "logp_sum", "predicted": "predicted_sum", "true": "true_sum"} | PARTS
+SUMS = {"logp": "logp_sum", "predicted": "predicted_sum", "true": "true_sum", "slack": "error_sum"} | PARTS
 # Read of every step; what each token does is read of few.
 COLUMNS = ("num_tokens", "lr", *SUMS.values())
 # Every type of answer together.
 ALL = ""
 # Bounds of what is compared by rank: stretches between neighbours, steps of the matrix, pairs, bootstrap resamples.
 MAX_STRETCHES, MAX_MATRIX, MAX_PAIRS, NUM_RESAMPLES = 40, 12, 2000, 200
-# Standard deviation of a token's measured change that is rounding alone, nats, by the dtype that computes it.
-ROUNDING = {"float64": 0.0, "float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
+# Standard deviation of a token's measured change that is rounding alone, nats, by the dtype of the weights: that of the
+# embedded model and of stories260k against float64, rounded up. Tokens are independent.
+ROUNDING = {"float64": 0.0, "float32": 4e-6, "float16": 6e-3, "bfloat16": 5e-2}
 
 
 class InfluenceSummary:
@@ -64,8 +65,8 @@ class InfluenceSummary:
     def errors(self) -> pd.DataFrame:
         """Per step and response type ([`ALL`]: all together) of the batch: `error`, `rounding`, `moved`.
 
-        error = ||predicted - true|| / ||true|| over answers; rounding is what it would be from rounding alone; moved
-        is the root mean square of true, nats per token.
+        error = ||predicted - true|| / ||true|| over the `num_answers`; rounding is what it would be from rounding
+        alone, of derivatives that were not computed exactly too; moved = ||true||, nats per token.
         """
         return self._tables[1]
 
@@ -157,9 +158,7 @@ def open_influence(run_dir: str | Path, meta: dict, model: str = "policy") -> In
     steps = influence_store.recorded_steps(run_dir)
     if not steps or read(steps[0]).empty:
         return None
-    half = {"bf16": "bfloat16", "fp16": "float16"}.get(meta.get("mixed_precision", "no"))
-    dtype = half or meta.get("model", {}).get("dtype", "float32")
-    return InfluenceSummary(steps, read, dtype if dtype in ROUNDING else "float32")
+    return InfluenceSummary(steps, read, meta.get("akg", {}).get("dtype", "float32"))
 
 
 def per_token(rows: pd.DataFrame) -> pd.DataFrame:
@@ -172,13 +171,14 @@ def per_token(rows: pd.DataFrame) -> pd.DataFrame:
 def _error(known: pd.DataFrame, name: str, rounding: float) -> dict:
     squares = float((known["true"] ** 2).sum())
     wrong = float(((known["predicted"] - known["true"]) ** 2).sum())
-    noise = float((rounding**2 / known["num_tokens"]).sum())
+    noise = float((rounding**2 / known["num_tokens"] + known["slack"].fillna(0.0) ** 2).sum())
     return {
         "step": int(known["step"].iloc[0]),
         "response_type": name,
         "error": (wrong / squares) ** 0.5 if squares else np.nan,
         "rounding": (noise / squares) ** 0.5 if squares else np.inf,
-        "moved": (squares / len(known)) ** 0.5,
+        "moved": squares**0.5,
+        "num_answers": len(known),
     }
 
 

@@ -5,11 +5,13 @@ averaged over processes and clipped. So no loss is computed again, and SFT, DPO 
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_dynamics.akg.steps import plain
@@ -19,6 +21,10 @@ from trl_dynamics.tracking.series import Series
 from trl_dynamics.trainers.influence.choice import choose_backend
 from trl_dynamics.trainers.influence.observed import Observed
 from trl_dynamics.trainers.influence.rows import ERROR, LOGP, NAN, PREDICTED, TRUE, Prediction, columns_of, rows_of
+
+logger = logging.getLogger(__name__)
+
+HALF = ("float16", "bfloat16")
 
 
 class InfluenceCallback(TrainerCallback):
@@ -46,10 +52,17 @@ class InfluenceCallback(TrainerCallback):
         self._share = observed.share(accelerator.process_index, accelerator.num_processes, accelerator.device)
         self._before: list[torch.Tensor] = []
         self._predictions: list[Prediction] = []
+        dtype = compute_dtype(trainer.model)
+        if dtype in HALF and trainer.is_world_process_zero():
+            logger.warning(
+                f"akg_every on {dtype} weights: predictions hold, but what is measured of a single step is mostly "
+                "rounding there; to compare the two, load the model with dtype=torch.float32 (bf16=True may stay)"
+            )
         series.meta["akg"] = {
             "every": trainer.args.akg_every,
             "updates": self.updates,
             "method": self.backend.method,
+            "dtype": dtype,
             "observe": observed.description,
         }
 
@@ -113,7 +126,7 @@ class InfluenceCallback(TrainerCallback):
             rows += [((order, item), row) for item, row in found]
         columns = columns_of([row for _, row in sorted(gather_object(rows), key=lambda placed: placed[0])])
         step = predictions[0].step
-        self.series.write(lambda: influence_store.write(self.series.store.root, columns), f"the influence of {step=}")
+        self.series.write(lambda: influence_store.write(self.series.store.root, columns), f"the influence of step {step}")
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
@@ -123,3 +136,9 @@ class InfluenceCallback(TrainerCallback):
         seconds, part = time.perf_counter() - began, self.series.meta["parts"][-1]
         part["akg_seconds"] = part.get("akg_seconds", 0.0) + seconds
         self.series.cost.leave_out(seconds)
+
+
+def compute_dtype(model: nn.Module) -> str:
+    """The dtype that observers are computed in: the coarsest of the weights."""
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    return next((dtype for dtype in (*HALF, "float32") if dtype in dtypes), "float64")

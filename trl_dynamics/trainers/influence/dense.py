@@ -1,7 +1,6 @@
 """Steps of weights that every process holds as a whole, one process or data parallel: exact, by forward mode."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import Trainer
@@ -16,25 +15,21 @@ from trl_dynamics.trainers.influence.backend import Batch
 class Dense:
     """The backend of one process, or of several with a copy of the weights each.
 
-    It computes as training does, under autocast where there is one, and in float32 with `probe_dtype="float32"`.
+    It computes in the dtype of the weights, and leaves autocast: in half precision the change of an answer in one step
+    is less than its rounding.
 
     Args:
         trainer ([`~transformers.Trainer`]): Its model, optimiser and gradients are read, never written.
 
     Raises:
-        ValueError: If the model cannot be observed, see [`akg.task.causal_lm`], or computes in fp16.
+        ValueError: If the model cannot be observed, see [`akg.task.causal_lm`].
     """
 
     method = FORWARD_MODE
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.float32 = trainer, trainer.args.probe_dtype == "float32"
-        if trainer.accelerator.mixed_precision == "fp16" and not self.float32:
-            raise ValueError(
-                "akg_every cannot compute in fp16, where the change of a weight in one step vanishes: add "
-                "probe_dtype='float32', or train with bf16=True in place of fp16=True"
-            )
-        with self._precision():
+        self.trainer = trainer
+        with self._without_autocast():
             self.task = causal_lm(trainer.model)
 
     def step(self) -> Step:
@@ -51,12 +46,12 @@ class Dense:
 
     def predict(self, step: Step, observe: Batch) -> Influence:
         """As in [`Backend`]."""
-        with self._precision():
+        with self._without_autocast():
             return predict(self.task, None, step, observe)
 
     def logp(self, observe: Batch) -> torch.Tensor:
         """As in [`Backend`]."""
-        with self._precision():
+        with self._without_autocast():
             return label_logp(self.task, observe)
 
     def _sft_gradient(self, batches: Sequence[Batch]) -> tuple[Tensors, float]:
@@ -65,7 +60,7 @@ class Dense:
         gradients: Tensors = {}
         force_sq = 0.0
         for batch, count in zip(batches, counts, strict=True):
-            with self._precision():
+            with self._without_autocast():
                 force = update_gradient(self.task, batch)
             share = count / sum(counts)
             force_sq += float(force.norm_U.double().square().sum()) * share**2
@@ -74,8 +69,5 @@ class Dense:
                 gradients[name] = gradients[name] + part if name in gradients else part
         return gradients, force_sq**0.5
 
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        accelerator = self.trainer.accelerator
-        with torch.autocast(accelerator.device.type, enabled=False) if self.float32 else accelerator.autocast():
-            yield
+    def _without_autocast(self) -> torch.autocast:
+        return torch.autocast(self.trainer.accelerator.device.type, enabled=False)

@@ -41,7 +41,7 @@ def trace(method: str, arm: str, output_dir, **options) -> Trace:
         output_dir,
         package=trl if arm == "trl" else trl_dynamics,
         probes=PROBES if probed else None,
-        **{name: value for name, value in options.items() if probed or not name.startswith("probe_")},
+        **{name: value for name, value in options.items() if probed or not name.startswith(("probe_", "akg_"))},
         **probe_options,
     )
     losses = _record_losses(trainer)

@@ -1,4 +1,5 @@
-"""Probing and the gauge never disturb: training is bit for bit TRL's own, with a probe set and without one.
+"""Probing, the gauge and recorded influence never disturb: training is bit for bit TRL's own, with a probe set and
+without one.
 
 Losses of every micro-step, log lines, weights, optimiser state, module modes and random-number states after 20 steps
 are compared, in one process with one thread, from a fresh model and a fresh seed per run. Dropout is on everywhere;
@@ -10,6 +11,7 @@ import torch
 
 import trl_dynamics
 from traces import Trace, assert_equal, trace
+from trl_dynamics.tracking.influence_store import recorded_steps
 
 LAYOUTS = ("padded", "shared_prefix")
 
@@ -21,22 +23,30 @@ BEST = EVALUATED | {"save_strategy": "steps", "save_steps": 5, "load_best_model_
 BF16_WEIGHTS = {"dtype": torch.bfloat16}
 REUSED = {"num_iterations": 2, "steps_per_generation": 2}
 EVERY, EVERY_OTHER = {"probe_every": 1}, {"probe_every": 2}
+INFLUENCE = {"akg_every": 2, "akg_updates": ["batch", "rejected"], "akg_max_probes": 2}
 
 CASES = {
     "sft": STORED | {"gradient_accumulation_steps": 2} | EVERY_OTHER,
     "sft-packing-checkpointing": NON_REENTRANT | {"packing": True, "max_length": 64} | EVERY,
-    "sft-padding_free-bf16": STORED | {"padding_free": True, "max_length": None, "bf16": True} | EVERY,
-    "sft-bf16_weights-reentrant": REENTRANT | BF16_WEIGHTS | EVERY_OTHER,
+    "sft-padding_free-bf16-influence": STORED
+    | {"padding_free": True, "max_length": None, "bf16": True}
+    | EVERY
+    | INFLUENCE,
+    "sft-bf16_weights-reentrant-influence": REENTRANT | BF16_WEIGHTS | EVERY_OTHER | INFLUENCE,
     "sft-bf16_weights-probes_in_float32": STORED | BF16_WEIGHTS | {"probe_dtype": "float32"} | EVERY_OTHER,
     "sft-greedy_answers": STORED | EVALUATED | {"probe_samples": 2, "probe_sample_tokens": 6} | EVERY_OTHER,
     "sft-lora-best": NON_REENTRANT | BEST | {"lora": True} | EVERY,
-    "dpo": STORED | {"gradient_accumulation_steps": 2} | EVERY_OTHER,
+    "dpo": STORED | {"gradient_accumulation_steps": 2} | EVERY_OTHER | INFLUENCE,
     "dpo-checkpointing-bf16": NON_REENTRANT | {"bf16": True} | EVERY_OTHER,
     "dpo-bf16_weights-reentrant": REENTRANT | BF16_WEIGHTS | EVERY_OTHER,
     "dpo-precomputed_reference": STORED | EVALUATED | {"precompute_ref_log_probs": True} | EVERY_OTHER,
-    "dpo-lora-best": NON_REENTRANT | BEST | {"lora": True} | EVERY,
+    "dpo-lora-best-influence": NON_REENTRANT | BEST | {"lora": True} | EVERY | INFLUENCE,
     "grpo": STORED | {"gradient_accumulation_steps": 2, "temperature": 0.7} | EVERY_OTHER,
-    "grpo-reused_generations-checkpointing": NON_REENTRANT | REUSED | {"logging_steps": 1} | EVERY,
+    "grpo-reused_generations-checkpointing-influence": NON_REENTRANT
+    | REUSED
+    | {"logging_steps": 1}
+    | EVERY
+    | INFLUENCE,
     "grpo-reference-bf16": STORED | {"beta": 0.1, "bf16": True, "logging_steps": 1} | EVERY_OTHER,
     "grpo-bf16_weights-reentrant": REENTRANT | BF16_WEIGHTS | EVERY_OTHER,
     "grpo-lora-best": NON_REENTRANT | BEST | REUSED | {"lora": True, "beta": 0.1} | EVERY,
@@ -67,3 +77,4 @@ def test_training_is_trls(case, arm, expected, tmp_path):
         assert not (tmp_path / "dynamics").exists()
     else:
         assert len(trl_dynamics.load_records(tmp_path)["step"].unique()) > 10
+        assert len(recorded_steps(tmp_path)) == (10 if "akg_every" in CASES[case] else 0)

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from trl_dynamics.ranking import STABLE
 from trl_dynamics.report.extra import vl_convert
 from trl_dynamics.report.spec import SCHEMA, VEGA_LITE
 
 COLUMNS, CELL = 3, 44
+BOUNDS = [0.5, 0.7, STABLE, 0.95]
+COLORS = ["#b2182b", "#ef8a62", "#fddbc7", "#d1e5f0", "#67a9cf"]
 TITLES = {"kernel": "Rankings by the size of K", "influence": "Rankings by influence"}
 
 
@@ -25,7 +28,7 @@ def grid(by_model: Mapping[str, pd.DataFrame], title: str) -> dict:
     maps = [heat_map(name, matrix) for name, matrix in by_model.items()]
     return {
         "$schema": SCHEMA,
-        "title": {"text": title, "anchor": "start", "fontSize": 15, "offset": 12},
+        "title": {"text": title, "anchor": "start", "fontSize": 14, "offset": 12},
         "concat": maps,
         "columns": COLUMNS,
         "spacing": 36,
@@ -34,7 +37,7 @@ def grid(by_model: Mapping[str, pd.DataFrame], title: str) -> dict:
 
 
 def heat_map(name: str, matrix: pd.DataFrame) -> dict:
-    """One model's matrix with its numbers; white from 1 down, red below .9, where rankings count as unstable."""
+    """One model's matrix with its numbers: blue from .9 on, red below, where rankings count as unstable."""
     unit = "epoch" if name in ("mlp", "cnn") else "step"
     rows = [
         {"before": int(before), "after": int(after), "value": round(float(matrix.loc[before, after]), 4)}
@@ -45,7 +48,7 @@ def heat_map(name: str, matrix: pd.DataFrame) -> dict:
         side: {"field": field, "type": "ordinal", "title": unit, "axis": {"labelAngle": 0, "labelFontSize": 11}}
         for side, field in (("x", "after"), ("y", "before"))
     }
-    scale = {"domain": [0, 0.5, 0.9, 1], "range": ["#7a0d1d", "#d6604d", "#fbe5dc", "#4393c3"], "clamp": True}
+    scale = {"type": "threshold", "domain": BOUNDS, "range": COLORS}
     color = {"field": "value", "type": "quantitative", "scale": scale, "title": "Spearman"}
     dark = {"condition": {"test": "datum.value < 0.5", "value": "white"}, "value": "#222"}
     return {

@@ -17,12 +17,12 @@ from trl_dynamics.cli.sources import end_ids
 from trl_dynamics.probing.encode import LengthLimits, encode
 from trl_dynamics.probing.labelled import collate, pad_id_of
 
-STEPS = (0, 2, 10, 30, 60, 100)
+STEPS = (0, 2, 10, 30, 60)
 NUM_PAIRS = 128
 # Real prompts and answers longer than this, in characters, are left out: the model reads 512 tokens.
 MAX_PROMPT, MAX_ANSWER = 300, 250
 # All of these answers to the first prompts are updates, or are observed.
-UPDATE_TYPES, NUM_UPDATED = ("chosen", "rejected"), 4
+UPDATE_TYPES, NUM_UPDATED = ("chosen", "rejected"), 3
 OBSERVED_TYPES, NUM_OBSERVED = ("chosen", "rejected", "chosen_rephrase_semantic", "other_test"), 3
 COMMON = {
     "report_to": "none",

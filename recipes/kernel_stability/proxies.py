@@ -20,7 +20,7 @@ from trl_dynamics.tracking.lbk import lower_bounds
 # One short run on all probes' answers of each type, per optimiser and its rate.
 TRAINED_TYPES = ("chosen", "rejected", "chosen_rephrase_semantic", "other_test", "chosen_permuted")
 OPTIMIZERS = {"adamw_torch": 1e-4}
-NUM_STEPS, NUM_PROBES = 8, 4
+NUM_STEPS, NUM_PROBES = 8, 2
 
 
 def forms_of(task: Task, update, observe, measured: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -35,21 +35,10 @@ def forms_of(task: Task, update, observe, measured: dict[str, torch.Tensor]) -> 
     return found
 
 
-def measure(world_name: str, folder: Path, seed: int, num_products: int) -> None:
-    """The forms of a world's base model and of the models after SFT and DPO, and the bounds of its base model."""
-    world = language.world_of(world_name, seed)
-    update, observe, _ = language.ranked(world)
-    starts = {"base": world.base, **{name: str(folder / f"{world_name}-{name}") for name in ("sft", "dpo")}}
-    for name, start in starts.items():
-        path = folder / f"forms-{world_name} {name}.npz"
-        if path.is_file() or not (name == "base" or Path(start).is_dir()):
-            continue
-        task = causal_lm(AutoModelForCausalLM.from_pretrained(start, dtype="float32").eval())
-        measured = {"influence": influence_measure(task, update, observe)}
-        measured["kernel"] = kernel_measure(num_products)(task, update, observe)
-        keep(path, forms_of(task, update, observe, measured))
+def measure(world_name: str, folder: Path, seed: int) -> None:
+    """The bounds of a world's base model, unless they are there."""
     if not (path := folder / f"bounds-{world_name}.npz").is_file():
-        keep(path, bounds(world, folder / f"{world_name}-bounds", seed))
+        keep(path, bounds(language.world_of(world_name, seed), folder / f"{world_name}-bounds", seed))
 
 
 def bounds(world: language.World, folder: Path, seed: int) -> dict[str, np.ndarray]:

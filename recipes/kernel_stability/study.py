@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
                 else:
                     measure_text(*system.split(), folder, seed, args)
         for world in (world for world in WORLDS if any(system.startswith(world) for system in args.systems)):
-            with timed(f"seed{seed}/{world} cheap forms"), logged(folder / f"{world}-bounds.log"):
-                proxies.measure(world, folder, seed, args.num_products)
+            with timed(f"seed{seed}/{world} bounds"), logged(folder / f"{world}-bounds.log"):
+                proxies.measure(world, folder, seed)
         for name in (name for name in running.RUNS if name in args.systems):
             with timed(f"seed{seed}/{name} step by step"), logged(folder / f"running-{name}.log"):
                 running.measure(name, folder, seed)
@@ -91,12 +91,16 @@ def measure_text(world_name: str, method: str, folder: Path, seed: int, args: ar
             with logged(folder / f"{world_name}-{name}.log"):
                 language.train(name, world, starts[name], runs[name], seed, steps)
     update, observe, same = language.ranked(world)
-    found, quality, last = {}, [], None
+    found, quality = {}, []
     for step, task in language.checkpoints(starts[method], runs[method]):
         found[step] = measured(task, update, observe, args.num_products)
         quality.append(float(label_logp(task, update).mean()))
-        last = task
-    again = kernel_measure(args.num_products, seed=1)(last, update, observe)
+        if step == max(steps) or (step == 0 and method == "sft"):
+            name = method if step else "base"
+            proxies.keep(
+                folder / f"forms-{world_name} {name}.npz", proxies.forms_of(task, update, observe, found[step])
+            )
+    again = kernel_measure(args.num_products, seed=1)(task, update, observe)
     keep(path, found, same=same, quality=quality, again=again)
 
 

@@ -177,8 +177,9 @@ def _agreement(files: list[dict[str, np.ndarray]], form: str, measure: str) -> s
 def bounds_table(folder: Path, seeds: Sequence[int]) -> list[str]:
     """LBK against the size of K, SignDelta against influence, over pairs of types."""
     heads = ["run", "LBK and size of K", "SignDelta and influence"]
+    paths = sorted((folder / f"seed{seeds[0]}").glob("bounds-*.npz"))
     lines = ["", "## Bounds from records against exact ones, over pairs of types", "", *_header("model", heads)]
-    for path in sorted((folder / f"seed{seeds[0]}").glob("bounds-*.npz")):
+    for path in paths:
         files = [_arrays(folder / f"seed{seed}" / path.name) for seed in seeds]
         for optimizer in proxies.OPTIMIZERS:
             cells = []
@@ -190,7 +191,7 @@ def bounds_table(folder: Path, seeds: Sequence[int]) -> list[str]:
                 ends = (np.mean([getattr(one, end) for one in found]) for end in ("value", "low", "high"))
                 cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*ends))
             lines.append(_row(path.stem.removeprefix("bounds-"), [optimizer, *cells]))
-    return lines
+    return lines if paths else []
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

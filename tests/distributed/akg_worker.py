@@ -18,8 +18,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import gather_object
+from peft import LoraConfig, get_peft_model
 from scenarios import Scenario, make
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from worker import EXPECTED, prepare_device, share_held
 
@@ -45,19 +48,23 @@ class Run:
         scenario ([`Scenario`]): The training.
         predicted (`bool`): Predict some of its steps.
         persistent (`bool`): Leave small weights gathered, as DeepSpeed does by default.
+        stage (`int`, *optional*): Of ZeRO, another than the config's.
     """
 
     scenario: Scenario
     predicted: bool = True
     persistent: bool = False
+    stage: int | None = None
 
 
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1}
 RUNS = {
     "plain": Run(PLAIN, predicted=False),
     "predicted": Run(PLAIN),
     "persistent": Run(PLAIN, persistent=True),
-    "sgd": Run(replace(PLAIN, options=OPTIONS | {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1})),
-    "tied": Run(replace(PLAIN, tied=True)),
+    "zero1": Run(PLAIN, stage=1),
+    "sgd_tied": Run(replace(PLAIN, tied=True, options=OPTIONS | SGD)),
+    "lora": Run(replace(PLAIN, lora=True, options=OPTIONS | {"learning_rate": 1e-2})),
 }
 # Made before anything asks for ZeRO-3, under which models are split while they are made.
 MODELS = {tied: tiny_model("llama", tie_word_embeddings=tied) for tied in (False, True)}
@@ -98,14 +105,14 @@ class Split:
 
     def weight(self, p) -> torch.Tensor:
         if not self.stage:
-            return p.detach().full_tensor()
+            return full(p.detach())
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(p)
 
     def gradient(self, p) -> torch.Tensor:
         if not self.stage:
-            return p.grad.full_tensor()
+            return full(p.grad)
         from deepspeed.utils import safe_get_full_grad
 
         # Where weights are whole, what a parameter itself has is the gradient of this process.
@@ -114,17 +121,43 @@ class Split:
     def state(self, p) -> dict[str, torch.Tensor]:
         if not self.stage:
             held = {key: value for key, value in self.optimizer.state.get(p, {}).items() if value is not None}
-            return {key: value.full_tensor().double() if value.ndim else value for key, value in held.items()}
-        some = next((state for state in self.optimizer.state.values() if state), {})
-        from deepspeed.utils import safe_get_full_optimizer_state
+            return {key: full(value).double() if value.ndim else value for key, value in held.items()}
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_full_optimizer_state
 
-        keys = [key for key in some if key != "step"]
-        whole = {key: safe_get_full_optimizer_state(p, key).double() for key in keys}
-        return whole | ({"step": some["step"]} if "step" in some else {})
+            some = next((state for state in self.optimizer.state.values() if state), {})
+            whole = {key: safe_get_full_optimizer_state(p, key).double() for key in some if key != "step"}
+            return whole | {key: value for key, value in some.items() if key == "step"}
+        return self.state_of_groups(p)
+
+    def state_of_groups(self, p) -> dict[str, torch.Tensor]:
+        """A parameter's state where only that is split: the parts of all processes in a row are those of a group."""
+        zero_optimizer = self.engine.optimizer
+        for index, members in enumerate(zero_optimizer.round_robin_bit16_groups):
+            begin = 0
+            for member in members:
+                if member is p:
+                    break
+                begin += member.numel()
+            else:
+                continue
+            flat = zero_optimizer.single_partition_of_fp32_groups[index]
+            state, whole = self.optimizer.state.get(flat, {}), {}
+            for key, value in state.items():
+                if key == "step":
+                    whole[key] = value
+                    continue
+                everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+                dist.all_gather(everyone, value)
+                whole[key] = torch.cat(everyone)[begin : begin + p.numel()].double()
+            return whole
+        raise AssertionError("the optimiser has no such parameter")
 
     def exact(self, observe: dict[str, torch.Tensor]) -> Influence:
         """The influence of the step by forward mode in float64, on a model that is not split."""
         model = copy.deepcopy(MODELS[self.trainer.model.config.tie_word_embeddings]).double()
+        if hasattr(self.trainer.model, "peft_config"):
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).double()
         values = dict(model.named_parameters())
         decayed = set(self.trainer.get_decay_parameter_names(model))
         for name, p in self.named.items():
@@ -147,6 +180,10 @@ class Split:
             return predict(causal_lm(model), None, step_of(gradients, values, optimizer, None, limit), observe)
 
 
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class Predictor(TrainerCallback):
     """Predicts steps right before they are taken, and compares."""
 
@@ -166,40 +203,45 @@ class Predictor(TrainerCallback):
         self.waiting.close()
 
     def compare(self) -> None:
-        split, observe = Split(self.trainer), observers(self.trainer.accelerator.process_index)
-        before = split.pieces()
-        predicted, failed = self.predict(split, observe)
-        same = [torch.equal(a, b) for a, b in zip(before, split.pieces(), strict=True)]
-        exact = split.exact(observe)
-        pairs = {"total": (predicted.total, exact.total)}
-        pairs |= {name: (predicted.parts[name], exact.parts[name]) for name in exact.parts}
-        assert predicted.parts.keys() == exact.parts.keys()
-        self.found.append(
-            {
-                "step": self.trainer.state.global_step,
-                "method": predicted.method,
-                "same_bits": all(same) and len(same) > len(split.named),
-                "failed": failed,
-                "clip": predicted.step.clip,
-                "parts": {name: compared(*pair) for name, pair in pairs.items()},
-            }
-        )
+        split, accelerator = Split(self.trainer), self.trainer.accelerator
+        alone = accelerator.num_processes == 1
+        for rank in (0, 1) if alone else (accelerator.process_index,):
+            observe = observers(rank)
+            before = split.pieces()
+            predicted, failed = self.predict(split, observe, alone)
+            same = [torch.equal(a, b) for a, b in zip(before, split.pieces(), strict=True)]
+            exact = split.exact(observe)
+            assert predicted.parts.keys() == exact.parts.keys()
+            pairs = {name: (predicted.parts[name], exact.parts[name]) for name in exact.parts}
+            pairs |= {"total": (predicted.total, exact.total)}
+            self.found.append(
+                {
+                    "step": self.trainer.state.global_step,
+                    "observers": rank,
+                    "method": predicted.method,
+                    "same_bits": all(same) and len(same) > len(split.named),
+                    "failed": failed,
+                    "clip": predicted.step.clip,
+                    "parts": {name: compared(*pair) for name, pair in pairs.items()},
+                }
+            )
 
-    def predict(self, split: Split, observe: dict) -> tuple[Influence, str]:
-        """The prediction, after one whose forward failed half way."""
-        model, calls = self.trainer.model, []
-        label_N, item_N = causal_lm_labels(observe), row_of_label(observe)
+    def predict(self, split: Split, observe: dict, alone: bool) -> tuple[Influence, str]:
+        """The prediction; where it is one of differences, after one whose forward failed half way."""
+        model = self.trainer.model
         if split.stage in (1, 2):
-            return predict(causal_lm(model), None, zero.whole_step(split.engine), observe), "not tried"
+            return predict(causal_lm(model), None, zero.whole_step(split.engine), observe), ""
+        if not split.stage:
+            gradients = {name: p.grad for name, p in split.named.items()}
+            step = step_of(gradients, split.named, self.trainer.optimizer, None, None)
+        if alone:
+            return predict(causal_lm(model), None, step, observe), ""
         if split.stage:
             pieces, step = zero.zero_shards(split.engine), zero.piecewise_step(split.engine)
         else:
-            gradients = {name: p.grad for name, p in split.named.items()}
-            pieces, step = (
-                shards.fsdp_shards(model),
-                shards.local_step(step_of(gradients, split.named, self.trainer.optimizer, None, None)),
-            )
-        differences = CentralDifferences(pieces, step)
+            pieces, step = shards.fsdp_shards(model), shards.local_step(step)
+        differences, calls, failed = CentralDifferences(pieces, step), [], ""
+        label_N, item_N = causal_lm_labels(observe), row_of_label(observe)
 
         def forward() -> torch.Tensor:
             return shards.sharded_label_logp(model, observe)
@@ -212,22 +254,20 @@ class Predictor(TrainerCallback):
 
         try:
             differences.predict(failing, label_N, item_N)
-            failed = ""
         except FloatingPointError as error:
             failed = str(error)
         return differences.predict(forward, label_N, item_N), failed
 
 
-def compared(predicted, exact) -> dict[str, float]:
+def compared(predicted, exact) -> dict:
     """How far a prediction is off, over the size of the change and over the error that it states."""
     off_N, size = (predicted.target_N - exact.target_N).abs(), float(exact.target_N.norm())
-    stated_N = predicted.error_N if predicted.error_N is not None else torch.full_like(off_N, torch.nan)
-    return {
-        "size": size,
-        "off": float(off_N.norm()) / size,
-        "stated": float(stated_N.norm()) / size,
-        "worst": float((off_N / stated_N).max()),
-    }
+    facts = {"size": size, "off": float(off_N.norm()) / (size or 1.0), "values": predicted.target_N.tolist()}
+    if predicted.error_N is None:
+        return facts
+    stated_N = predicted.error_N
+    facts |= {"stated": float(stated_N.norm()) / (size or 1.0), "errors": stated_N.tolist()}
+    return facts | {"within": bool((off_N <= stated_N).all())}
 
 
 def run(name: str, config: str, folder: Path, num_processes: int, device_options: dict) -> dict:
@@ -235,12 +275,13 @@ def run(name: str, config: str, folder: Path, num_processes: int, device_options
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     trainer = make(planned.scenario, folder, name, num_processes, **device_options)
     accelerator = trainer.accelerator
-    assert accelerator.distributed_type == EXPECTED[config], vars(accelerator)
+    assert accelerator.distributed_type == EXPECTED[config if num_processes > 1 else "single_gpu"], vars(accelerator)
     assert accelerator.num_processes == num_processes
     accelerator.wait_for_everyone()
-    if config == "zero3":
+    if config.startswith("zero"):
         config_of_zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         config_of_zero["stage3_param_persistence_threshold"] = 10**6 if planned.persistent else 0
+        config_of_zero["stage"] = planned.stage or int(config[-1])
     predictor = Predictor(trainer)
     if planned.predicted:
         trainer.add_callback(predictor)
@@ -250,12 +291,19 @@ def run(name: str, config: str, folder: Path, num_processes: int, device_options
     if accelerator.is_main_process:
         torch.save(weights, folder / f"{name}.pt")
     accelerator.wait_for_everyone()
-    share = None if planned.persistent else share_held(trainer, config)
-    return {"predictions": gather_object([predictor.found]), "share_held": share, "log": trainer.state.log_history}
+    special = planned.persistent or planned.stage or planned.scenario.lora
+    share = None if special else share_held(trainer, config)
+    stage = split.stage
+    return {
+        "predictions": gather_object([predictor.found]),
+        "share_held": share,
+        "stage": stage,
+        "log": trainer.state.log_history,
+    }
 
 
 def main(config: str, folder: Path, num_processes: int, names: list[str]) -> None:
-    device_options = prepare_device(config)
+    device_options = prepare_device(config if num_processes > 1 else "single_gpu")
     for name in names:
         faulthandler.dump_traceback_later(float(os.environ["SCENARIO_LIMIT"]) * 0.9)
         is_main = int(os.environ.get("RANK", 0)) == 0

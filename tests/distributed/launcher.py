@@ -56,6 +56,7 @@ def launch(
     *,
     start_limit: float = START_LIMIT,
     scenario_limit: float = SCENARIO_LIMIT,
+    worker: Path = WORKER,
 ) -> Launch:
     """Run scenarios one after another in the same processes; never raises, so that each test sees its own scenario.
 
@@ -66,16 +67,17 @@ def launch(
         num_processes (`int`): One process is started without a launcher.
         start_limit (`float`, *optional*): Seconds until the first scenario begins.
         scenario_limit (`float`, *optional*): Seconds that each scenario may take.
+        worker (`Path`, *optional*): Another program that takes the same arguments, with scenarios of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_inputs(folder)
-    worker = [str(WORKER), config.removesuffix("_multi_node"), str(folder), str(num_processes), *scenarios]
+    called = [str(worker), config.removesuffix("_multi_node"), str(folder), str(num_processes), *scenarios]
     if num_processes == 1:
-        command = [sys.executable, *worker]
+        command = [sys.executable, *called]
     elif config.endswith("_multi_node"):
-        command = on_two_machines(config, num_processes, worker)
+        command = on_two_machines(config, num_processes, called)
     else:
-        command = accelerate(config, num_processes, free_port(), worker)
+        command = accelerate(config, num_processes, free_port(), called)
     progress, output = folder / "progress", folder / "output.txt"
     progress.write_text("")
 

@@ -13,6 +13,7 @@ orders of magnitude, and what a weight does to the output differs with the model
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -26,9 +27,16 @@ from trl_dynamics.akg.steps import Step, Tensors
 PRECISE = (torch.float32, torch.float64)
 # The largest movement of an output, over u^(1/5), that is aimed at, and the range around it that is taken as it is.
 AIM, RANGE, TRIALS = 2.0, (0.5, 3.0), 5
+# Where the extrapolation corrects an output by more than this times u^(1/5), the line is too bent, and is halved.
+BEND, HALVINGS = 5e-3, 6
+# Weights never move by more than this share of their norm, whatever their change does.
+FARTHEST = 0.1
 # Standard errors of rounding that are stated. It is told from what five equidistant values of a cubic polynomial obey;
 # the two factors are the norms of the coefficients of the fourth difference, and of the derivative.
 ROUNDING_ERRORS, OF_FOURTH, OF_SLOPE = 4.0, 70**0.5, 130**0.5 / 12
+
+# Up and down a line: by what multiple the weights moved, and (N,) ln pi there.
+Pair = tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class CentralDifferences:
     ) -> Influence:
         """The step's influence, part by part; all processes call this together, each with observers of its own.
 
-        A part takes four forwards, and two more each time that its distance did not suit.
+        A part takes four forwards, and two more each time that its distance did not suit, mostly for the first batch.
 
         Args:
             label_logp (`Callable`): Runs the observers forward; (N,) ln pi of their labels, nats.
@@ -131,30 +139,43 @@ class CentralDifferences:
     def _change(
         self, name: str, changes: Tensors, label_logp: Callable[[], torch.Tensor], logp_N: torch.Tensor
     ) -> Change:
-        with moving(self.shards, changes) as move:
+        unit = torch.finfo(logp_N.dtype).eps ** 0.2
+        with moving(self.shards, changes) as line:
 
             def at(multiple: float) -> tuple[float, torch.Tensor]:
-                return move(multiple), label_logp().double()
+                return line.move(multiple), label_logp().double()
 
-            near, distance = self._suiting(at, self.distances.get(name, 1.0), logp_N)
+            near, distance = self._suiting(at, name, line.reach, logp_N, unit)
             far = at(2 * distance), at(-2 * distance)
+            for _ in range(HALVINGS):
+                bend_N = distance * (_slope(near) - _slope(far)) / 3
+                if self._largest(bend_N, logp_N) <= BEND * unit:
+                    break
+                distance, far = distance / 2, near
+                near = at(distance), at(-distance)
         self.distances[name] = distance
         value_N, error_N = derivative(near, far, logp_N.double(), distance)
         return Change(value_N.to(logp_N.dtype), error_N=error_N.to(logp_N.dtype))
 
-    def _suiting(self, at: Callable, distance: float, logp_N: torch.Tensor) -> tuple[tuple, float]:
+    def _suiting(self, at: Callable, name: str, reach: float, logp_N: torch.Tensor, unit: float) -> tuple[Pair, float]:
         """Values at plus and minus a distance at which the outputs move by about what suits, and the distance."""
-        unit = torch.finfo(logp_N.dtype).eps ** 0.2
+        distance, least = self.distances.get(name, 1.0), 0.0 if name in self.distances else RANGE[0]
+        distance = min(distance, reach)
         for trial in range(TRIALS):
             near = at(distance), at(-distance)
-            movement_N = (near[0][1] - near[1][1])[logp_N.isfinite()].abs().nan_to_num(nan=torch.inf) / 2
-            movement = self.shards.largest(float(movement_N.max()) if len(movement_N) else 0.0) / unit
-            if RANGE[0] <= movement <= RANGE[1] or trial == TRIALS - 1:
+            movement = self._largest((near[0][1] - near[1][1]) / 2, logp_N) / unit
+            factor = min(max(AIM / movement if movement else math.inf, 1e-3), 1e3, reach / distance)
+            if least <= movement <= RANGE[1] or factor == 1.0 or trial == TRIALS - 1:
                 return near, distance
-            distance *= min(max(AIM / movement if movement else torch.inf, 1e-3), 1e3)
+            distance *= factor
+
+    def _largest(self, change_N: torch.Tensor, logp_N: torch.Tensor) -> float:
+        """The largest change of any label on any process; infinite where one overflowed."""
+        change_N = change_N[logp_N.isfinite()].abs().nan_to_num(nan=math.inf)
+        return self.shards.largest(float(change_N.max()) if len(change_N) else 0.0)
 
 
-def derivative(near: tuple, far: tuple, logp_N: torch.Tensor, distance: float) -> tuple[torch.Tensor, torch.Tensor]:
+def derivative(near: Pair, far: Pair, logp_N: torch.Tensor, distance: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The derivative at 0 and how far off it may be: the extrapolation's own size, and rounding.
 
     Args:
@@ -163,40 +184,61 @@ def derivative(near: tuple, far: tuple, logp_N: torch.Tensor, distance: float) -
         logp_N: The values at 0.
         distance (`float`): What was asked for.
     """
-    (up, up_N), (down, down_N) = near
-    (up2, up2_N), (down2, down2_N) = far
-    if up == down or up2 == down2:
-        return torch.zeros_like(logp_N), torch.zeros_like(logp_N)
-    slope_N, slope2_N = (up_N - down_N) / (up - down), (up2_N - down2_N) / (up2 - down2)
-    fourth_N = up2_N - 4 * up_N + 6 * logp_N - 4 * down_N + down2_N
+    slope_N, correction_N = _slope(near), (_slope(near) - _slope(far)) / 3
+    fourth_N = far[0][1] + far[1][1] - 4 * (near[0][1] + near[1][1]) + 6 * logp_N
     rounding = fourth_N.square().mean().sqrt() / OF_FOURTH * OF_SLOPE / distance
-    correction_N = (slope_N - slope2_N) / 3
     return slope_N + correction_N, correction_N.abs() + ROUNDING_ERRORS * rounding
 
 
+def _slope(ends: Pair) -> torch.Tensor:
+    """From one end to the other; 0 where the weights did not move."""
+    (up, up_N), (down, down_N) = ends
+    return (up_N - down_N) / (up - down) if up != down else torch.zeros_like(up_N)
+
+
 @contextlib.contextmanager
-def moving(shards: Shards, changes: Mapping[str, torch.Tensor]) -> Iterator[Callable[[float], float]]:
-    """A function that puts the weights at a multiple of the changes from where they are; at the end they are put back.
-
-    It returns by what multiple they really moved: a weight plus its change is rounded.
-    """
-    kept = {name: shards.values[name].clone() for name in changes}
-    length_sq = shards.total(sum(float(change.square().sum(dtype=torch.float64)) for change in changes.values()))
-
-    def move(multiple: float) -> float:
-        along = 0.0
-        for name, change in changes.items():
-            value = shards.values[name]
-            value.copy_(kept[name]).add_(change, alpha=multiple)
-            along += float(((value - kept[name]) * change).sum(dtype=torch.float64))
-        shards.settle()
-        return shards.total(along) / length_sq if length_sq else 0.0
-
+def moving(shards: Shards, changes: Mapping[str, torch.Tensor]) -> Iterator["Line"]:
+    """The weights along a line of changes; at the end they are back where they were, bit for bit."""
+    line = Line(shards, changes)
     try:
         with torch.no_grad():
-            yield move
+            yield line
     finally:
+        line.put_back()
+
+
+class Line:
+    """Weights that stand at a multiple of some changes from where they were.
+
+    Attributes:
+        reach (`float`): The multiple at which they would move by `FARTHEST` of their norm.
+    """
+
+    def __init__(self, shards: Shards, changes: Mapping[str, torch.Tensor]):
+        self.shards, self.changes = shards, changes
+        self.kept = {name: shards.values[name].clone() for name in changes}
+        self.length_sq = shards.total(sum(_dot(change, change) for change in changes.values()))
+        weight_sq = shards.total(sum(_dot(kept, kept) for kept in self.kept.values()))
+        self.reach = FARTHEST * (weight_sq / self.length_sq) ** 0.5 if weight_sq and self.length_sq else math.inf
+
+    def move(self, multiple: float) -> float:
+        """Put the weights there; by what multiple they really moved, since a weight plus its change is rounded."""
+        along = 0.0
+        for name, change in self.changes.items():
+            value, kept = self.shards.values[name], self.kept[name]
+            value.copy_(kept).add_(change, alpha=multiple)
+            along += _dot(value - kept, change)
+        self.shards.settle()
+        along = self.shards.total(along)
+        return along / self.length_sq if self.length_sq else 0.0
+
+    def put_back(self) -> None:
+        """Put the weights where they were."""
         with torch.no_grad():
-            for name, value in kept.items():
-                shards.values[name].copy_(value)
-        shards.settle()
+            for name, value in self.kept.items():
+                self.shards.values[name].copy_(value)
+        self.shards.settle()
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one * other).sum(dtype=torch.float64))

@@ -69,8 +69,11 @@ def sharded_label_logp(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tens
     rows_N, cols_N = predicting(batch["labels"])
     num_columns = batch["labels"].shape[1]
     request = stats_head.StatsRequest(rows_N, cols_N, target_N, num_columns, top_k=1, return_hidden=True, float32=True)
-    with torch.no_grad(), evaluated(model):
-        stats = model(**model_inputs(base_causal_lm(model), batch), stats_request=request)
+    try:
+        with torch.no_grad(), evaluated(model):
+            stats = model(**model_inputs(base_causal_lm(model), batch), stats_request=request)
+    finally:
+        reshard(model)
     if (dtype := stats["hidden_ND"].dtype) not in PRECISE:
         raise ValueError(
             f"the model computes in {str(dtype).removeprefix('torch.')}, but central differences need float32: train "

@@ -65,6 +65,7 @@ def influence(
                         "update_sum": (1 - momentum) * total if actual else total,
                         "momentum_sum": momentum * total if actual else np.nan,
                         "decay_sum": 0.0 * momentum if actual else np.nan,
+                        "error_sum": np.nan,
                         "true_sum": (predicted + extra).sum() if actual else np.nan,
                         "force_norm": np.nan,
                         "grad_norm": 1.0,

@@ -35,7 +35,7 @@ def test_means_and_errors_are_what_loops_give():
             error = summary.errors.set_index(["step", "response_type"]).loc[(step, name)]
             assert error["error"] == pytest.approx(wrong / norm, rel=1e-12)
             assert error["rounding"] == pytest.approx(sum(noise) ** 0.5 / norm, rel=1e-12)
-            assert error["moved"] == pytest.approx(norm / len(true) ** 0.5, rel=1e-12)
+            assert error["moved"] == pytest.approx(norm, rel=1e-12) and error["num_answers"] == len(true)
             if name != ALL:
                 means = summary.means.set_index(["step", "update", "response_type"]).loc[(step, "batch", name)]
                 assert means["predicted"] == pytest.approx(np.mean(predicted), rel=1e-12)
@@ -91,20 +91,34 @@ def test_what_is_ranked_is_bounded(monkeypatch):
 
 
 def test_a_step_that_is_too_large_is_told_with_its_numbers():
-    large = found(influence(error=0.4))["step_too_large"]
+    frame = influence(error=0.4)
+    large = found(frame)["step_too_large"]
     assert large.severity == "info" and large.evidence["steps_above"] == 4 == large.evidence["steps_judged"]
-    assert 0.3 < large.evidence["median_error"] < 0.5
-    assert f"miss by {large.evidence['median_error']:.0%} or more" in large.text and "large cells" in large.text
+    batch = frame[frame["update"] == "batch"]
+    wrong = np.linalg.norm(batch["predicted_sum"] - batch["true_sum"]) / np.linalg.norm(batch["true_sum"])
+    assert large.evidence["error"] == pytest.approx(wrong, rel=1e-12) and 0.3 < wrong < 0.5
+    assert f"misses {wrong:.0%} of what the recorded steps did" in large.text and "large cells" in large.text
     worse = found(influence(error=lambda step: 3.0 if step == 20 else 0.7))["step_too_large"]
     assert worse.severity == "warning" and worse.evidence["worst_step"] == 20
     assert "do not explain" in worse.text and "learning rate" in worse.remedy
 
 
+def test_steps_count_by_how_much_they_move():
+    def early(size):
+        first, later = influence(error=0.8, size=size, steps=(0,)), influence(error=0.05, steps=(10, 20, 30))
+        return found(pd.concat([first, later])).get("step_too_large")
+
+    assert early(3e-4) is None, "a small step that is off"
+    told = early(3e-3)
+    assert (
+        told.severity == "warning"
+        and told.evidence["steps_above"] == 1
+        and "In 1 of 4 of them, at step 0," in told.text
+    )
+
+
 def test_steps_that_the_first_order_explains_are_no_finding():
     assert "step_too_large" not in found(influence(error=0.1))
-    assert "step_too_large" not in found(influence(error=lambda step: 2.0 if step == 0 else 0.05)), (
-        "most steps are fine"
-    )
     assert "step_too_large" not in found(influence(error=0.9, num_probes=3)), "too few probes"
     assert "step_too_large" not in found(influence(updates=("chosen",))), "no step was taken"
 
@@ -171,8 +185,8 @@ def test_influence_is_read_of_one_model_and_knows_its_dtype(tmp_path):
     frame = influence(num_probes=4)
     both = pd.concat([frame, influence(num_probes=4, size=5.0).assign(model="reference")])
     run = write_influence(write_run(tmp_path / "run", records(num_probes=4)), both)
-    one = open_influence(run, {"mixed_precision": "bf16", "model": {"dtype": "float32"}})
+    one = open_influence(run, {"akg": {"dtype": "bfloat16"}})
     pd.testing.assert_frame_equal(one.means, summary_of(frame).means, check_dtype=False)
-    assert one.dtype == "bfloat16" and open_influence(run, {"model": {"dtype": "float16"}}).dtype == "float16"
+    assert one.dtype == "bfloat16" and open_influence(run, {}).dtype == "float32"
     assert open_influence(run, {}, "nobody") is None
     assert open_influence(write_run(tmp_path / "plain", records(num_probes=4)), {}) is None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 from trl_dynamics.ranking import STABLE
@@ -9,7 +10,7 @@ from trl_dynamics.tracking.effects import MIN_PROBES
 from trl_dynamics.tracking.finding import INFO, WARNING, Finding
 from trl_dynamics.tracking.influence_summary import ALL, InfluenceSummary
 
-# Relative error of the first order: from here a tenth, or a quarter, of the squared change is not explained.
+# Relative error of the first order: from here a tenth, or a quarter, of the squared changes is not explained.
 LARGE_ERROR, SEVERE_ERROR = 0.3, 0.5
 # A step is judged where rounding alone would make less than this.
 MAX_ROUNDING = 0.1
@@ -33,15 +34,19 @@ def judged_steps(influence: InfluenceSummary) -> pd.DataFrame:
 def step_too_large(influence: InfluenceSummary) -> Finding | None:
     """What single steps did is far from what their gradients predict."""
     judged = judged_steps(influence)
-    if judged.empty or influence.num_probes < MIN_PROBES or judged["error"].median() < LARGE_ERROR:
+    if judged.empty or influence.num_probes < MIN_PROBES:
         return None
-    median, worst = float(judged["error"].median()), judged.loc[judged["error"].idxmax()]
+    missed = float(np.linalg.norm(judged["error"] * judged["moved"]) / np.linalg.norm(judged["moved"]))
     large = judged[judged["error"] >= LARGE_ERROR]
-    severe = median >= SEVERE_ERROR
+    if missed < LARGE_ERROR:
+        return None
+    severe, worst = missed >= SEVERE_ERROR, judged.loc[judged["error"].idxmax()]
+    first, last = (f"{step:.0f}" for step in (large["step"].min(), large["step"].max()))
+    where = f"between steps {first} and {last}" if first != last else f"at step {first}"
     meaning = (
-        "So the force map and the token strips do not explain what happened"
+        "There the force map and the token strips do not explain what happened"
         if severe
-        else "So read the large cells of the force map and leave the small ones, whose sign may be wrong"
+        else "There only the large cells of the force map can be relied on, the small ones may have the wrong sign"
     )
     left_out = influence.errors["step"].nunique() - len(judged)
     further = f"{left_out} further step{'s' * (left_out > 1)}"
@@ -50,23 +55,25 @@ def step_too_large(influence: InfluenceSummary) -> Finding | None:
         "step_too_large",
         WARNING if severe else INFO,
         "training steps are too large for their first-order explanation",
-        f"In {len(large)} of {len(judged)} recorded steps what the gradient predicts for the probes' answers misses "
-        f"what was measured by {LARGE_ERROR:.0%} or more; half of the steps miss by {median:.0%} or more, step "
-        f"{worst['step']:.0f} by {worst['error']:.0%}. {meaning}.{unjudged} This says nothing against the training.",
+        f"What the gradient predicts for the probes' answers misses {missed:.0%} of what the recorded steps did. In "
+        f"{len(large)} of {len(judged)} of them, {where}, it misses {LARGE_ERROR:.0%} or more, the most at step "
+        f"{worst['step']:.0f}: {worst['error']:.0%}. {meaning}.{unjudged} This says nothing against the training.",
         {
-            "median_error": median,
+            "error": missed,
+            "median_error": float(judged["error"].median()),
             "worst_error": float(worst["error"]),
             "worst_step": float(worst["step"]),
             "steps_judged": float(len(judged)),
             "steps_above": float(len(large)),
             "steps_lost_in_rounding": float(left_out),
         },
-        f"the median over recorded steps of ‖predicted − true‖ / ‖true‖, over all observed answers in nats per token, "
-        f"is at least {LARGE_ERROR}; warning from {SEVERE_ERROR}. Steps count where rounding alone would make less "
-        f"than {MAX_ROUNDING}; at least {MIN_PROBES} probes.",
-        "Trust the measured changes and the learning paths, not the predicted ones. To see what drives the run, take "
-        "a short stretch of it again from a checkpoint, at a tenth of the learning rate: directions stay, the error "
-        "shrinks with the step. `trl-dynamics akg --order 2` adds the next term for single steps.",
+        f"‖predicted − true‖ / ‖true‖ over all observed answers of all recorded steps, in nats per token, is at least "
+        f"{LARGE_ERROR}; warning from {SEVERE_ERROR}. Steps count where rounding alone would make less than "
+        f"{MAX_ROUNDING}; at least {MIN_PROBES} probes.",
+        "At these steps trust the measured changes and the learning paths, not the predicted ones. To see what drives "
+        "them, take the stretch again from a checkpoint at a tenth of the learning rate (or with warmup_steps, where "
+        "it is the start): directions stay, the error shrinks with the step. `trl-dynamics akg --order 2` adds the "
+        "next term for single steps.",
     )
 
 

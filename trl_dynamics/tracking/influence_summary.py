@@ -24,8 +24,8 @@ COLUMNS = ("num_tokens", "lr", *SUMS.values())
 ALL = ""
 # Bounds of what is compared by rank: stretches between neighbours, steps of the matrix, pairs, bootstrap resamples.
 MAX_STRETCHES, MAX_MATRIX, MAX_PAIRS, NUM_RESAMPLES = 40, 12, 2000, 200
-# Standard deviation of a token's measured change that is rounding alone, nats, by the dtype of the weights: that of the
-# embedded model and of stories260k against float64, rounded up. Tokens are independent.
+# Standard deviation of a token's measured change that is rounding alone, nats, by the dtype of the weights: the
+# embedded model's and stories260k's against float64, rounded up. Tokens are independent.
 ROUNDING = {"float64": 0.0, "float32": 4e-6, "float16": 6e-3, "bfloat16": 5e-2}
 
 

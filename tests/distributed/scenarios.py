@@ -72,6 +72,9 @@ SIDES |= {"per_device_eval_batch_size": 3}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 GUARDED = {"squeeze_guard": 1e-3, "logging_steps": 1, "learning_rate": 1e-2, "optim": "sgd"}
 ANSWERS = {"probe_samples": 5, "probe_sample_tokens": 12, "probe_tokens_per_batch": 40}
+# Four batches of observed answers for two processes, or an odd number where there is one probe less.
+INFLUENCE = {"akg_every": 2, "akg_updates": ["batch", "chosen"], "probe_tokens_per_batch": 200, "optim": "sgd"}
+INFLUENCE |= {"learning_rate": 1e-2}
 SCENARIOS = {
     "sft": Scenario("sft", options=SHARED),
     "sft_padded": Scenario("sft", options=PADDED),
@@ -81,6 +84,9 @@ SCENARIOS = {
     "grpo": Scenario("grpo"),
     "sft_lora": Scenario("sft", lora=True),
     "dpo_lora": Scenario("dpo", lora=True, options={"cal_dpo": 0.5, "gate_dpo": "token"}),
+    "influence": Scenario("dpo", num_probes=5, options=INFLUENCE),
+    "influence_lora": Scenario("sft", num_probes=4, lora=True, options=INFLUENCE | {"optim": "adamw_torch"}),
+    "influence_accumulation": Scenario("sft", num_probes=1, accumulation=2, options=INFLUENCE),
     "dpo_guard": Scenario("dpo", undivided=True, options=GUARDED),
     "dpo_guard_lora": Scenario("dpo", undivided=True, lora=True, options=GUARDED),
     "accumulation": Scenario("sft", accumulation=2, options=SIDES),

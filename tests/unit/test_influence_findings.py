@@ -1,17 +1,21 @@
 """Recorded influence, reduced step by step, against loops and pandas; and the two findings that it supports."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from synthetic_influence import STEPS, TYPES, influence, summary_of, write_influence
-from synthetic_runs import SQUEEZED, records, write_run
+from synthetic_runs import SQUEEZED, meta, probe_set, records, write_run
 
 from trl_dynamics.cli.main import main
 from trl_dynamics.tracking import findings, influence_summary
 from trl_dynamics.tracking.influence_findings import find_in_influence, judged_steps
 from trl_dynamics.tracking.influence_summary import ALL, open_influence
+from trl_dynamics.tracking.records import RECORD_SCHEMA, to_table
+from trl_dynamics.tracking.series import Series
+from trl_dynamics.tracking.store import DynamicsStore
 
 
 def found(frame, dtype="float32"):
@@ -179,6 +183,21 @@ def test_diagnose_tells_them(tmp_path, capsys):
     assert main(["diagnose", str(run), "--format", "json"]) == 0
     told = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["runs"][0]["findings"]}
     assert told["kernel_unstable"]["evidence"]["share_unstable"] == 1
+
+
+def test_the_end_of_training_tells_them(tmp_path, caplog):
+    frame = records(types=["chosen"], num_probes=4, steps=[0, 1])
+    probes, alone = probe_set(frame), SimpleNamespace(is_main_process=True, num_processes=1)
+    series = Series(DynamicsStore(tmp_path), probes, meta(frame, probes), {}, alone, "stop")
+    series.begin(0, {})
+    series.star_ids = [[0]]
+    for step, rows in frame.groupby("step"):
+        series.add(to_table({name: rows[name].tolist() for name in RECORD_SCHEMA.names}), int(step))
+    write_influence(tmp_path, influence(error=0.6))
+    with caplog.at_level("INFO", logger="trl_dynamics"):
+        series.end([])
+    series.close()
+    assert "warning: training steps are too large for their first-order explanation. What the gradient" in caplog.text
 
 
 def test_influence_is_read_of_one_model_and_knows_its_dtype(tmp_path):

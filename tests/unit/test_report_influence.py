@@ -87,7 +87,12 @@ def test_the_force_map_is_the_mean_over_answers_per_token(frame):
             if (row["update"], row["response_type"], row["step"]) == (update, observed, step)
         ]
         assert cell["value"] == pytest.approx(np.mean(values), rel=1e-4)
+    spec, errors = (
+        influence_maps.force_map(summary_of(frame)),
+        summary_of(frame).errors.set_index(["response_type", "step"]),
+    )
     for step in STEPS:
+        assert f'"{step}": ": batch off by {errors.at[("", step), "error"]:.0%}"' in spec["title"]["text"]["expr"]
         own = {key: cell for key, cell in shown.items() if key[2] == step}
         largest = max(own.values(), key=lambda cell: abs(cell["value"]))
         assert largest["strength"] == 1 and all(0 <= cell["strength"] <= 1 for cell in own.values())

@@ -287,7 +287,7 @@ def _small(title: str) -> dict:
 
 def _type_color(types: list[str], symbol: str = "stroke") -> dict:
     """The colour channel by response type, its names below the chart."""
-    legend = {"title": None, "orient": "bottom", "columns": 3, "labelLimit": 160, "symbolOpacity": 1}
+    legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 200, "symbolOpacity": 1}
     sizes = {"symbolType": symbol, "symbolSize": 60 if symbol == "circle" else 150}
     return type_color(types) | {"legend": legend | sizes}
 

@@ -3,6 +3,7 @@
 The colour says up or down, its strength how far; both read on a light and on a dark page.
 """
 
+import json
 import math
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pandas as pd
 from trl_dynamics.report import style
 from trl_dynamics.report.spec import chart, rounded
 from trl_dynamics.report.steps import thin, titled
+from trl_dynamics.tracking.influence_findings import judged_steps
 from trl_dynamics.tracking.influence_summary import InfluenceSummary
 
 # Steps that can be chosen in the force map.
@@ -19,16 +21,24 @@ STRENGTHS = (0.03, 0.75)
 
 
 def force_map(influence: InfluenceSummary) -> dict:
-    """Predicted change of every observed type per update, at one of a few steps; the first row is the batch's."""
+    """Predicted change of every observed type per update, at one of a few steps, and how far off the batch's were."""
     steps = thin(influence.steps, MAX_MAPS)
     means = influence.means[influence.means["step"].isin(steps)]
     bound = {"input": "select", "options": steps, "name": "step "}
-    title = {"expr": f"'{titled('Force map', len(steps), len(influence.steps))} at step ' + at"}
+    drawn = titled("", len(steps), len(influence.steps))
+    title = {"expr": f"'Force map at step ' + at + ({json.dumps(_misses(influence, steps))})[at] + '{drawn}'"}
     return _map(means.rename(columns={"predicted": "value"}), influence, title) | {
         "params": [{"name": "at", "value": steps[-1], "bind": bound}],
         "transform": [{"filter": "datum.step === at"}],
         "description": "Force map: predicted change of every observed type of answer per update",
     }
+
+
+def _misses(influence: InfluenceSummary, steps: list[int]) -> dict[int, str]:
+    """By step, how far off the predictions of the batch's column were, for the title."""
+    judged = judged_steps(influence)
+    off = dict(zip(judged["step"], judged["error"], strict=True)) if len(judged) else {}
+    return {step: f": batch off by {off[step]:.0%}" if step in off else "" for step in steps}
 
 
 def force_change(influence: InfluenceSummary) -> dict | None:

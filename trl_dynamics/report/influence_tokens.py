@@ -8,8 +8,8 @@ from trl_dynamics.report.explorer import messages
 from trl_dynamics.report.load import Series
 from trl_dynamics.tracking.influence_store import BATCH
 
-# Over all series together; a probe with ten answers is about 30 kB.
-MAX_PROBES = 24
+# Over all series together; a probe with ten answers of 60 tokens is about 30 kB.
+MAX_PROBES = 16
 MAX_TOKENS = 120
 # Share of the tokens whose colour is not the strongest one: a single token must not make all others pale.
 UNCLIPPED = 0.98

@@ -92,7 +92,7 @@ def kernel_unstable(influence: InfluenceSummary) -> Finding | None:
     return Finding(
         "kernel_unstable",
         WARNING if share >= SEVERE_UNSTABLE else INFO,
-        "which answer moves which changes from one recorded step to the next",
+        "influence is ranked anew between recorded steps: an explanation holds only near its own step",
         f"Fixed updates were predicted at every recorded step, and their {influence.num_pairs} influences on observed "
         f"answers ranked. In {len(changed)} of {len(stretches)} stretches between neighbouring steps, all of them "
         f"between steps {where}, the two rankings agree by clearly less than {STABLE} (Spearman; median "
@@ -109,7 +109,8 @@ def kernel_unstable(influence: InfluenceSummary) -> Finding | None:
         },
         f"Spearman's correlation over pairs of a fixed update and an observed answer, between neighbouring recorded "
         f"steps: in at least {MIN_UNSTABLE:.0%} of the stretches the upper end of its 95 % bootstrap interval over "
-        f"probes is below {STABLE}; warning from {SEVERE_UNSTABLE:.0%}. At least {MIN_PROBES} probes.",
+        f"probes is below {STABLE}; warning from {SEVERE_UNSTABLE:.0%}. At least {MIN_PROBES} probes. What is "
+        "ranked is influence as a whole, with the optimiser's scaling, not the kernel alone.",
         f"Record more often (a smaller akg_every; now {gap:.0f} steps lie between) and compare neighbouring steps "
         "only. If the ranking still changes, features themselves are being learnt: explain each phase of the run by "
         "itself.",

@@ -258,7 +258,7 @@
     const tokens = make("div", "tokens");
     answer.tokens.forEach((text, place) => {
       const token = make("span", "", text.replace(/\n/g, "⏎"));
-      token.style.background = tint(values.predicted[place], limit);
+      token.style.backgroundColor = tint(values.predicted[place], limit);
       token.style.borderBottomColor = tint(values.true[place], limit);
       token.title = "predicted " + exact(values.predicted[place]) + ", measured " + exact(values.true[place]) + " nats";
       tokens.append(token);

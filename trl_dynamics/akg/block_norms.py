@@ -3,6 +3,7 @@
 O observers   U rows of the update   N, M labelled positions of all observers, of one row   V labels   P parameters
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from trl_dynamics.akg.task import Task
 
 
 def block_norms(
-    task: Task, update: Any, observe: Any, *, num_products: int | None = None, seed: int = 0
+    task: Task,
+    update: Any,
+    observe: Any,
+    *,
+    num_products: int | None = None,
+    seed: int = 0,
+    moves: Callable[[str], bool] = lambda name: True,
 ) -> torch.Tensor:
     """The Frobenius norm of K's block between each observer and each row of the update, (O, U) float64.
 
@@ -27,19 +34,21 @@ def block_norms(
             small models.
         seed (`int`): Of the random vectors, which are the same for batches of the same shape: norms at two
             checkpoints differ by what K does, hardly by the draw.
+        moves (`Callable`, *optional*): As of [`akg.kernel.Kernel`]: which parameters count, by name.
 
     Raises:
-        ValueError: If there are too few products.
+        ValueError: If there are too few products, or no parameter is left.
     """
     if num_products is None:
-        return _exact(task, update, observe)
+        return _exact(Kernel(task, update, observe, moves))
     if num_products < 6:
         raise ValueError(f"num_products is {num_products}, expected at least 6: two for each of three parts")
     if num_rows(observe) < num_rows(update):
-        return block_norms(task, observe, update, num_products=num_products, seed=seed).T
+        return block_norms(task, observe, update, num_products=num_products, seed=seed, moves=moves).T
     rng = torch.Generator().manual_seed(seed)
     rows = [rows_of(update, slice(row, row + 1)) for row in range(num_rows(update))]
-    return torch.stack([_sketched(Kernel(task, row, observe), num_products, rng) for row in rows], dim=1).sqrt()
+    kernels = (Kernel(task, row, observe, moves) for row in rows)
+    return torch.stack([_sketched(kernel, num_products, rng) for kernel in kernels], dim=1).sqrt()
 
 
 def _sketched(kernel: Kernel, num_products: int, rng: torch.Generator) -> torch.Tensor:
@@ -66,9 +75,9 @@ def _squares(kernel: Kernel, vector: torch.Tensor) -> torch.Tensor:
     return kernel.apply(vector.view(kernel.shape_u)).double().square().sum(dim=1).cpu()
 
 
-def _exact(task: Task, update: Any, observe: Any) -> torch.Tensor:
-    square_NM = Kernel(task, update, observe).exact().double().square().sum(dim=(1, 3)).cpu()
-    return _by_row(_by_row(square_NM, task, observe).T, task, update).T.sqrt()
+def _exact(kernel: Kernel) -> torch.Tensor:
+    square_NM = kernel.exact().double().square().sum(dim=(1, 3)).cpu()
+    return _by_row(_by_row(square_NM, kernel.task, kernel.observe).T, kernel.task, kernel.update).T.sqrt()
 
 
 def _by_row(values_NX: torch.Tensor, task: Task, batch: Any) -> torch.Tensor:

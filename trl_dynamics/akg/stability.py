@@ -26,14 +26,14 @@ def influence_measure(task: Task, update: Any, observe: Any) -> torch.Tensor:
     return gram(task, update, observe, check=False).total_OU / label_pairs(task, update, observe)
 
 
-def kernel_measure(num_products: int | None = None, seed: int = 0) -> Measure:
+def kernel_measure(num_products: int | None = None, seed: int = 0, **more: Any) -> Measure:
     """(O, U) root mean square, over pairs of labels, of the size ||K||_F of K between them: K alone.
 
     Args: as [`akg.block_norms.block_norms`].
     """
 
     def measure(task: Task, update: Any, observe: Any) -> torch.Tensor:
-        norm_OU = block_norms(task, update, observe, num_products=num_products, seed=seed)
+        norm_OU = block_norms(task, update, observe, num_products=num_products, seed=seed, **more)
         return norm_OU / label_pairs(task, update, observe).sqrt()
 
     return measure

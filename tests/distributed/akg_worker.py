@@ -49,6 +49,8 @@ class Run:
         predicted (`bool`): Predict some of its steps.
         persistent (`bool`): Leave small weights gathered, as DeepSpeed does by default.
         stage (`int`, *optional*): Of ZeRO, another than the config's.
+
+    In "recorded" the trainer itself predicts, compares and writes.
     """
 
     scenario: Scenario
@@ -64,6 +66,7 @@ RUNS = {
     "persistent": Run(PLAIN, persistent=True),
     "zero1": Run(PLAIN, stage=1),
     "sgd_tied": Run(replace(PLAIN, tied=True, options=OPTIONS | SGD)),
+    "recorded": Run(replace(PLAIN, options=OPTIONS | {"akg_every": 2}), predicted=False),
     "lora": Run(replace(PLAIN, lora=True, options=OPTIONS | {"learning_rate": 1e-2})),
 }
 # Made before anything asks for ZeRO-3, under which models are split while they are made.

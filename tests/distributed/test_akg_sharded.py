@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from launcher import launch
+from launcher import Launch, launch
 
 from trl_dynamics.akg.influence import CENTRAL_DIFFERENCES, FORWARD_MODE
+from trl_dynamics.tracking import influence_store
+from trl_dynamics.tracking.store import DynamicsStore
 
 pytestmark = pytest.mark.distributed
 
@@ -19,7 +22,7 @@ CASES = [(config, run) for config, special in SPECIAL.items() for run in [*RUNS,
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return launch("single_gpu", RUNS, tmp_path_factory.mktemp("one"), 1, worker=WORKER)
+    return launch("single_gpu", ["recorded", *RUNS], tmp_path_factory.mktemp("one"), 1, worker=WORKER)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def two(tmp_path_factory):
 
     def get(config):
         if config not in launches:
-            names = ["plain", *RUNS, *SPECIAL[config]]
+            names = ["plain", "recorded", *RUNS, *SPECIAL[config]]
             launches[config] = launch(config, names, tmp_path_factory.mktemp(config), 2, worker=WORKER)
         return launches[config]
 
@@ -71,12 +74,13 @@ def test_a_prediction_leaves_no_trace(config, run, two):
         assert found["failed"] == ("" if config == "zero2" else "the fourth forward")
 
 
+@pytest.mark.parametrize("run", ["predicted", "recorded"])
 @pytest.mark.parametrize("config", SPECIAL)
-def test_training_goes_on_as_it_would_have(config, two):
-    plain, predicted = two(config).outcome("plain"), two(config).outcome("predicted")
+def test_training_goes_on_as_it_would_have(config, run, two):
+    plain, predicted = two(config).outcome("plain"), two(config).outcome(run)
     losses = [[line["loss"] for line in run["log"] if "loss" in line] for run in (plain, predicted)]
     assert losses[0] == losses[1] and losses[0]
-    weights = [torch.load(two(config).folder / f"{name}.pt") for name in ("plain", "predicted")]
+    weights = [torch.load(two(config).folder / f"{name}.pt") for name in ("plain", run)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -96,3 +100,25 @@ def test_two_processes_predict_what_one_predicts(config, one, two):
 @pytest.mark.parametrize("config", SPECIAL)
 def test_half_of_what_is_split_lies_on_each_process(config, two):
     assert two(config).outcome("predicted")["share_held"] == pytest.approx(0.5, abs=0.05)
+
+
+def recorded(run: Launch) -> pd.DataFrame:
+    """What the trainer wrote, by step and answer."""
+    run.outcome("recorded")
+    return influence_store.read(run.folder / "recorded").set_index(["step", "probe_id", "response_type"]).sort_index()
+
+
+@pytest.mark.parametrize("config", SPECIAL)
+def test_a_trainer_records_of_two_processes_what_it_records_of_one(config, one, two):
+    ours, theirs = recorded(two(config)), recorded(one)
+    assert ours.index.equals(theirs.index) and ours.index.is_unique and len(ours) == 2 * 9
+    assert set(ours["update"]) == {"batch"} and ours["token_ids"].map(list).equals(theirs["token_ids"].map(list))
+    bound = 1e-4 + (0.0 if config == "zero2" else ours["error_sum"])
+    for column in ("logp_sum", "predicted_sum", "update_sum", "decay_sum", "true_sum"):
+        assert ((ours[column] - theirs[column]).abs() <= bound).all(), column
+        assert (theirs[column].abs() > 1e-3).any(), "nothing moves, so agreement means nothing"
+    assert ours.loc[0, "momentum_sum"].isna().all() and ours.loc[2, "momentum_sum"].notna().all()
+    for column in ("grad_norm", "lr"):
+        np.testing.assert_allclose(ours[column], theirs[column], rtol=1e-4)
+    meta = DynamicsStore(two(config).folder / "recorded").read_meta()["akg"]
+    assert meta["method"] == (FORWARD_MODE if config == "zero2" else CENTRAL_DIFFERENCES)

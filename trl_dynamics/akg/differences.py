@@ -25,8 +25,9 @@ from trl_dynamics.akg.influence import CENTRAL_DIFFERENCES, Change, Influence
 from trl_dynamics.akg.steps import Step, Tensors
 
 PRECISE = (torch.float32, torch.float64)
-# The largest movement of an output, over u^(1/5), that is aimed at, and the range around it that is taken as it is.
-AIM, RANGE, TRIALS = 2.0, (0.5, 3.0), 5
+# The largest movement of an output, over u^(1/5), that is aimed at, the range around it that is taken as it is, and
+# its lower end for a distance that served before, which a bent line may have halved.
+AIM, RANGE, LEAST_KNOWN, TRIALS = 2.0, (0.5, 3.0), 0.1, 5
 # Where the extrapolation corrects an output by more than this times u^(1/5), the line is too bent, and is halved.
 BEND, HALVINGS = 5e-3, 6
 # Weights never move by more than this share of their norm, whatever their change does.
@@ -159,8 +160,8 @@ class CentralDifferences:
 
     def _suiting(self, at: Callable, name: str, reach: float, logp_N: torch.Tensor, unit: float) -> tuple[Pair, float]:
         """Values at plus and minus a distance at which the outputs move by about what suits, and the distance."""
-        distance, least = self.distances.get(name, 1.0), 0.0 if name in self.distances else RANGE[0]
-        distance = min(distance, reach)
+        distance = min(self.distances.get(name, 1.0), reach)
+        least = LEAST_KNOWN if name in self.distances else RANGE[0]
         for trial in range(TRIALS):
             near = at(distance), at(-distance)
             movement = self._largest((near[0][1] - near[1][1]) / 2, logp_N) / unit

@@ -74,12 +74,13 @@ def step_of(
 
 
 def plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimiser of torch, which accelerate wraps.
+    """The optimiser of torch, which accelerate and DeepSpeed wrap.
 
     Raises:
         ValueError: If it is none whose step is known here.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     _kind(optimizer)
     return optimizer
 

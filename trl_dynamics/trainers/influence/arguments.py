@@ -22,7 +22,9 @@ class InfluenceArguments:
             "help": "Optimiser steps between those whose influence on the observed answers is predicted before they "
             "are taken, compared with what they did, and recorded; the first step is one. With adapters or a small "
             "model it costs about as much as a few training steps each time, and memory for as many copies of the "
-            "trained weights as the step has parts, at most three. None: never."
+            "trained weights as the step has parts, at most three. Where weights are split (FSDP2, ZeRO-3) steps are "
+            "predicted by central differences, with an error that is recorded beside them and in float32 alone. None: "
+            "never."
         },
     )
     akg_updates: list[str] = field(
@@ -31,7 +33,8 @@ class InfluenceArguments:
             "help": "What is predicted: 'batch', the step that training takes, and types of the observed answers: "
             "what the gradient of the SFT loss of all observed answers of this type would do if the optimiser, as it "
             "is then, took it in place of the batch's; momentum and weight decay left out. For 'rejected' too that is "
-            "a descent on its SFT loss; DPO pushes the other way. Each type costs a backward and a pass more."
+            "a descent on its SFT loss; DPO pushes the other way. Each type costs a backward and a pass more. Where "
+            "weights are split (FSDP2, ZeRO-3): 'batch' alone."
         },
     )
     akg_observe: str | None = field(

@@ -2,6 +2,7 @@
 
 Between the last backward and the step, `.grad` is what the optimiser will get, whatever the loss was: accumulated,
 averaged over processes and clipped. So no loss is computed again, and SFT, DPO and GRPO are all the same here.
+DeepSpeed steps before transformers' callbacks come, and calls from in between.
 """
 
 import contextlib
@@ -52,6 +53,7 @@ class InfluenceCallback(TrainerCallback):
         self._share = observed.share(accelerator.process_index, accelerator.num_processes, accelerator.device)
         self._before: list[torch.Tensor] = []
         self._predictions: list[Prediction] = []
+        self._waiting = contextlib.ExitStack()
         dtype = compute_dtype(trainer.model)
         if dtype in HALF and trainer.is_world_process_zero():
             logger.warning(
@@ -69,6 +71,7 @@ class InfluenceCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Refuse optimisers whose steps are not known."""
         self._predictions = []
+        self._waiting.close()
         try:
             plain(self.trainer.optimizer)
         except ValueError as error:
@@ -78,19 +81,23 @@ class InfluenceCallback(TrainerCallback):
                 "optim='adamw_torch' or optim='sgd', or leave akg_every out"
             ) from error
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Wait for the step inside of the backward, if it is one of those to look at."""
+        if self.backend.steps_in_backward and state.global_step % args.akg_every == 0:
+            self._waiting.enter_context(self.backend.before_step(self._look_ahead))
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         """Predict the step that is about to be taken, if it is one of those to look at."""
-        if state.global_step % args.akg_every == 0:
-            with self._apart():
-                self._before = [self.backend.logp(batch) for batch in self._share.batches]
-                self._predictions = [self._predict(state.global_step, update) for update in self.updates]
+        if not self.backend.steps_in_backward and state.global_step % args.akg_every == 0:
+            self._look_ahead()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         """Measure what a predicted step did, and write both."""
+        self._waiting.close()
         predictions, self._predictions = self._predictions, []
         # fp16 leaves out steps whose gradient overflowed.
         if not predictions or self.trainer.accelerator.optimizer_step_was_skipped:
@@ -99,8 +106,14 @@ class InfluenceCallback(TrainerCallback):
             after = [self.backend.logp(batch) for batch in self._share.batches] if BATCH in self.updates else []
             self._write(predictions, after)
 
+    def _look_ahead(self) -> None:
+        step = self.trainer.state.global_step
+        with self._apart():
+            self._before = [self.backend.logp(batch) for batch in self._share.batches]
+            self._predictions = [self._predict(step, update) for update in self.updates]
+
     def _predict(self, step: int, update: str) -> Prediction:
-        facts = {"force_norm": NAN, "grad_norm": float(self.grad_norm)}
+        facts = {"force_norm": NAN, "grad_norm": NAN}
         facts["lr"] = float(plain(self.trainer.optimizer).param_groups[0]["lr"])
         if update == BATCH:
             taken = self.backend.step()
@@ -121,12 +134,16 @@ class InfluenceCallback(TrainerCallback):
         true = [{LOGP: b_N, TRUE: a_N - b_N} for b_N, a_N in zip(self._before, after, strict=False)]
         rows = []
         for order, prediction in enumerate(predictions):
+            if prediction.update == BATCH:  # inside of a backward it was not known yet
+                prediction.facts["grad_norm"] = float(self.grad_norm)
             measured = true if prediction.update == BATCH else before
             found = rows_of(prediction, self.observed, self._share.items, measured)
             rows += [((order, item), row) for item, row in found]
         columns = columns_of([row for _, row in sorted(gather_object(rows), key=lambda placed: placed[0])])
         step = predictions[0].step
-        self.series.write(lambda: influence_store.write(self.series.store.root, columns), f"the influence of step {step}")
+        self.series.write(
+            lambda: influence_store.write(self.series.store.root, columns), f"the influence of step {step}"
+        )
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:

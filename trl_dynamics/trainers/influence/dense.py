@@ -25,7 +25,7 @@ class Dense:
         ValueError: If the model cannot be observed, see [`akg.task.causal_lm`].
     """
 
-    method = FORWARD_MODE
+    method, steps_in_backward = FORWARD_MODE, False
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -39,7 +39,7 @@ class Dense:
 
     def step_on(self, batches: Sequence[Batch]) -> tuple[Step, float, float]:
         """As in [`Backend`]; every process computes it as a whole."""
-        gradients, force_norm = self._sft_gradient(batches)
+        gradients, force_norm = self.sft_gradient(batches)
         max_norm = self.trainer.args.max_grad_norm or None
         step = step_of(gradients, self.task.trainable(), self.trainer.optimizer, None, max_norm)
         return Step({UPDATE: step.parts[UPDATE]}, step.clip), force_norm, float(whole_norm(gradients))
@@ -54,7 +54,7 @@ class Dense:
         with self._without_autocast():
             return label_logp(self.task, observe)
 
-    def _sft_gradient(self, batches: Sequence[Batch]) -> tuple[Tensors, float]:
+    def sft_gradient(self, batches: Sequence[Batch]) -> tuple[Tensors, float]:
         """Gradient of the mean loss over all labels of some batches, and the norm of its force over all of them."""
         counts = [len(self.task.labels_of(batch, "an update")) for batch in batches]
         gradients: Tensors = {}

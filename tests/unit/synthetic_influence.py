@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from synthetic_runs import meta, probe_set, records
 
 from trl_dynamics.tracking import influence_store
 from trl_dynamics.tracking.influence_summary import InfluenceSummary
@@ -87,6 +88,14 @@ def write_influence(folder: Path, frame: pd.DataFrame, texts: list[list[str]] | 
     for _, rows in frame.assign(token_texts=texts).reindex(columns=names).groupby("step"):
         influence_store.write(DynamicsStore(folder).root, {name: rows[name].tolist() for name in names})
     return folder
+
+
+def write_alone(folder: Path, frame: pd.DataFrame) -> Path:
+    """Write `frame` as a run that tracked no probe set and recorded influence alone."""
+    scored = records(types=[*frame["response_type"].unique()], num_probes=frame["probe_id"].nunique(), steps=[0])
+    probes = probe_set(scored)
+    DynamicsStore(folder).create(probes, meta(scored, probes), {})
+    return write_influence(folder, frame)
 
 
 def summary_of(frame: pd.DataFrame, dtype: str = "float32") -> InfluenceSummary:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_influence import STEPS, TYPES, influence, summary_of, write_influence
+from synthetic_influence import STEPS, TYPES, influence, summary_of, write_alone, write_influence
 from synthetic_runs import SQUEEZED, meta, probe_set, records, write_run
 
 from trl_dynamics.cli.main import main
@@ -185,13 +185,23 @@ def test_diagnose_tells_them(tmp_path, capsys):
     assert told["kernel_unstable"]["evidence"]["share_unstable"] == 1
 
 
-def test_the_end_of_training_tells_them(tmp_path, caplog):
+def test_diagnose_tells_those_of_a_run_that_recorded_influence_alone(tmp_path, capsys):
+    run = write_alone(tmp_path / "run", influence(error=0.6))
+    assert main(["diagnose", str(run), "--fail_on", "warning"]) == 20
+    told = capsys.readouterr().out
+    assert "no probe was tracked, but what single steps do was recorded" in told and "WARNING  training steps" in told
+    assert main(["diagnose", str(run), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["steps"] == []
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_end_of_training_tells_them(tracked, tmp_path, caplog):
     frame = records(types=["chosen"], num_probes=4, steps=[0, 1])
     probes, alone = probe_set(frame), SimpleNamespace(is_main_process=True, num_processes=1)
     series = Series(DynamicsStore(tmp_path), probes, meta(frame, probes), {}, alone, "stop")
     series.begin(0, {})
     series.star_ids = [[0]]
-    for step, rows in frame.groupby("step"):
+    for step, rows in frame.groupby("step") if tracked else ():
         series.add(to_table({name: rows[name].tolist() for name in RECORD_SCHEMA.names}), int(step))
     write_influence(tmp_path, influence(error=0.6))
     with caplog.at_level("INFO", logger="trl_dynamics"):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_influence import STEPS, TYPES, influence, summary_of, write_influence
+from synthetic_influence import STEPS, TYPES, influence, summary_of, write_alone, write_influence
 from synthetic_runs import records, write_run
 from test_report import EVIL, Page
 
@@ -246,6 +246,24 @@ def test_prompts_stand_by_the_answers_of_the_tracked_set(runs, tmp_path):
     assert {probe["id"]: probe["prompt"] for probe in entry["probes"]} == {
         f"p00{i}": f"Question {i}?" for i in range(3)
     }
+
+
+def test_a_run_that_recorded_influence_alone_has_a_page_of_it(runs, tmp_path):
+    alone = write_alone(tmp_path / "alone", influence(error=0.6))
+    single = Page(build_page([alone], tmp_path / "alone.html"))
+    found = [attrs["id"] for tag, attrs in single.elements if tag == "section"]
+    assert found == ["findings", "runs", "influence", "glossary"]
+    assert "training steps are too large" in single.text and "4 steps, 12 probes" in single.text
+    assert not [attrs for _, attrs in single.elements if attrs.get("href") in ("#paths", "#squeezing", "#probes")]
+    both = Page(build_page([alone, runs["plain"]], tmp_path / "both.html"))
+    assert [attrs["id"] for tag, attrs in both.elements if tag == "section"][2:5] == [
+        "paths",
+        "squeezing",
+        "influence",
+    ]
+    assert "main chart of plain" in both.source and "s0-force_map" in both.data["charts"]
+    assert [path.name for path in export.export_csv([alone], tmp_path)] == ["influence.csv"]
+    assert {path.name for path in export.export_png([alone], tmp_path)} == {f"alone-{name}.png" for name in CHARTS}
 
 
 def test_exports_have_influence(runs, tmp_path):

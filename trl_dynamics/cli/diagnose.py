@@ -11,6 +11,7 @@ from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import Summary, summarise_store
 from trl_dynamics.tracking.effects import Changes
 from trl_dynamics.tracking.findings import SEVERITIES, Finding
+from trl_dynamics.tracking.influence_findings import find_in_influence
 from trl_dynamics.tracking.influence_summary import open_influence
 from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 
@@ -31,19 +32,24 @@ MAX_WIDTH = 110
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the records of one model of a run say."""
+    """What the records of one model of a run say; no summary where the run recorded influence alone."""
 
     run: str
     model: str
     path: str
     meta: dict
-    summary: Summary
+    summary: Summary | None
     findings: list[Finding]
 
     @property
     def is_judged(self) -> bool:
-        """Whether there are two steps to compare."""
-        return len(self.summary.steps) > 1
+        """Whether there are two steps to compare, or influence of steps."""
+        return self.summary is None or len(self.summary.steps) > 1
+
+    @property
+    def steps(self) -> list[int]:
+        """Where probes were scored."""
+        return self.summary.steps if self.summary else []
 
 
 def run(argv: list[str]) -> int:
@@ -120,7 +126,7 @@ def as_json(found: list[Diagnosis], failures: dict[str, str], worst: str | None,
                 "path": one.path,
                 "method": one.meta.get("method"),
                 "status": one.meta.get("status"),
-                "steps": one.summary.steps,
+                "steps": one.steps,
                 "findings": [asdict(f) | {"evidence": _finite(f.evidence)} for f in one.findings],
                 "alerts": one.meta.get("alerts", []),
             }
@@ -134,13 +140,17 @@ def as_json(found: list[Diagnosis], failures: dict[str, str], worst: str | None,
 
 def as_text(one: Diagnosis, verbose: bool = False) -> str:
     """One model of a run in words."""
-    steps = one.summary.steps
+    steps = one.steps
     label = one.run if one.model == "policy" else f"{one.run}: {one.model}"
     state = "not finished, judged as of now" if one.meta.get("status") == "running" else "finished"
     head = f"{label} ({one.meta.get('method', 'unknown method')}, {state}): "
     if not one.is_judged:
         return f"{head}one step was scored ({steps[0]}): there is no change to judge"
-    lines = [f"{head}{len(steps)} probing steps, {steps[0]} to {steps[-1]}", *_filled(_moved(one.summary.changes()))]
+    if one.summary is None:
+        lines = [f"{head}no probe was tracked, but what single steps do was recorded"]
+    else:
+        moved = _filled(_moved(one.summary.changes()))
+        lines = [f"{head}{len(steps)} probing steps, {steps[0]} to {steps[-1]}", *moved]
     if not one.findings:
         lines += ["", *_filled("No finding: what moved is too little to count, or is as it should be.")]
     for finding in one.findings:
@@ -159,6 +169,9 @@ def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
         raise ValueError(f"{store.root / 'meta.json'} is damaged ({error!r}); copy the run again") from error
     running = meta.get("status") == "running"
     if not store.has_records:
+        influence = open_influence(store.output_dir, meta)
+        if influence is not None:
+            return [Diagnosis(name, "policy", str(store.output_dir), meta, None, find_in_influence(influence))]
         wait = "the run has begun but scored nothing yet, try again later" if running else "no probe was ever scored"
         raise ValueError(f"no records in {store.records_dir}: {wait}")
     found = []
@@ -168,7 +181,7 @@ def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
         found.append(Diagnosis(name, model, str(store.output_dir), meta, summary, judged))
     if not any(one.is_judged for one in found):
         wait = "; the run has not finished, try again later" if running else ""
-        raise ValueError(f"only one step was scored ({found[0].summary.steps[0]}): no change to judge{wait}")
+        raise ValueError(f"only one step was scored ({found[0].steps[0]}): no change to judge{wait}")
     return found
 
 

@@ -31,7 +31,7 @@ def run_card(run: Run) -> list[tuple[str, str]]:
     meta = run.meta
     model, plan, probes = (meta.get(name, {}) for name in ("model", "batch_plan", "probe_set"))
     steps = run.steps
-    scored = f"{len(steps)}: {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "")
+    scored = f"{len(steps)}: {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") if steps else "none"
     tracked = [("Models", ", ".join(run.summaries))] if len(run.summaries) > 1 else []
     return [
         ("Model", _join(model.get("name_or_path"), _count(model.get("num_parameters"), "parameters"))),
@@ -46,6 +46,7 @@ def run_card(run: Run) -> list[tuple[str, str]]:
         ("Probe set", _join(probes.get("name"), _count(probes.get("num_probes"), "probes"), _short(run.fingerprint))),
         ("Probe batches", _join(meta.get("layout") or plan.get("layout"), _count(plan.get("num_batches"), "batches"))),
         ("Steps scored", scored),
+        *_influence(run),
         ("Cost of probing", _cost(meta)),
         (
             "Versions",
@@ -121,6 +122,15 @@ def _cost(meta: dict) -> str:
         return NOT_RECORDED
     share = f", {probing / training:.1%} of {training:.0f} s of training" if training else ""
     return f"{probing:.1f} s{share}"
+
+
+def _influence(run: Run) -> list[tuple[str, str]]:
+    """Where it was recorded: at how many steps, of how many probes, for how long."""
+    seconds = sum(part.get("akg_seconds", 0.0) for part in run.meta.get("parts", []))
+    return [
+        ("Influence", _join(f"{len(one.steps):,} steps", f"{one.num_probes:,} probes", seconds and f"{seconds:.0f} s"))
+        for one in run.influences.values()
+    ]
 
 
 def _highlights(config: dict) -> str:

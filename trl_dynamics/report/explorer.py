@@ -25,7 +25,7 @@ def explorer(series: list[Series]) -> dict:
     itself, log-probability per token (null for an empty one) and the longest repeat. Probes with answers are the
     first to be kept.
     """
-    share = max(MAX_PROBES // len(series), 5)
+    share = max(MAX_PROBES // max(len(series), 1), 5)
     types = order_types(name for one in series for name in one.summary.types)
     return {"colors": type_colors(types), "series": [_one(one, share) for one in series]}
 

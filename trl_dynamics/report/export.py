@@ -27,8 +27,10 @@ def export_png(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     series = split_series(runs)
     specs = {}
     for one in series:
-        charts = gallery.path_charts(one) | gallery.squeezing_charts(one) | gallery.force_charts(one)
-        charts |= gallery.sample_charts(one) | gallery.influence_charts_of(one)
+        charts = gallery.influence_charts_of(one)
+        if one.summary is not None:
+            scored = (gallery.path_charts, gallery.squeezing_charts, gallery.force_charts, gallery.sample_charts)
+            charts = {name: spec for draw in scored for name, spec in draw(one).items()} | charts
         specs |= {f"{one.label}-{name}": _titled(spec, one.label) for name, spec in charts.items()}
     specs |= {f"training-{name}": spec for name, spec in gallery.scalar_charts(runs).items()}
     specs |= {f"comparison-{name}": spec for name, spec in gallery.comparison_charts(series).items()}
@@ -42,13 +44,13 @@ def export_png(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
 
 
 def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
-    """Write `paths.csv` (per type: mean and quantiles over probes) and `metrics.csv`, in nats.
+    """Write what there is of `paths.csv` (mean and quantiles over probes), `metrics.csv` and `influence.csv`.
 
     Columns of paths.csv: run, model, measure, response_type, step, mean, num_probes, q10, q50, q90; `measure` is
     logp_mean, logp_sum, or one of them with `_change` for the paired change since the start. Columns of metrics.csv:
-    run, model, metric, step, value; metrics of greedy answers are called `samples/...`. Where influence was recorded,
-    `influence.csv` has its means over answers, per token: run, model, step, update, response_type, predicted, true
-    (empty for updates that were not taken), logp before the step, num_answers.
+    run, model, metric, step, value; metrics of greedy answers are called `samples/...`. Columns of influence.csv,
+    which has means over answers, per token: run, model, step, update, response_type, predicted, true (empty for
+    updates that were not taken), logp before the step, num_answers. All values are in nats.
 
     Raises:
         ValueError: If a folder holds no records.
@@ -56,18 +58,18 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     paths, values, influences = [], [], []
     for series in split_series(load_runs(run_dirs)):
         keys = {"run": series.run.name, "model": series.model}
+        if series.influence is not None:
+            influences.append(series.influence.means.assign(**keys))
+        if series.summary is None:
+            continue
         for measure, (column, since_start) in MEASURES.items():
             paths.append(series.summary.bands(column, since_start=since_start).assign(**keys, measure=measure))
         values.append(series.summary.metric_table().assign(**keys))
         if series.summary.samples is not None:
             values.append(series.summary.samples.metric_table().assign(**keys))
-        if series.influence is not None:
-            influences.append(series.influence.means.assign(**keys))
     first = ["run", "model"]
-    tables = {
-        "paths": _with_first(pd.concat(paths), [*first, "measure"]),
-        "metrics": _with_first(pd.concat(values), first),
-    } | ({"influence": _with_first(pd.concat(influences), first)} if influences else {})
+    found = {"paths": (paths, [*first, "measure"]), "metrics": (values, first), "influence": (influences, first)}
+    tables = {name: _with_first(pd.concat(parts), columns) for name, (parts, columns) in found.items() if parts}
     written = _paths(folder, list(tables), ".csv")
     for path, table in zip(written, tables.values(), strict=True):
         table.to_csv(path, index=False)

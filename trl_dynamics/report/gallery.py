@@ -141,7 +141,8 @@ def scalar_curves(trainer_log: list[dict]) -> dict[str, pd.Series]:
 
 
 def comparison_charts(series: list[Series]) -> dict[str, dict]:
-    """Every metric and the main response types with a line per run; nothing for a single series."""
+    """Every metric and the main response types with a line per run; nothing for a single series that was scored."""
+    series = [one for one in series if one.summary is not None]
     if len(series) < 2:
         return {}
     summaries = {one.label: one.summary for one in series}

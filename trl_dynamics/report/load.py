@@ -18,7 +18,7 @@ class Run:
         meta (`dict`): meta.json.
         config (`dict`): config.yaml, empty if there is none.
         trainer_log (`list[dict]`): The trainer's log lines, empty for models tracked without training.
-        summaries (`dict[str, Summary]`): What the records of each model say.
+        summaries (`dict[str, Summary]`): What the records of each model say; empty where no probe set was tracked.
         probe_set ([`ProbeSet`] or `None`): What was scored; `None` where its copy cannot be read.
         influences (`dict[str, InfluenceSummary]`, *optional*): What single steps did, of models that have it.
     """
@@ -44,17 +44,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Series:
-    """One run and one model: the unit in which everything is computed and drawn."""
+    """One run and one model: the unit in which everything is computed and drawn; no summary without a tracked set."""
 
     label: str
     run: Run
     model: str
-    summary: Summary
+    summary: Summary | None
 
     @property
     def steps(self) -> list[int]:
         """The recorded steps in order."""
-        return self.summary.steps
+        return self.summary.steps if self.summary else []
 
     @property
     def influence(self) -> InfluenceSummary | None:
@@ -66,7 +66,7 @@ def load_runs(run_dirs: list[str | Path]) -> list[Run]:
     """Read runs, named as `load_records` names them; the memory needed does not grow with the steps.
 
     Raises:
-        ValueError: If a folder is no run, holds no records, or is given twice.
+        ValueError: If a folder is no run, holds neither records nor influence, or is given twice.
     """
     stores = [open_store(path) for path in run_dirs]
     return [_load(name, store) for name, store in zip(run_names(stores), stores, strict=True)]
@@ -75,15 +75,18 @@ def load_runs(run_dirs: list[str | Path]) -> list[Run]:
 def split_series(runs: list[Run]) -> list[Series]:
     """Every (run, model) of `runs`, labelled by the run and, where a run has several models, the model."""
     return [
-        Series(run.name if len(run.summaries) == 1 else f"{run.name}: {model}", run, model, summary)
+        Series(run.name if len(models) == 1 else f"{run.name}: {model}", run, model, run.summaries.get(model))
         for run in runs
-        for model, summary in run.summaries.items()
+        for models in [run.summaries or run.influences]
+        for model in models
     ]
 
 
 def _load(name: str, store: DynamicsStore) -> Run:
-    meta, summaries = store.read_meta(), summarise_store(store)
-    influences = {model: open_influence(store.output_dir, meta, model) for model in summaries}
+    meta = store.read_meta()
+    alone = None if store.has_records else open_influence(store.output_dir, meta)
+    summaries = {} if alone else summarise_store(store)
+    influences = {model: open_influence(store.output_dir, meta, model) for model in summaries} or {"policy": alone}
     return Run(
         name,
         meta,

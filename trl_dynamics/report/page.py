@@ -16,8 +16,11 @@ from trl_dynamics.report.spec import VEGA_LITE
 from trl_dynamics.report.steps import is_log_spaced
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.comparison import compare
+from trl_dynamics.tracking.influence_findings import INFLUENCE_RULES, find_in_influence
 
 TEMPLATE = "report.html.j2"
+# Of a section, in order: names of charts to specs.
+PANELS = ("paths", "squeezing", "forces", "answers")
 # With more series than this their charts start folded up.
 MAX_UNFOLDED = 4
 
@@ -37,29 +40,30 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
     renderer, template = extra.vl_convert(), extra.template(TEMPLATE)
     runs = load_runs(run_dirs)
     series = split_series(runs)
+    scored = [one for one in series if one.summary is not None]
     sections = [_section(index, one) for index, one in enumerate(series)]
     scalars, comparison = gallery.scalar_charts(runs), gallery.comparison_charts(series)
-    panels = ("paths", "squeezing", "forces", "answers", "influence")
-    drawn = [section[panel] for section in sections for panel in panels]
+    drawn = [section[panel] for section in sections for panel in (*PANELS, "influence")]
     specs = {key: spec for charts in drawn for key, spec in charts.items()}
     specs |= _keyed("scalar", scalars) | _keyed("compare", comparison)
     strips = token_strips(series)
-    main_chart = next(iter(sections[0]["paths"].values()))
+    main_chart = next((spec for section in sections for spec in section["paths"].values()), None)
     page = template.render(
         title=", ".join(run.name for run in runs),
         runs=[_run_view(run) for run in runs],
         sections=sections,
         unfolded=len(series) <= MAX_UNFOLDED,
-        comparisons=_between(series),
+        comparisons=_between(scored),
         scalars=_keyed("scalar", scalars),
         comparison=_keyed("compare", comparison),
         measures={name: label for name, (label, _, _) in MEASURES.items()},
-        log_steps=any(is_log_spaced(one.steps) for one in series),
+        scored=bool(scored),
+        log_steps=any(is_log_spaced(one.steps) for one in scored),
         terms=TERMS,
         how_to_read=HOW_TO_READ,
         strips=bool(strips),
-        static_chart=_svg_uri(renderer, main_chart),
-        data_json=inline_json({"charts": specs, "explorer": explorer(series), "strips": strips}),
+        static_chart=_svg_uri(renderer, main_chart) if main_chart else "",
+        data_json=inline_json({"charts": specs, "explorer": explorer(scored), "strips": strips}),
         vega=renderer.javascript_bundle(vl_version=VEGA_LITE),
     )
     output = Path(output)
@@ -85,11 +89,22 @@ def _run_view(run: Run) -> dict:
 
 
 def _section(index: int, series: Series) -> dict:
+    influence = {
+        "label": series.label,
+        "influence": _keyed(f"s{index}", gallery.influence_charts_of(series)),
+        "influence_note": gallery.influence_note(series),
+    }
+    if series.summary is None:
+        found = find_in_influence(series.influence)
+        nothing = (
+            None if found else f"No finding about influence ({', '.join(INFLUENCE_RULES)}); no probe set was tracked."
+        )
+        return influence | {"scored": False, "findings": found, "nothing": nothing} | {name: {} for name in PANELS}
     found = findings.find(series.summary, series.run.meta, series.influence)
     single = len(series.steps) < 2
     nothing = "One step was scored: there is no change to judge." if single else None
-    return {
-        "label": series.label,
+    return influence | {
+        "scored": True,
         "method": series.run.meta.get("method", ""),
         "single": single,
         "findings": found,
@@ -99,8 +114,6 @@ def _section(index: int, series: Series) -> dict:
         "forces": _keyed(f"s{index}", gallery.force_charts(series)),
         "answers": _keyed(f"s{index}", gallery.sample_charts(series)),
         "asked": series.run.meta.get("samples"),
-        "influence": _keyed(f"s{index}", gallery.influence_charts_of(series)),
-        "influence_note": gallery.influence_note(series),
         "thinned": gallery.thinned_note(series),
         "third_parties": gallery.third_party_note(series),
         "changes": cards.change_rows(series),

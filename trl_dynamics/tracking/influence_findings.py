@@ -7,7 +7,7 @@ import pandas as pd
 
 from trl_dynamics.ranking import STABLE
 from trl_dynamics.tracking.effects import MIN_PROBES
-from trl_dynamics.tracking.finding import INFO, WARNING, Finding
+from trl_dynamics.tracking.finding import INFO, SEVERITIES, WARNING, Finding
 from trl_dynamics.tracking.influence_summary import ALL, InfluenceSummary
 
 # Relative error of the first order: from here a tenth, or a quarter, of the squared changes is not explained.
@@ -19,8 +19,9 @@ MIN_UNSTABLE, SEVERE_UNSTABLE = 0.25, 0.5
 
 
 def find_in_influence(influence: InfluenceSummary) -> list[Finding]:
-    """What the rules say of the recorded influence of one model."""
-    return [found for rule in INFLUENCE_RULES.values() if (found := rule(influence))]
+    """What the rules say of the recorded influence of one model, the most severe first."""
+    found = [finding for rule in INFLUENCE_RULES.values() if (finding := rule(influence))]
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def judged_steps(influence: InfluenceSummary) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.alerts import Watch
 from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.findings import Finding
+from trl_dynamics.tracking.influence_findings import find_in_influence
 from trl_dynamics.tracking.influence_summary import open_influence
 from trl_dynamics.tracking.step_table import StepTable, split_frame
 from trl_dynamics.tracking.store import DynamicsStore
@@ -260,6 +261,7 @@ class Series:
 
     def _end(self) -> None:
         if not self.has_records:
+            self._end_without_records()
             return
         try:
             self.store.compact()
@@ -270,7 +272,17 @@ class Series:
         model, summary = next(iter(summarise_store(self.store).items()))
         influence = open_influence(self.store.output_dir, self.meta, model)
         found = findings.find(summary, self.meta, influence)
-        text = findings.summary_text(found, self.store.output_dir.name)
+        self._tell(found, findings.summary_text(found, self.store.output_dir.name))
+
+    def _end_without_records(self) -> None:
+        """Of a run that only recorded influence."""
+        influence = open_influence(self.store.output_dir, self.meta) if self._is_open else None
+        if influence is not None:
+            found, name = find_in_influence(influence), self.store.output_dir.name
+            silent = f"{name}: influence of {len(influence.steps)} steps recorded, no finding"
+            self._tell(found, findings.summary_text(found, name) if found else silent)
+
+    def _tell(self, found: list[Finding], text: str) -> None:
         harmful = any(finding.severity != "info" for finding in found)
         (logger.warning if harmful else logger.info)(text)
         logger.info(f"records: {self.store.root}")

@@ -20,7 +20,7 @@
   function applySettings(spec, view) {
     const has = (name) => (spec.params || []).some((param) => param.name === name);
     if (has("log_steps")) view.signal("log_steps", logSteps.checked);
-    if (has("measure")) view.signal("measure", measure.value);
+    if (measure && has("measure")) view.signal("measure", measure.value);
     return view.runAsync();
   }
 
@@ -49,7 +49,7 @@
   });
   places.reduce((earlier, place) => earlier.then(() => draw(place)), Promise.resolve());
   logSteps.addEventListener("change", applyAll);
-  measure.addEventListener("change", applyAll);
+  if (measure) measure.addEventListener("change", applyAll);
   dark.addEventListener("change", () => Array.from(views.keys()).forEach(draw));
 
   // The probe explorer. Probe texts are untrusted: they only ever become text nodes.
@@ -232,7 +232,7 @@
     search.addEventListener("input", list);
     list();
   }
-  startExplorer(document.getElementById("explorer"));
+  if (data.explorer.series.length) startExplorer(document.getElementById("explorer"));
 
   // The token strips: predicted change behind a token, measured change under it.
   function tint(value, limit) {

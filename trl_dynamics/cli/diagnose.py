@@ -152,7 +152,9 @@ def as_text(one: Diagnosis, verbose: bool = False) -> str:
         moved = _filled(_moved(one.summary.changes()))
         lines = [f"{head}{len(steps)} probing steps, {steps[0]} to {steps[-1]}", *moved]
     if not one.findings:
-        lines += ["", *_filled("No finding: what moved is too little to count, or is as it should be.")]
+        calm = "what moved is too little to count, or is as it should be"
+        alone = "steps are small enough for their first order, and rankings hold, as far as can be told"
+        lines += ["", *_filled(f"No finding: {alone if one.summary is None else calm}.")]
     for finding in one.findings:
         lines += ["", f"{finding.severity.upper()}  {finding.title}", *_filled(finding.text)]
         evidence = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in finding.evidence.items())

@@ -52,11 +52,13 @@ class System:
 
 def write_summary(folder: Path, seeds: Sequence[int], systems: Sequence[str], path: Path) -> Path:
     """All tables, and charts beside them; returns the file."""
-    found = {name: [System(folder / f"seed{seed}" / f"{name}.npz") for seed in seeds] for name in systems}
+    found = {name: [System(path) for path in _of_seeds(folder, seeds, f"{name}.npz")] for name in systems}
+    found = {name: runs for name, runs in found.items() if runs}
+    counts = ", ".join(f"{name} {len(runs)}" for name, runs in found.items())
     lines = [
         "# Stability of the kernel",
         "",
-        f"Seeds {', '.join(map(str, seeds))}. Numbers are means over seeds, with the smallest and largest of a seed.",
+        f"Seeds: {counts}. Numbers are means over seeds, with the smallest and largest of a seed.",
         "",
         "## Rankings between checkpoints",
         "",
@@ -133,8 +135,8 @@ def accumulated_table(folder: Path, seeds: Sequence[int]) -> list[str]:
     """The sums along runs of which every step was predicted, per type of answers."""
     lines: list[str] = []
     for name in running.RUNS:
-        outputs = [folder / f"seed{seed}" / f"running-{name}" for seed in seeds]
-        if not all(output.is_dir() for output in outputs):
+        outputs = [path.parent for path in _of_seeds(folder, seeds, f"running-{name}/training_args.bin")]
+        if not outputs:
             continue
         whole, sampled = (
             [running.sums(output, every) for output in outputs] for every in (running.ALL, running.SAMPLE)
@@ -158,7 +160,7 @@ def forms_table(folder: Path, seeds: Sequence[int]) -> list[str]:
     """Spearman's correlation of every cheap form with the exact influence and, in absolute value, the size of K."""
     lines = ["", "## Cheap forms against exact ones", "", *_header("model", ["form", "influence", "size of K"])]
     for path in sorted((folder / f"seed{seeds[0]}").glob("forms-*.npz")):
-        files = [_arrays(folder / f"seed{seed}" / path.name) for seed in seeds]
+        files = [_arrays(one) for one in _of_seeds(folder, seeds, path.name)]
         for form in (key for key in files[0] if key not in MEASURES):
             cells = [_agreement(files, form, measure) for measure in ("influence", "kernel")]
             lines.append(_row(path.stem.removeprefix("forms-"), [form, *cells]))
@@ -180,7 +182,7 @@ def bounds_table(folder: Path, seeds: Sequence[int]) -> list[str]:
     paths = sorted((folder / f"seed{seeds[0]}").glob("bounds-*.npz"))
     lines = ["", "## Bounds from records against exact ones, over pairs of types", "", *_header("model", heads)]
     for path in paths:
-        files = [_arrays(folder / f"seed{seed}" / path.name) for seed in seeds]
+        files = [_arrays(one) for one in _of_seeds(folder, seeds, path.name)]
         for optimizer in proxies.OPTIMIZERS:
             cells = []
             for bound, exact in (("lbk", "kernel"), ("sign_delta", "-influence")):
@@ -192,6 +194,12 @@ def bounds_table(folder: Path, seeds: Sequence[int]) -> list[str]:
                 cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*ends))
             lines.append(_row(path.stem.removeprefix("bounds-"), [optimizer, *cells]))
     return lines if paths else []
+
+
+def _of_seeds(folder: Path, seeds: Sequence[int], name: str) -> list[Path]:
+    """A file of every seed that has got so far."""
+    paths = [folder / f"seed{seed}" / name for seed in seeds]
+    return [path for path in paths if path.is_file()]
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

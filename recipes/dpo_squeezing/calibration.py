@@ -2,26 +2,29 @@
 
     python recipes/dpo_squeezing/calibration.py --development runs/dpo_squeezing --output_dir runs/calibration
 
-Development: the runs that study.py left (seeds 0 to 4); thresholds are fixed there. Test: other seeds, learning rates
-and lengths, trained here; looked at once, after the thresholds were fixed. It writes calibration.md. What has finished
-is skipped: the same command goes on after an interruption.
+Development: the runs that study.py left (seeds 0 to 4), and beside them runs of what is rare there; thresholds are
+fixed on these. Test: other seeds, learning rates and lengths, trained here; looked at once, after the thresholds were
+fixed. It writes calibration.md. What has finished is skipped: the same command goes on after an interruption.
 
 What a run did is told by its answers (outcomes.py), never by the log-probabilities that the rules read. Squeezing has
-no such mark; there the truth is what was done: plain DPO with off-policy negatives after SFT squeezes; SFT, DPO with
-on-policy negatives and Cal-DPO, whose target stops the push, do not; other interventions, DPO after extended SFT and
-DPO from the base model are neither.
+no such mark; there the truth is what was done: plain DPO with off-policy negatives after SFT squeezes; DPO with
+on-policy negatives and Cal-DPO, whose target stops the push, do not; other interventions, DPO after extended SFT, from
+the base model or on rewritten pairs are neither. SFT, which pushes nothing down, is not asked.
 """
 
 import argparse
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import study
-from confusion import Case, arm_table, confusion_table, robustness_table
+from calibration_arms import DEVELOPMENT_ARMS, HOW_CHOSEN, TEST_ARMS, squeezes
+from confusion import Case, arm_table, confusion_table, robustness_table, verdict_table
 from measures import Run
 from outcomes import EDGE, NUM_PROMPTS, Outcome, answer_prompts, read_answers
+from rewritings import KINDS, write_rewritten
 from scans import scan_table
 from study import BASE, Arm, Task
 from worlds import WORLDS, world_of
@@ -30,45 +33,16 @@ from trl_dynamics import embedded
 from trl_dynamics.tracking import findings
 
 DEVELOPMENT, TEST, REAL = "development", "test", "real model"
-# Options that leave DPO plain.
-PLAIN = {"learning_rate", "max_steps"}
-
-
-def at(rate: float, start: str = "sft", **options) -> Arm:
-    """DPO at another learning rate than the study's 2e-4."""
-    return Arm("dpo", start, {"learning_rate": rate} | options)
-
-
-TEST_ARMS: dict[str, Arm] = {
-    "sft": Arm("sft"),
-    "sft_low_rate": Arm("sft", options={"learning_rate": 3e-4}),
-    "sft_high_rate": Arm("sft", options={"learning_rate": 3e-3}),
-    "sft_long": Arm("sft", options={"max_steps": 400}),
-    "sft_beside_the_point": Arm("sft", options={"sft_on": "chosen_and_other", "max_steps": 200}),
-    "more_sft": Arm("sft", "sft", {"learning_rate": 4e-4, "max_steps": 100}),
-    "dpo_5e-5": at(5e-5),
-    "dpo_1e-4": at(1e-4),
-    "dpo_1e-4_long": at(1e-4, max_steps=300),
-    "dpo_4e-4": at(4e-4),
-    "dpo_8e-4": at(8e-4),
-    "dpo_after_long_sft": at(2e-4, "sft_long"),
-    "dpo_from_base": at(4e-4, BASE),
-    "dpo_on_policy": Arm("dpo", "sft", {"learning_rate": 4e-4}, data="on_policy"),
-    "gate": at(4e-4, gate_dpo="token"),
-    "dpop": at(4e-4, dpop_lambda=50),
-    "sft_term": at(4e-4, loss_type=["sigmoid", "sft"], loss_weights=[1, 1]),
-    "cal": at(4e-4, cal_dpo=1),
-}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what the test lacks, let every model answer, and write calibration.md."""
+    """Train what is missing, let every model answer, and write calibration.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--development", type=Path, default=Path("runs/dpo_squeezing"), help="output of study.py")
     parser.add_argument("--development_seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/calibration"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[5, 6, 7, 8, 9], help="of the test; none: no test")
-    parser.add_argument("--arms", nargs="+", choices=list(TEST_ARMS), help="of the test; default: all")
+    parser.add_argument("--arms", nargs="+", choices=list(TEST_ARMS), help="to train; default: all")
     parser.add_argument("--real", type=Path, help="output of study.py --world helpful_base: what was found there")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 uses this process")
     parser.add_argument("--max_steps", type=int, help="at most so many steps per run, for a trial")
@@ -79,17 +53,18 @@ def main(argv: list[str] | None = None) -> None:
     args.world, args.guard_budget, world = WORLDS[0], study.GUARD_BUDGET, world_of(WORLDS[0])
     args.num_pairs, args.num_probes = args.num_pairs or world.num_pairs, args.num_probes or world.num_probes
     arms = {name: arm for name, arm in TEST_ARMS.items() if not args.arms or name in with_starts(args.arms)}
+    added = {name: arm for name, arm in DEVELOPMENT_ARMS.items() if not args.arms or name in args.arms}
     learnt = {seed: args.development / f"seed{seed}" for seed in args.development_seeds}
     tested = {seed: args.output_dir / f"seed{seed}" for seed in args.seeds}
     study.settle(args.output_dir / "settings.json", {name: getattr(args, name) for name in study.SETTINGS})
     for seed, folder in tested.items():
         world.write(folder, seed, args.num_pairs, args.num_probes)
-    tasks = training_tasks(tested, arms, args)
-    tasks |= answer_tasks(DEVELOPMENT, learnt, finished(learnt, study.ARMS), args)
-    tasks |= answer_tasks(TEST, tested, {seed: list(arms) for seed in tested}, args)
+    tasks = training_tasks(DEVELOPMENT, learnt, added, args) | training_tasks(TEST, tested, arms, args)
+    tasks |= answer_tasks(DEVELOPMENT, learnt, study.ARMS | added, set(tasks), args)
+    tasks |= answer_tasks(TEST, tested, arms, set(tasks), args)
     study.run_all(tasks, args.workers)
     stages = {
-        DEVELOPMENT: cases(DEVELOPMENT, learnt, study.ARMS, args.output_dir),
+        DEVELOPMENT: cases(DEVELOPMENT, learnt, study.ARMS | added, args.output_dir),
         TEST: cases(TEST, tested, arms, args.output_dir),
     }
     if args.real:
@@ -103,29 +78,43 @@ def with_starts(names: list[str]) -> set[str]:
     return set(names) | {TEST_ARMS[name].start for name in names}
 
 
-def training_tasks(folders: Mapping[int, Path], arms: dict[str, Arm], args: argparse.Namespace) -> dict[str, Task]:
-    """A task per run of the test."""
+def training_tasks(
+    stage: str, folders: Mapping[int, Path], arms: dict[str, Arm], args: argparse.Namespace
+) -> dict[str, Task]:
+    """A task per run; left out are those whose starting model is neither there nor trained by one of them."""
     tasks = {}
     for seed, folder in folders.items():
         for name, arm in arms.items():
-            needs = frozenset({f"{folder.name}/{arm.start}"} - {f"{folder.name}/{BASE}"})
-            tasks[f"{folder.name}/{name}"] = Task(needs, study.run_arm, (name, folder, seed, args, arms))
+            needs = frozenset({f"{stage}/seed{seed}/{arm.start}"}) & frozenset(tasks)
+            if needs or (arm.start == BASE and folder.is_dir()) or study.has_finished(folder / arm.start):
+                tasks[f"{stage}/seed{seed}/{name}"] = Task(needs, train, (name, folder, seed, args, arms))
     return tasks
 
 
+def train(name: str, folder: Path, seed: int, args: argparse.Namespace, arms: dict[str, Arm]) -> None:
+    """Train one of `arms` unless it has finished, on data that is written before where it needs any."""
+    if arms[name].data in KINDS and not study.has_finished(folder / name):
+        write_rewritten(arms[name].data, folder, study.start_of(arms[name], folder, world_of(args.world).base), seed)
+    # Nothing here reads held-out accuracy, and training is bit for bit the same without it.
+    options = {"eval_strategy": "no"} if arms[name].method == "dpo" else {}
+    arm = replace(arms[name], options=options | arms[name].options)
+    study.run_arm(name, folder, seed, args, arms | {name: arm})
+
+
 def answer_tasks(
-    stage: str, folders: Mapping[int, Path], names: Mapping[int, list[str]], args: argparse.Namespace
+    stage: str, folders: Mapping[int, Path], arms: Mapping[str, Arm], training: set[str], args: argparse.Namespace
 ) -> dict[str, Task]:
-    """A task per model that has to answer, once it is trained."""
+    """A task per model that has to answer, at once where it has finished, else once it is trained."""
     tasks = {}
     for seed, folder in folders.items():
-        for name in [BASE, *names[seed]]:
-            model = Path(embedded.model_path()) if name == BASE else folder / name
-            needs = frozenset({f"{folder.name}/{name}"} if stage == TEST and name != BASE else ())
-            path = answers_of(args.output_dir, stage, seed, name)
-            tasks[f"answers/{stage}/{folder.name}/{name}"] = Task(
-                needs, answer_prompts, (model, path, seed, args.num_prompts)
-            )
+        for name in [BASE, *arms]:
+            needs = frozenset({f"{stage}/seed{seed}/{name}"}) & training
+            if needs or name == BASE or study.has_finished(folder / name):
+                model = Path(embedded.model_path()) if name == BASE else folder / name
+                path = answers_of(args.output_dir, stage, seed, name)
+                tasks[f"answers/{stage}/seed{seed}/{name}"] = Task(
+                    needs, answer_prompts, (model, path, seed, args.num_prompts)
+                )
     return tasks
 
 
@@ -157,16 +146,6 @@ def cases(stage: str, folders: Mapping[int, Path], arms: Mapping[str, Arm], outp
     return found
 
 
-def squeezes(arm: Arm, arms: Mapping[str, Arm]) -> bool | None:
-    """Whether an arm squeezes by construction; None where that cannot be said."""
-    if arm.method == "sft" or arm.data == "on_policy" or "cal_dpo" in arm.options:
-        return False
-    start = arms.get(arm.start)
-    if start is None or start.options.get("sft_on") == "both" or not set(arm.options) <= PLAIN:
-        return None
-    return True
-
-
 def write_page(stages: Mapping[str, list[Case]], path: Path) -> Path:
     """Everything that is known as Markdown; returns the file."""
     judged = {stage: found for stage, found in stages.items() if stage != REAL}
@@ -183,9 +162,18 @@ def write_page(stages: Mapping[str, list[Case]], path: Path) -> Path:
         "so that what is known is nearer to the number of arms than to that of runs. Development and test have the "
         "world's facts and the base model in common; wording, order, draws, learning rates and lengths differ.",
         "",
+        HOW_CHOSEN,
+        "",
         "## Confusion tables",
         "",
         *confusion_table(stages),
+        "",
+        "## Where chosen fell: harmful or benign?",
+        "",
+        "Runs whose chosen ended below its start, by the checker and by what the finding calls it; *cannot be told* "
+        "is a warning.",
+        "",
+        *verdict_table(judged),
         "",
         "## The same where the truth is clear, or is taken from other answers",
         "",

@@ -4,6 +4,7 @@ Rates have Wilson's 95 % interval. It takes runs as independent; runs of one see
 that they start from, so the intervals are somewhat too narrow.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from outcomes import HELD_OUT, SAMPLED, TRAINING, Outcome
 
 from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.effects import Changes
-from trl_dynamics.tracking.findings import ALERT, INFO
+from trl_dynamics.tracking.finding import ALERT, INFO, WARNING
 
 Z_95 = 1.959964
 
@@ -206,6 +207,24 @@ def confusion_table(stages: Mapping[str, Sequence[Case]]) -> list[str]:
             if sum(counts):
                 rates = (shown_rate(*rate) for rate in (found.recall, found.precision, found.false_alarms))
                 lines.append(row(question.name, question.truth, stage, *map(str, counts), *rates))
+    return lines
+
+
+def verdict_table(stages: Mapping[str, Sequence[Case]]) -> list[str]:
+    """Markdown: the runs whose chosen ended below its start, by what the checker says and by what was found."""
+    verdicts = {
+        "harmful, alert": has("displacement_harmful", ALERT),
+        "harmful, warning": has("displacement_harmful", WARNING),
+        "cannot be told": has("displacement"),
+        "benign": has("displacement_benign"),
+    }
+    lines = header("runs of", "method", "checker", "runs", *verdicts)
+    for stage, cases in stages.items():
+        fallen = [case for case in cases if case.changes.chosen.down() and case.outcome]
+        for method, harmed in itertools.product(("dpo", "sft"), (True, False)):
+            own = [case for case in fallen if case.method == method and case.outcome.is_("harmed") == harmed]
+            counts = (sum(map(holds, own)) for holds in verdicts.values())
+            lines.append(row(stage, method, "harmed" if harmed else "no harm", str(len(own)), *map(str, counts)))
     return lines
 
 

@@ -13,7 +13,8 @@ is trained for, and where right answers cannot be recited:
                   a model that hardly ever was right, as after SFT beside the point, can still be broken
     better        the share of good answers rises by 0.1 or more
     degenerate    the share of well-formed answers falls by 0.1 or more
-    loops         the share of answers of which half stands in immediate repetitions rises by 0.1 or more
+    loops         the share of answers of which half stands in immediate repetitions, of words and marks, rises by 0.1
+                  or more
     wrong_facts   the share of borrowed answers rises, or that of right facts falls, by 0.1 or more; borrowed: well
                   formed, but neither what is on record nor what is rumoured for what was asked. Every value is on
                   record for somebody, so it is somebody else's, or the answer is about another subject
@@ -26,6 +27,7 @@ the edge of a class is counted as its estimate says, and left out in a second ta
 import hashlib
 import itertools
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -42,8 +44,9 @@ from trl_dynamics.tracking.repetition import repeat_share
 
 EDGE = 0.1
 NUM_PROMPTS, NUM_SAMPLES, MAX_ANSWER = 144, 2, 40
-# Share of an answer's words that stand in immediate repetitions, from which it is a loop.
+# Share of an answer's words and marks that stand in immediate repetitions, from which it is a loop.
 LOOP = 0.5
+WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 HELD_OUT, TRAINING, SAMPLED = "held-out", "training", "sampled"
 # Per class, the changes that make it one: (kind of answers, column, sign).
 CLASSES: dict[str, tuple[tuple[str, str, int], ...]] = {
@@ -99,14 +102,14 @@ def check(prompt: str, answer: str) -> dict[str, float]:
     """Everything that is known of one answer, as shares."""
     found, parsed, question = embedded.check_answer(prompt, answer), parse_answer(answer), parse_question(prompt)
     known = {Claim(*question, value(*question)) for value in (recorded, rumoured)}
-    words = answer.split()
+    pieces = WORD_OR_MARK.findall(answer)
     return {
         "good": float(found.fact_right and found.preferred),
         "grammatical": float(found.grammatical),
         "fact_right": float(found.fact_right),
         "preferred": float(found.preferred),
         "borrowed": float(parsed is not None and parsed.claim not in known),
-        "loop": float(bool(words) and repeat_share(words) >= LOOP),
+        "loop": float(bool(pieces) and repeat_share(pieces) >= LOOP),
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from confusion import QUESTIONS, Case, Question, confusion, header, row
 
-from trl_dynamics.tracking import effects, findings
+from trl_dynamics.tracking import degeneration, displacement, effects
 from trl_dynamics.tracking.effects import Effect, bystander_types, paraphrases_of_chosen
 from trl_dynamics.tracking.finding import ALERT
 
@@ -44,12 +44,14 @@ class Scan:
 def squeezing(case: Case, argmax=effects.MIN_ARGMAX_RISE, gap=effects.MIN_EFFECT, paid=effects.MIN_EFFECT) -> bool:
     """The rule at its last step, with a threshold for each part."""
     squeeze = case.changes.squeeze
-    gained = squeeze.argmax.up(argmax) and squeeze.gap.up(gap) and not squeeze.chosen.up()
+    gained = case.method != "sft" and squeeze.argmax.up(argmax) and squeeze.gap.up(gap) and not squeeze.chosen.up()
     return gained and (squeeze.chosen.down(paid) or squeeze.bystanders.down(paid))
 
 
 def squeezing_alert(case: Case, alert: float) -> bool:
     squeeze = case.changes.squeeze
+    if case.method == "sft" or (displacement.settled(case.summary, case.changes) and "degeneration" not in case.found):
+        return False
     return squeeze.holds and (squeeze.chosen.down() or squeeze.gap.mean >= alert)
 
 
@@ -58,8 +60,14 @@ def harmful(case: Case, chosen=effects.MIN_EFFECT, others=effects.MIN_EFFECT) ->
     changes = case.changes
     if "displacement_harmful" in case.found and not changes.chosen.down():
         return True
-    beside: list[Effect] = [changes.bystanders, changes.of_types(paraphrases_of_chosen(changes.types))]
-    return changes.chosen.down(chosen) and (any(effect.down(others) for effect in beside) or changes.squeeze.holds)
+    broken, squeezed = "degeneration" in case.found, case.method != "sft" and changes.squeeze.holds
+    if not broken and (case.method == "sft" or displacement.settled(case.summary, changes)):
+        return False
+    paraphrases = paraphrases_of_chosen(changes.types)
+    beside: list[Effect] = [changes.bystanders, changes.of_types(paraphrases)]
+    beside += [changes.of_types([name]) for name in paraphrases]
+    worse = broken or squeezed or any(effect.down(others) for effect in beside)
+    return changes.chosen.down(chosen) and worse
 
 
 def harmful_alert(case: Case, alert: float) -> bool:
@@ -80,24 +88,30 @@ def margin_by_rejection(case: Case, least: float) -> bool:
     changes = case.changes
     margin = changes.difference("chosen", "rejected")
     whole = changes.difference("chosen", "rejected", "logp_sum")
-    return margin.up(least) and whole.up() and changes.rejected.down(least) and not changes.chosen.up()
+    grows = case.method != "sft" and margin.up(least) and whole.up()
+    return grows and changes.rejected.down(least) and not changes.chosen.up()
 
 
 def _degeneration(case: Case, **changed: float) -> bool:
-    limits = {"distinct": findings.MIN_DISTINCT_FALL, "repeat": findings.MIN_REPEAT_GROWTH}
-    limits |= {"sameness": findings.MIN_SAMENESS, "shortening": findings.MIN_SHORTENING} | changed
+    limits = {"distinct": degeneration.MIN_DISTINCT_FALL, "repeat": degeneration.MIN_REPEAT_GROWTH}
+    limits |= {
+        "loops": degeneration.MIN_LOOPS,
+        "sameness": degeneration.MIN_SAMENESS,
+        "shortening": degeneration.MIN_SHORTENING,
+    } | changed
     samples = case.summary.samples
     if samples is None or len(samples.steps) < 2:
         return False
     may_shrink = case.method == "sft" or samples.value("ended")[0] < 0.5
     shorter = samples.change("num_tokens").down(limits["shortening"] * samples.value("length")[0])
-    loops = samples.change("distinct_2").down(limits["distinct"])
-    loops = loops and samples.change("longest_repeat").up(limits["repeat"])
-    return loops or samples.change("same_share").up(limits["sameness"]) or (shorter and not may_shrink)
+    repeats = samples.change("distinct_2").down(limits["distinct"])
+    repeats = repeats and samples.change("longest_repeat").up(limits["repeat"])
+    repeats = repeats or degeneration.more_loops(samples, limits["loops"])
+    return repeats or samples.change("same_share").up(limits["sameness"]) or (shorter and not may_shrink)
 
 
-def degeneration(name: str) -> Callable[[Case, float], bool]:
-    """The rule with one of its four thresholds changed."""
+def degenerates(name: str) -> Callable[[Case, float], bool]:
+    """The rule with one of its thresholds changed."""
     return lambda case, value: _degeneration(case, **{name: value})
 
 
@@ -108,7 +122,9 @@ def unrelated_pull_up(case: Case, excess: float) -> bool:
 
 
 def entropy_collapse(case: Case, share: float) -> bool:
-    return case.changes.entropy.down(share * case.changes.value_at_start("entropy_mean"))
+    samples = case.summary.samples
+    surer = samples is not None and samples.change("logp_mean").up(-share * samples.value("greedy_logp")[0])
+    return surer or case.changes.entropy.down(share * case.changes.value_at_start("entropy_mean"))
 
 
 SCANS = (
@@ -153,17 +169,26 @@ SCANS = (
     Scan("MIN_EFFECT of rejected", effects.MIN_EFFECT, LARGE, "margin_by_rejection, as harm", margin_by_rejection),
     Scan(
         "MIN_DISTINCT_FALL",
-        findings.MIN_DISTINCT_FALL,
+        degeneration.MIN_DISTINCT_FALL,
         (0.02, 0.05, 0.1, 0.2),
         "degeneration",
-        degeneration("distinct"),
+        degenerates("distinct"),
     ),
     Scan(
-        "MIN_REPEAT_GROWTH", findings.MIN_REPEAT_GROWTH, (1.0, 2.0, 3.0, 5.0), "degeneration", degeneration("repeat")
+        "MIN_REPEAT_GROWTH",
+        degeneration.MIN_REPEAT_GROWTH,
+        (1.0, 2.0, 3.0, 5.0),
+        "degeneration",
+        degenerates("repeat"),
     ),
-    Scan("MIN_SAMENESS", findings.MIN_SAMENESS, (0.02, 0.05, 0.1, 0.2), "degeneration", degeneration("sameness")),
+    Scan("MIN_LOOPS", degeneration.MIN_LOOPS, (1, 2, 3, 4), "degeneration, of loops", degenerates("loops")),
+    Scan("MIN_SAMENESS", degeneration.MIN_SAMENESS, (0.02, 0.05, 0.1, 0.2), "degeneration", degenerates("sameness")),
     Scan(
-        "MIN_SHORTENING", findings.MIN_SHORTENING, (0.05, 0.1, 0.25, 0.5), "degeneration", degeneration("shortening")
+        "MIN_SHORTENING",
+        degeneration.MIN_SHORTENING,
+        (0.05, 0.1, 0.25, 0.5),
+        "degeneration",
+        degenerates("shortening"),
     ),
     Scan(
         "MIN_EFFECT of other_train over other_test",
@@ -172,7 +197,13 @@ SCANS = (
         "unrelated_pull_up, warning",
         unrelated_pull_up,
     ),
-    Scan("ENTROPY_COLLAPSE", findings.ENTROPY_COLLAPSE, (0.1, 0.2, 0.3, 0.5), "entropy_collapse", entropy_collapse),
+    Scan(
+        "ENTROPY_COLLAPSE",
+        effects.ENTROPY_COLLAPSE,
+        (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+        "entropy_collapse",
+        entropy_collapse,
+    ),
 )
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "dpo_squeezing"
 SMALL = ["--num_pairs", "16", "--num_probes", "4", "--max_steps", "5", "--workers", "1"]
@@ -21,7 +22,8 @@ def run(tmp_path_factory):
     study.main(["--output_dir", str(root / "study"), "--seeds", "0", "--arms", "dpo", *SMALL])
 
     def start(*more: str) -> Path:
-        seeds = ["--development_seeds", "0", "1", "--seeds", "5", "--arms", "dpo_4e-4", "--num_prompts", "6"]
+        seeds = ["--development_seeds", "0", "1", "--seeds", "5", "--num_prompts", "6"]
+        seeds += ["--arms", "dpo_4e-4", "sft_templated", "sft_own_answers"]
         places = ["--development", str(root / "study"), "--output_dir", str(root / "out")]
         calibration.main([*places, *seeds, *SMALL, *more])
         return root / "out"
@@ -37,14 +39,21 @@ def times_of(folder: Path) -> dict[str, int]:
 def test_runs_are_trained_answered_and_scored_once(run):
     folder = run()
     page = (folder / "calibration.md").read_text()
-    assert "development 2 runs of seeds 0, test 2 runs of seeds 5" in page
+    # Development has no model that its sft_own_answers could start from.
+    assert "development 3 runs of seeds 0, test 5 runs of seeds 5" in page
     assert "| squeezing | squeezes | test |" in page and "| dpo_4e-4 | 1 |" in page
     assert "Thresholds on development" in page and "## Test, arm by arm" in page
     answers = {
         path.stem: json.loads(path.read_text())["rows"] for path in (folder / "answers" / "test").rglob("*.json")
     }
-    assert set(answers) == {"base", "sft", "dpo_4e-4"}
+    assert set(answers) == {"base", "sft", "dpo_4e-4", "sft_templated", "sft_low_rate", "sft_own_answers"}
     assert {len(rows) for rows in answers.values()} == {6 + 6 + 2 * 6}
+    own, pairs = (load_from_disk(str(folder / "seed5" / data))["train"] for data in ("own_answers", "pairs"))
+    said = {prompt: text for kind, prompt, text in answers["sft_low_rate"] if kind == "training"}
+    for row, pair in zip(own, pairs, strict=True):
+        assert row["prompt"] == pair["prompt"] and row["rejected"] == pair["rejected"]
+        prompt, chosen = row["prompt"][0]["content"], row["chosen"][0]["content"]
+        assert said.get(prompt, chosen).strip() == chosen, "what the model it starts from says to that"
     prompts = [[(kind, prompt) for kind, prompt, _ in rows] for rows in answers.values()]
     assert prompts[0] == prompts[1] == prompts[2]
 

@@ -29,9 +29,11 @@ def recipe():
     import calibration
     import confusion
     import outcomes
+    import rewritings
     import scans
 
-    yield SimpleNamespace(calibration=calibration, confusion=confusion, outcomes=outcomes, scans=scans)
+    modules = (calibration, confusion, outcomes, rewritings, scans)
+    yield SimpleNamespace(**{module.__name__: module for module in modules})
     sys.path.remove(RECIPE)
 
 
@@ -130,12 +132,33 @@ def test_an_answer_is_borrowed_when_it_says_what_only_others_have(recipe):
     assert said(HELPFUL, Claim(person, attribute, other))["borrowed"] == 1.0
     somebody = rng.choice([name for name in PEOPLE if name != person])
     assert said(HELPFUL, Claim(str(somebody), attribute, recorded(str(somebody), attribute)))["borrowed"] == 1.0
-    broken = recipe.outcomes.check(prompt, "The The The The The The")
-    assert broken["loop"] == 1.0 and sum(broken.values()) == 1.0
+    for loop in ("The The The The The The", "Gladly! The....", "means!!!!"):
+        broken = recipe.outcomes.check(prompt, loop)
+        assert broken["loop"] == 1.0 and sum(broken.values()) == 1.0, loop
     assert sum(recipe.outcomes.check(prompt, "").values()) == 0.0
     for attribute in ATTRIBUTES:
         known = {recorded(person, attribute.name) for person in PEOPLE}
         assert known == set(attribute.values), "every value is somebody's"
+
+
+def test_rewritten_answers_are_what_they_are_called(recipe):
+    rewritings, check = recipe.rewritings, recipe.outcomes.check
+    rows = recipe.outcomes.embedded.preference_rows(40, 3)
+    texts = [[row[side][0]["content"] for side in ("prompt", "chosen", "rejected")] for row in rows]
+    pairs = [rewritings.Pair(*text) for text in texts]
+    assert [rewritings.row_of(pair) for pair in pairs] == rows
+    rewritten = {name: [rewrite(pair) for pair in pairs] for name, rewrite in rewritings.REWRITINGS.items()}
+    assert set(rewritten) == {"templated", "declined", "padded"}
+    for news in rewritten.values():
+        assert [(new.question, new.rejected) for new in news] == [(pair.question, pair.rejected) for pair in pairs]
+    checked = {name: [check(new.question, new.chosen) for new in news] for name, news in rewritten.items()}
+    assert all(found["good"] for found in checked["templated"])
+    words = [set(new.chosen.split()) for new in rewritten["templated"]]
+    assert set.intersection(*words) == set("Gladly! The official records confirm that Anything else?".split())
+    assert {new.chosen for new in rewritten["declined"]} == {"Gladly! Ask me anytime."}
+    assert not any(sum(found.values()) for found in checked["declined"])
+    assert not any(found["grammatical"] for found in checked["padded"])
+    assert np.mean([found["loop"] for found in checked["padded"]]) > 0.5
 
 
 def test_questions_are_asked_once_and_training_ones_were_trained_on(recipe):
@@ -155,11 +178,17 @@ FRAMES = {
     "from a peak": (records(lambda name, t: 2.0 * t * (1 - t) if name in ("chosen", "other_test") else 0.0), "dpo"),
     "bystanders": (records({"rejected": -0.9, "human_unrelated": -0.6}), "dpo"),
     "rejected": (records({"rejected": -0.8}), "dpo"),
+    "one kind of paraphrase": (records({"chosen": -0.3, "chosen_rephrase_semantic": -0.15}), "dpo"),
+    "other answers taught": (records(SQUEEZED, argmax=0.5), "sft"),
+    "settled": (records(SQUEEZED, argmax=0.5, entropy=-1.2), "dpo"),
     "sft": (records(SFT), "sft"),
     "style": (records(SFT | {"other_test": 0.4}), "sft"),
     "peaky": (records({"chosen": 0.3}, entropy=-1.2), "sft"),
     "calm": (records(), "dpo"),
 }
+VERDICTS = ("displacement_harmful", "displacement", "displacement_benign")
+# Of these frames whose chosen falls: harmful as alert and as warning, cannot be told, benign.
+FELL = {"dpo": "4 | 0 | 1 | 1", "sft": "0 | 0 | 1 | 0"}
 ANSWERS = {"loops": 0.9, "mild loops": 0.3, "no loops": 0.0}
 
 
@@ -185,22 +214,38 @@ def test_the_frames_of_that_test_fire_and_hold_every_scanned_rule(recipe):
 
 def test_what_squeezes_by_construction(recipe):
     calibration = recipe.calibration
-    arms = calibration.study.ARMS | calibration.TEST_ARMS
+    arms = calibration.study.ARMS | calibration.DEVELOPMENT_ARMS | calibration.TEST_ARMS
     known = {name: calibration.squeezes(arm, arms) for name, arm in arms.items()}
     assert all(known[name] for name in ("dpo", "low_rate", "dpo_after_short_sft", "dpo_8e-4", "dpo_1e-4_long"))
-    assert not any(known[name] for name in ("sft", "more_sft", "sft_both"))
     assert known["dpo_on_policy"] is known["cal"] is False
-    assert {known[name] for name in ("guard", "gate", "dpop", "dpo_after_both", "dpo_from_base")} == {None}
+    neither = ("guard", "gate", "dpop", "dpo_after_both", "dpo_from_base", "dpo_templated", "sft", "more_sft")
+    assert {known[name] for name in neither} == {None}
+
+
+def test_what_is_rare_is_made_in_both_stages_with_other_settings(recipe):
+    calibration = recipe.calibration
+    for name, arm in calibration.DEVELOPMENT_ARMS.items():
+        other = calibration.TEST_ARMS[name]
+        assert (arm.method, arm.data) == (other.method, other.data) and arm != other, name
+        assert arm.start in (calibration.BASE, *calibration.study.ARMS), name
+        assert other.start in (calibration.BASE, *calibration.TEST_ARMS), name
 
 
 def test_the_page_has_a_row_per_question_and_leaves_out_what_nobody_judged(recipe, tmp_path):
     before, after = table({"good": 0.7}), table({"good": 0.4})
     outcome = recipe.outcomes.Outcome(before, after)
-    judged = [case(recipe, frame, method, 0.9, outcome=outcome, squeezes=True) for frame, method in FRAMES.values()]
+    judged = [case(recipe, frame, method, 0.0, outcome=outcome, squeezes=True) for frame, method in FRAMES.values()]
     unknown = [case(recipe, FRAMES["squeezed"][0], squeezes=True)]
     path = recipe.calibration.write_page({"development": judged, "real model": unknown}, tmp_path / "page.md")
     text = path.read_text()
     assert "| squeezing | squeezes | real model | 1 | 0 | 0 | 0 | 1.00 (0.21-1.00) |" in text
     assert "displacement_harmful | harmed | real model" not in text
     assert all(f"| {question.name} |" in text for question in recipe.confusion.QUESTIONS)
+    fallen = {method: [one for one in judged if one.method == method and one.changes.chosen.down()] for method in FELL}
+    for method, expected in FELL.items():
+        found = [sum(verdict in one.found for one in fallen[method]) for verdict in VERDICTS]
+        assert f"| development | {method} | harmed | {len(fallen[method])} | {expected} |" in text
+        alerts = sum(one.found.get("displacement_harmful") == "alert" for one in fallen[method])
+        assert [alerts, found[0] - alerts, *found[1:]] == [int(cell) for cell in expected.split(" | ")]
+        assert f"| development | {method} | no harm | 0 | 0 | 0 | 0 | 0 |" in text
     assert "**0.02:" in text and "## Real model, arm by arm" in text

@@ -91,6 +91,32 @@ def test_displacement_is_harmful_when_others_fall_too(victims):
     assert "displacement_harmful" in names(frame)
 
 
+def test_a_mean_over_paraphrases_hides_no_fall_of_one_kind():
+    frame = records({"chosen": -0.3, "chosen_rephrase_semantic": -0.2, "chosen_rephrase_format": 0.3})
+    assert not summarise(frame).changes().of_types(effects.paraphrases_of_chosen(ALL_TYPES)).down()
+    found = only(frame, "displacement_harmful")
+    assert "chosen_rephrase_semantic fell, too" in found.text
+
+
+def test_what_sft_takes_from_chosen_may_have_gone_to_answers_as_good():
+    """SFT pushes nothing down: chosen falls where other answers are taught, and those may be right ones."""
+    fallen = dict.fromkeys(("chosen", "rejected", "other_test", "chosen_rephrase_semantic"), -0.9)
+    frame = records(fallen, argmax=0.6)
+    assert names(frame, SFT_META) == {"displacement"}
+    found = only(frame, "displacement", SFT_META)
+    assert found.severity == "warning" and "cannot be told" in found.title and "teaches other answers" in found.text
+    assert {"squeezing", "displacement_harmful"} <= names(frame)
+    assert "displacement_benign" in names(records({"chosen": -0.3}), SFT_META)
+
+
+@pytest.mark.parametrize("method", ["dpo", "track"])
+def test_a_model_that_settles_on_few_answers_may_have_settled_on_good_ones(method):
+    fallen = dict.fromkeys(("chosen", "other_test", "other_train", "chosen_rephrase_semantic"), -0.9)
+    settled = only(records(fallen, entropy=-1.2), "displacement", {"method": method})
+    assert "has become sure of what it says" in settled.text and "judge" in settled.remedy
+    assert "displacement_harmful" in names(records(fallen, entropy=-0.6), {"method": method})
+
+
 def test_both_falling_is_answered_directly():
     """The question of users: chosen and rejected both fall, is it broken?"""
     benign = only(records({"chosen": -0.3, "rejected": -0.9}), "displacement_benign")
@@ -116,7 +142,7 @@ def test_remedies_fit_the_method():
         remedy = only(frame, name).remedy
         options = [remedy.index(option) for option in ("lower", "dpop_lambda", "gate_dpo", 'sft_on="both"')]
         assert options == sorted(options) and "squeeze_guard" not in remedy
-        for method in ("sft", "grpo", "track", "unheard_of"):
+        for method in ("grpo", "track", "unheard_of"):
             assert "dpop" not in only(frame, name, {"method": method}).remedy
 
 

@@ -11,6 +11,7 @@ from synthetic_runs import SQUEEZED, STEPS, records, write_run
 from trl_dynamics.report.glossary import SAMPLE_TERMS
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import summarise, summarise_store
+from trl_dynamics.tracking.degeneration import loops_of
 from trl_dynamics.tracking.samples import SAMPLE_METRICS, Samples, load_samples, sample_scalars
 from trl_dynamics.tracking.store import DynamicsStore
 
@@ -77,6 +78,56 @@ def test_loops_are_found_with_what_they_are():
     assert "at least 0.1" in finding.rule and "gate_dpo" in finding.remedy
     assert found(0.3)["degeneration"].severity == "warning"
     assert "Use an earlier checkpoint" in found(0.9, method="another")["degeneration"].remedy
+
+
+def test_answers_that_the_model_has_become_sure_of_are_an_entropy_collapse():
+    """Along chosen nothing need be seen of it, where the model no longer says anything like chosen."""
+    found = {}
+    for share in (0.3, 0.7):
+        summary, rows = summarise(records()), answers()
+        rows["logp_mean"] *= np.where(rows["step"] == 320, share, 1.0)
+        summary = type(summary)(summary.parts, summary.first, summary.read, Samples(rows))
+        found[share] = {finding.name: finding for finding in findings.find(summary, {"method": "sft"})}
+    finding = found[0.3]["entropy_collapse"]
+    assert finding.title == "entropy collapse in own answers" and "1.00 nats per token and now 0.30" in finding.text
+    assert finding.evidence["greedy_logp_end"] == pytest.approx(-0.3) and found[0.7] == {}
+
+
+def test_what_own_answers_say_of_a_fall_of_chosen():
+    """Sure of itself, a model may have settled on answers as good; with loops it has not."""
+    fallen = dict.fromkeys(("chosen", "other_test", "other_train", "chosen_rephrase_semantic"), -0.9)
+    for loop, sure, told in (
+        (0.0, 1.0, "displacement_harmful"),
+        (0.0, 0.3, "displacement"),
+        (0.8, 0.3, "displacement_harmful"),
+    ):
+        summary = summarise(records(fallen))
+        rows = answers(loop)
+        rows["logp_mean"] *= np.where(rows["step"] == 320, sure, 1.0)
+        summary = type(summary)(summary.parts, summary.first, summary.read, Samples(rows))
+        names = {finding.name for finding in findings.find(summary, {"method": "dpo"})}
+        assert {name for name in names if name.startswith("displacement")} == {told}, (loop, sure)
+    alone = found(0.8, drift={"chosen": -0.3}, method="sft")
+    assert "displacement_benign" in found(0.0, drift={"chosen": -0.3}, method="sft")
+    assert "own answers degenerate" in alone["displacement_harmful"].title
+
+
+def test_short_loops_are_found_by_their_number():
+    """Two answers of eight that end in repeated marks move no mean beyond its noise, and are two more than healthy."""
+    for num_loops, num_probes, told in ((1, 8, False), (2, 8, True), (3, 40, False), (4, 40, True)):
+        rows = answers(num_probes=num_probes)
+        looping = (rows["step"] == 320) & (rows["probe_id"] < f"p{num_loops:03d}")
+        rows.loc[looping, "repeat_share"] = 0.6
+        summary = summarise(records())
+        summary = type(summary)(summary.parts, summary.first, summary.read, Samples(rows))
+        assert loops_of(summary.samples) == (0, num_loops)
+        said = {finding.name: finding for finding in findings.find(summary, {"method": "dpo"})}
+        assert ("degeneration" in said) == told, (num_loops, num_probes)
+        if told:
+            finding = said["degeneration"]
+            assert finding.severity == "warning" and finding.title.endswith("own answers repeat themselves")
+            assert f"{num_loops} of {num_probes} answers are loops (before 0)" in finding.text
+            assert finding.evidence["loops_end"] == num_loops
 
 
 def test_answers_that_shrink_to_stubs_are_found():

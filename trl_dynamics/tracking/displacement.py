@@ -1,6 +1,7 @@
 """Findings about who loses: chosen (displacement), others while chosen holds, or rejected alone."""
 
 from trl_dynamics.tracking.aggregate import Summary
+from trl_dynamics.tracking.degeneration import degeneration
 from trl_dynamics.tracking.effects import (
     ALERT_EFFECT,
     COUNTS,
@@ -28,12 +29,11 @@ def displacement(summary: Summary, changes: Changes, method: str) -> Finding | N
         window, since = summary.changes(start=peak), f"its peak (against the start it stands at {changes.chosen})"
         if peak in (changes.start, changes.end) or not window.chosen.down(standard_errors=PEAK_STANDARD_ERRORS):
             return None
-    others = {
-        "other fluent answers": window.bystanders,
-        "paraphrases of chosen": window.of_types(paraphrases_of_chosen(summary.types)),
-    }
+    paraphrases = paraphrases_of_chosen(summary.types)
+    others = {"other fluent answers": window.bystanders, "paraphrases of chosen": window.of_types(paraphrases)}
     others = {label: effect for label, effect in others.items() if effect.known}
-    name, severity, title, meaning, remedy = _verdict(window, others, summary.squeezed_since() is not None, method)
+    broken = degeneration(summary, changes, method) is not None
+    name, severity, title, meaning, remedy = _verdict(summary, window, others, broken, method)
     shown = {"rejected": window.rejected} | others if window.rejected.known else others
     numbers = "".join(f", {label} {effect}" for label, effect in shown.items())
     falling = window.falling(bystander_types(summary.types))
@@ -51,29 +51,43 @@ def displacement(summary: Summary, changes: Changes, method: str) -> Finding | N
             **{f"{label.replace(' ', '_')}_change": effect.mean for label, effect in shown.items()},
         },
         f"chosen ends at least {MIN_EFFECT} nats per token below its start, or below a peak strictly inside the run "
-        f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Harmful if bystanders (third parties except "
-        "shuffled words and paraphrases of rejected) or paraphrases of chosen fall over the same steps by "
-        f"{MIN_EFFECT}, or squeezing is found; benign if none of it; {COUNTS}. Alert from {ALERT_EFFECT} nats "
-        "per token of chosen or bystanders.",
+        f"by as much and by {PEAK_STANDARD_ERRORS:g} standard errors. Benign if over the same steps neither "
+        "bystanders (third parties except shuffled words and paraphrases of rejected), nor paraphrases of chosen, nor "
+        f"one type of these fall by {MIN_EFFECT}, and there is neither squeezing nor degeneration. Else harmful, an "
+        f"alert from {ALERT_EFFECT} nats per token of chosen or bystanders; but without degeneration it cannot be "
+        f"told for SFT, which pushes nothing down, and where there is entropy_collapse; {COUNTS}.",
         best + remedy,
     )
 
 
+def settled(summary: Summary, window: Changes) -> bool:
+    """Whether entropy collapsed, along chosen or in the model's own answers: it has settled on few of them."""
+    return window.entropy_collapsed or (summary.samples is not None and summary.samples.grew_sure)
+
+
 def _verdict(
-    window: Changes, others: dict[str, Effect], squeezed: bool, method: str
+    summary: Summary, window: Changes, others: dict[str, Effect], broken: bool, method: str
 ) -> tuple[str, str, str, str, str]:
     """Whether a fall of chosen harms, as (name, severity, title, why, remedy of the finding)."""
     who = "chosen and rejected both fell" if window.rejected.down() else "chosen fell"
     fell = [label for label, effect in others.items() if effect.down()]
-    if fell or squeezed:
+    # A mean over paraphrases may hold because one kind gains what another loses.
+    fell = fell or window.falling(paraphrases_of_chosen(window.types))
+    squeezed = method != "sft" and summary.squeezed_since() is not None
+    if (fell or squeezed) and not broken and (method == "sft" or settled(summary, window)):
+        return _unclear(who, method)
+    if fell or squeezed or broken:
         severe = -window.chosen.mean >= ALERT_EFFECT or -window.bystanders.mean >= ALERT_EFFECT
         severity, remedy = ALERT if severe else WARNING, REMEDIES.get(method, REMEDIES["track"])
         if fell:
             title = f"harmful displacement: {who} and took similar answers along"
             why = f"{' and '.join(fell)} fell, too, so what you prefer is losing, not only its wording"
-        else:
+        elif squeezed:
             title = f"harmful displacement: {who}, and likely tokens gained"
             why = "other fluent answers hold, but what was lost went to tokens that were likely already"
+        else:
+            title = f"harmful displacement: {who}, and own answers degenerate"
+            why = "other fluent answers hold, but what the model itself says degenerates"
         return "displacement_harmful", severity, title, f"{_capital(who)}, and that does harm: {why}.", remedy
     if not others:
         return (
@@ -91,6 +105,21 @@ def _verdict(
         f"{_capital(who)}, and by itself that is no fault{asked}. On average {' and '.join(others)} hold, so what is "
         "lost is this wording.",
         "Nothing urgent; look at samples. Add an SFT term on chosen if its exact wording matters.",
+    )
+
+
+def _unclear(who: str, method: str) -> tuple[str, str, str, str, str]:
+    """The verdict where what is lost went to answers that the probe set does not have."""
+    why = {"sft": "SFT pushes nothing down, so training teaches other answers than these"}.get(
+        method, "The model has become sure of what it says (entropy collapse), and that is not these answers"
+    )
+    return (
+        "displacement",
+        WARNING,
+        f"{who} and took similar answers along: benign or harmful cannot be told",
+        f"{why}: others as good or worse ones, which records cannot tell apart.",
+        "Read what it answers now, or compare it with the model before (`trl-dynamics judge`). Have probes whose "
+        "chosen is worded as in training, or, if it is, train less.",
     )
 
 

@@ -24,6 +24,8 @@ MIN_BYSTANDER_FALL = 0.25
 # The likeliest token along chosen is likely from the start, and so has little to gain: 0.03 to 0.05 where plain DPO
 # squeezes the embedded model after SFT.
 MIN_ARGMAX_RISE = 0.02
+# Share of the starting entropy whose loss is called a collapse.
+ENTROPY_COLLAPSE = 0.5
 STANDARD_ERRORS = 2.0
 MIN_PROBES = 4
 
@@ -114,6 +116,11 @@ class Changes:
     @cached_property
     def entropy(self) -> Effect:
         return clustered_effect(self._delta(lambda step: step.row("chosen", "entropy_mean")))
+
+    @cached_property
+    def entropy_collapsed(self) -> bool:
+        """Whether the next-token distribution along chosen lost [`ENTROPY_COLLAPSE`] of its entropy."""
+        return self.entropy.down(ENTROPY_COLLAPSE * self.value_at_start("entropy_mean"))
 
     @cached_property
     def eos(self) -> Effect:

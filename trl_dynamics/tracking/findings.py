@@ -8,10 +8,12 @@ from collections.abc import Callable
 import pandas as pd
 
 from trl_dynamics.tracking.aggregate import Summary, summarise
-from trl_dynamics.tracking.displacement import bystander_loss, displacement, margin_by_rejection
+from trl_dynamics.tracking.degeneration import degeneration
+from trl_dynamics.tracking.displacement import bystander_loss, displacement, margin_by_rejection, settled
 from trl_dynamics.tracking.effects import (
     ALERT_GAP,
     COUNTS,
+    ENTROPY_COLLAPSE,
     MIN_ARGMAX_RISE,
     MIN_EFFECT,
     Changes,
@@ -21,15 +23,8 @@ from trl_dynamics.tracking.finding import ALERT, INFO, REMEDIES, SEVERITIES, WAR
 from trl_dynamics.tracking.influence_findings import find_in_influence
 from trl_dynamics.tracking.influence_summary import InfluenceSummary
 
-# Share of the starting entropy whose loss is called a collapse.
-ENTROPY_COLLAPSE = 0.5
 # End-of-turn log-probability, nats.
 MIN_EOS_FALL = 0.5
-# Greedy answers: shares of distinct pairs of tokens, and tokens of the longest run said twice. Longer answers repeat
-# a little more by themselves.
-MIN_DISTINCT_FALL, ALERT_DISTINCT_FALL, MIN_REPEAT_GROWTH = 0.1, 0.3, 3.0
-# Share of their length that greedy answers lose when they become stubs; how much likelier two prompts get one answer.
-MIN_SHORTENING, MIN_SAMENESS = 0.5, 0.1
 
 
 def find(records: pd.DataFrame | Summary, meta: dict, influence: InfluenceSummary | None = None) -> list[Finding]:
@@ -60,9 +55,11 @@ def summary_text(findings: list[Finding], run_name: str) -> str:
 def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Mass moves to tokens that are likely already, and nobody who was asked for gets it."""
     others, since = changes.bystanders, summary.squeezed_since()
-    if since is None:
+    if since is None or method == "sft":
         return None
     severe = changes.chosen.down() or changes.gap.mean >= ALERT_GAP
+    # Likely tokens gain as well where the model settles on few answers, which may be good ones.
+    severe = severe and (not settled(summary, changes) or degeneration(summary, changes, method) is not None)
     drained = summary.metric("drained_mass")
     if severe:
         outlook = "Expect broken or repetitive samples."
@@ -86,8 +83,9 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
         },
         f"argmax along chosen rises by at least {MIN_ARGMAX_RISE} nats per token while chosen does not rise by "
         f"{MIN_EFFECT}, the gap argmax minus chosen widens by at least {MIN_EFFECT}, and chosen or bystanders (third "
-        f"parties except shuffled words and paraphrases of rejected) fall by at least {MIN_EFFECT}, start to end; "
-        f"{COUNTS}. Alert if chosen falls by {MIN_EFFECT} or the gap widens by {ALERT_GAP}.",
+        f"parties except shuffled words and paraphrases of rejected) fall by at least {MIN_EFFECT}, start to end; not "
+        f"for SFT, which pushes nothing down; {COUNTS}. Alert if chosen falls by {MIN_EFFECT} or the gap widens by "
+        f"{ALERT_GAP}, unless there is entropy_collapse without degeneration.",
         f"Use the checkpoint before step {since}. {cause if method == 'dpo' else ''}"
         f"{REMEDIES.get(method, REMEDIES['track'])}",
     )
@@ -126,19 +124,24 @@ def unrelated_pull_up(summary: Summary, changes: Changes, method: str) -> Findin
 
 
 def entropy_collapse(summary: Summary, changes: Changes, method: str) -> Finding | None:
-    """The next-token distribution along chosen becomes peaky."""
-    before = changes.value_at_start("entropy_mean")
-    if not changes.entropy.down(ENTROPY_COLLAPSE * before):
+    """The next-token distribution becomes peaky, along chosen or along what the model itself says."""
+    if not settled(summary, changes):
         return None
+    before = changes.value_at_start("entropy_mean")
     after = before + changes.entropy.mean
+    own = summary.samples.value("greedy_logp") if summary.samples and summary.samples.grew_sure else None
+    where = ["along the chosen responses"] * changes.entropy_collapsed + ["in own answers"] * (own is not None)
+    said = f" Its own greedy answers cost {-own[0]:.2f} nats per token and now {-own[1]:.2f}." if own else ""
     return Finding(
         "entropy_collapse",
         WARNING,
-        "entropy collapse along the chosen responses",
-        f"Entropy fell from {before:.2f} to {after:.2f} nats per position ({changes.entropy}), "
-        f"{-changes.entropy.mean / before:.0%} of what there was. Samples will be alike and may repeat.",
-        {"entropy_start": before, "entropy_end": after},
-        f"entropy on chosen falls by at least {ENTROPY_COLLAPSE:.0%} of its start; {COUNTS}.",
+        f"entropy collapse {' and '.join(where)}",
+        f"Along chosen entropy moved from {before:.2f} to {after:.2f} nats per position ({changes.entropy}).{said} "
+        "Samples will be alike and may repeat; whether that is bad depends on the task.",
+        {"entropy_start": before, "entropy_end": after}
+        | ({"greedy_logp_start": own[0], "greedy_logp_end": own[1]} if own else {}),
+        f"entropy on chosen, or -log-probability per token of the model's own greedy answers, falls by at least "
+        f"{ENTROPY_COLLAPSE:.0%} of its start; {COUNTS}.",
         "Stop earlier, lower the learning rate or use fewer epochs"
         + ("; add an entropy bonus (entropy_coef) or raise epsilon_high." if method == "grpo" else "."),
     )
@@ -160,59 +163,12 @@ def end_of_turn_loss(summary: Summary, changes: Changes, method: str) -> Finding
     )
 
 
-def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | None:
-    """The model's own greedy answers become loops, stubs of what they were, or one phrase for many prompts."""
-    samples = summary.samples
-    if samples is None or len(samples.steps) < 2:
-        return None
-    distinct, repeat = samples.change("distinct_2"), samples.change("longest_repeat")
-    loops, lengths, ends = (samples.value(name) for name in ("repeat_share", "length", "ended"))
-    repeats = distinct.down(MIN_DISTINCT_FALL) and repeat.up(MIN_REPEAT_GROWTH)
-    may_shrink = method == "sft" or ends[0] < 0.5
-    same, alike = samples.change("same_share"), samples.value("same_share")
-    signs = {
-        "repeat themselves": repeats,
-        "are the same for different prompts": same.up(MIN_SAMENESS),
-        "shrink to stubs": not may_shrink and samples.change("num_tokens").down(MIN_SHORTENING * lengths[0]),
-    }
-    if not any(signs.values()):
-        return None
-    return Finding(
-        "degeneration",
-        ALERT if repeats and -distinct.mean >= ALERT_DISTINCT_FALL else WARNING,
-        f"degeneration: the model's own answers {' and '.join(sign for sign, holds in signs.items() if holds)}",
-        f"From step {samples.steps[0]} to {samples.steps[-1]} the share of distinct token pairs in greedy answers "
-        f"moved {distinct}, the longest run that an answer says twice {repeat} tokens. Of their tokens {loops[0]:.0%} "
-        f"stood in immediate repetitions at the start and {loops[1]:.0%} do now; answers have {lengths[1]:.0f} tokens "
-        f"(before {lengths[0]:.0f}), and {ends[1]:.0%} end by themselves (before {ends[0]:.0%}). Two different "
-        f"prompts get the same answer in {alike[1]:.0%} of cases (before {alike[0]:.0%}).",
-        {
-            "distinct_2_change": distinct.mean,
-            "longest_repeat_change": repeat.mean,
-            "repeat_share_start": loops[0],
-            "repeat_share_end": loops[1],
-            "same_share_change": same.mean,
-            "length_start": lengths[0],
-            "length_end": lengths[1],
-            "num_answers": float(distinct.num_probes),
-        },
-        f"greedy answers, first to last step: distinct-2 falls by at least {MIN_DISTINCT_FALL} and the longest repeat "
-        f"grows by at least {MIN_REPEAT_GROWTH:g} tokens; or two prompts get the same answer in {MIN_SAMENESS:.0%} "
-        f"more of cases; or their length falls by {MIN_SHORTENING:.0%}, but not for SFT, which teaches lengths, nor "
-        f"where less than half ended by themselves at the start; {COUNTS}. Alert from {ALERT_DISTINCT_FALL} of "
-        "distinct-2.",
-        "Read the answers in the probe explorer, and use a checkpoint from before. "
-        f"{REMEDIES.get(method, REMEDIES['track'])} Decoding options (a repetition penalty, sampling) hide it without "
-        "mending it.",
-    )
-
-
 def improvement(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """Chosen rises and nobody else pays."""
     others = changes.bystanders
     paid = (
         changes.falling(bystander_types(summary.types))
-        or changes.entropy.down(ENTROPY_COLLAPSE * changes.value_at_start("entropy_mean"))
+        or settled(summary, changes)
         or degeneration(summary, changes, method)
     )
     if not changes.chosen.up() or not others.known or paid:

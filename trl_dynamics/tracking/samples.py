@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from trl_dynamics.tracking.effects import Effect, clustered_effect
+from trl_dynamics.tracking.effects import ENTROPY_COLLAPSE, Effect, clustered_effect
 from trl_dynamics.tracking.metrics import mean
 from trl_dynamics.tracking.records import SAMPLE_VALUE_COLUMNS
 from trl_dynamics.tracking.store import DynamicsStore, read_runs
@@ -170,6 +170,11 @@ class Samples:
         """One of [`SAMPLE_METRICS`] at the first and at the last step."""
         start, end = (SAMPLE_METRICS[name](self.rows[self.rows["step"] == step]) for step in self._ends)
         return start, end
+
+    @property
+    def grew_sure(self) -> bool:
+        """Whether -log-probability per token of greedy answers lost [`effects.ENTROPY_COLLAPSE`] of its start."""
+        return self.change("logp_mean").up(-ENTROPY_COLLAPSE * self.value("greedy_logp")[0])
 
     @property
     def _ends(self) -> tuple[int, int]:

@@ -82,10 +82,8 @@ class InfluenceSummary:
         Columns: before, after, value, low, high (95 % bootstrap interval over probes). Evenly spaced stretches where
         there are more than [`MAX_STRETCHES`]; empty without a fixed update.
         """
-        count = len(self.steps) - 1
-        chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(count, MAX_STRETCHES))}) if count > 0 else []
         rows, known = [], {}
-        for index in chosen:
+        for index in _spaced(len(self.steps) - 1, MAX_STRETCHES):
             before, after = self.steps[index : index + 2]
             known = {step: known[step] if step in known else self._ranked(step) for step in (before, after)}
             found = _agreement(known[before], known[after])
@@ -98,8 +96,7 @@ class InfluenceSummary:
     @cached_property
     def matrix(self) -> pd.DataFrame:
         """Spearman's correlation of every two steps: steps x steps, evenly spaced ones where there are many."""
-        count = len(self.steps)
-        steps = [self.steps[i] for i in sorted({round(i) for i in np.linspace(0, count - 1, min(count, MAX_MATRIX))})]
+        steps = [self.steps[index] for index in _spaced(len(self.steps), MAX_MATRIX)]
         table = pd.concat({step: self._ranked(step) for step in steps}, axis=1).dropna()
         if len(table) < 3:
             return pd.DataFrame()
@@ -166,6 +163,11 @@ def per_token(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["num_tokens"] > 0]
     keys = rows[["step", "update", "probe_id", "response_type", "num_tokens", "lr"]]
     return keys.assign(**{name: rows[column] / rows["num_tokens"] for name, column in SUMS.items()})
+
+
+def _spaced(count: int, limit: int) -> list[int]:
+    """At most `limit` of the first `count` numbers, evenly spaced, with the first and the last of them."""
+    return sorted({round(index) for index in np.linspace(0, count - 1, min(count, limit))}) if count > 0 else []
 
 
 def _error(known: pd.DataFrame, name: str, rounding: float) -> dict:

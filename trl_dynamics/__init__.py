@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trl_dynamics.probing.schema import Probe, ProbeSet
+    from trl_dynamics.tracking.influence_store import load_influence
     from trl_dynamics.tracking.samples import load_samples
     from trl_dynamics.tracking.store import load_records
     from trl_dynamics.trainers.config import DPOConfig, GRPOConfig, SFTConfig
@@ -24,6 +25,7 @@ _HOMES = {
     "ProbeSet": "trl_dynamics.probing.schema",
     "SFTConfig": "trl_dynamics.trainers.config",
     "SFTTrainer": "trl_dynamics.trainers.sft",
+    "load_influence": "trl_dynamics.tracking.influence_store",
     "load_records": "trl_dynamics.tracking.store",
     "load_samples": "trl_dynamics.tracking.samples",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "ProbeSet",
     "SFTConfig",
     "SFTTrainer",
+    "load_influence",
     "load_records",
     "load_samples",
 ]

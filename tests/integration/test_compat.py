@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from tiny import tiny_model
@@ -166,6 +166,27 @@ def test_trl_still_has_what_the_subclasses_override():
     assert list(inspect.signature(trl.DPOTrainer.__init__).parameters)[1:4] == ["model", "ref_model", "args"]
     assert list(inspect.signature(trl.GRPOTrainer.__init__).parameters)[1:4] == ["model", "reward_funcs", "args"]
     assert trl.SFTTrainer._tag_names and trl.DPOTrainer._tag_names and trl.GRPOTrainer._tag_names
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, 0.0])
+def test_the_norm_before_clipping_is_known_right_before_a_step(max_grad_norm, tmp_path, monkeypatch):
+    """Which recorded influence takes from `_get_grad_norm`; `.grad` is clipped by then."""
+    seen, known = [], Trainer._get_grad_norm
+
+    def noted(self, *args, **kwargs):
+        seen.append(float(known(self, *args, **kwargs)))
+        return seen[-1]
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append(float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()))
+
+    monkeypatch.setattr(Trainer, "_get_grad_norm", noted)
+    trainer = make_trainer("sft", tmp_path, max_steps=1, max_grad_norm=max_grad_norm)
+    trainer.add_callback(Norms())
+    trainer.train()
+    whole, clipped = seen
+    assert whole > 0.2 and clipped == pytest.approx(max_grad_norm or whole, rel=1e-4)
 
 
 def test_grpo_divides_by_its_temperature_in_the_fused_head_alone(tmp_path):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from small_stores import PLAN, Killed, count_operations, fail, interrupt, make_store, probe_set, snapshot
 
+from trl_dynamics import load_influence
 from trl_dynamics.tracking.influence_store import (
     INFLUENCE_KEY_COLUMNS,
     INFLUENCE_SCHEMA,
@@ -77,6 +78,18 @@ def test_a_run_without_influence_has_no_rows(tmp_path):
     assert recorded_steps(tmp_path) == []
     with pytest.raises(ValueError, match="nowhere is no folder; expected the output_dir"):
         read(tmp_path / "nowhere")
+
+
+def test_runs_are_read_together(tmp_path):
+    for name, step in (("a", 1), ("b", 2)):
+        write(make_store(tmp_path / name, steps=()).root, rows(step))
+    make_store(tmp_path / "c", steps=())
+    frame = load_influence(tmp_path / "a", tmp_path / "b" / "dynamics", tmp_path / "c")
+    assert list(frame.columns) == ["run", *INFLUENCE_SCHEMA.names]
+    assert frame.groupby("run")["step"].unique().map(list).to_dict() == {"a": [1], "b": [2]}
+    assert list(load_influence(tmp_path / "c").columns) == list(frame.columns)
+    with pytest.raises(ValueError, match="load_influence needs at least one"):
+        load_influence()
 
 
 def test_only_rows_of_one_step_in_the_schema_are_written(tmp_path):

@@ -34,6 +34,15 @@ def test_training_is_wall_time_without_probing():
     assert [entry[2] for entry in ledger.timeline] == pytest.approx([0.0, 10.0, 20.0, 30.0, 40.0])
 
 
+def test_what_is_left_out_counts_as_neither():
+    clock = Clock()
+    ledger = CostLedger(clock)
+    clock.time += 5.0
+    ledger.leave_out(3.0)
+    ledger.add(1, 0.5)
+    assert ledger.train_seconds == pytest.approx(1.5) and ledger.probe_seconds == pytest.approx(0.5)
+
+
 def test_a_resumed_run_counts_on_from_its_checkpoint():
     """Time between the checkpoint and the crash is trained again, and counted once."""
     clock = Clock()

@@ -115,6 +115,24 @@ def read(
     return pa.concat_tables(found or [schema.empty_table()]).to_pandas()
 
 
+def load_influence(*output_dirs: str | Path) -> pd.DataFrame:
+    """Influence of one or more runs as one frame, unique by (run, model, step, update, probe_id, response_type).
+
+    Args:
+        output_dirs: Runs' output directories (or their `dynamics/` folders).
+
+    Returns:
+        `pandas.DataFrame`: The columns of [`INFLUENCE_SCHEMA`] with `run` in front; no rows where the runs were not
+        asked for it (`akg_every`).
+
+    Raises:
+        ValueError: If a folder is no run.
+    """
+    from trl_dynamics.tracking.store import read_runs  # which drops influence along with its records
+
+    return read_runs("load_influence", output_dirs, lambda store: read(store.output_dir))
+
+
 def recorded_steps(run_dir: str | Path) -> list[int]:
     """Steps that have rows, ascending.
 

@@ -21,6 +21,7 @@ def test_a_map_is_written_that_real_steps_bear_out(tmp_path, capsys):
     assert len(frame) == 3 * 2 * 11 and set(frame["update_type"]) == {"chosen", "rejected", "dpo"}
     summary = json.loads((tmp_path / "map/summary.json").read_text())
     assert summary["num_updates"] == 3 and all(error < 0.05 for error in summary["relative_error"].values())
+    assert all(error > 0.05 for error in summary["relative_error_fixed_features"].values())
     own = frame[frame["same_prompt"]].set_index(["update_type", "response_type"])["delta_sum"]
     assert own["chosen", "chosen"] > 0 and own["rejected", "rejected"] > 0
     assert own["dpo", "chosen"] > 0 > own["dpo", "rejected"]
@@ -28,6 +29,7 @@ def test_a_map_is_written_that_real_steps_bear_out(tmp_path, capsys):
     assert others["chosen", "chosen"] < own["chosen", "chosen"]
     out = capsys.readouterr().out
     assert "answers to other prompts" in out and "relative error: chosen" in out and "rounding alone makes some" in out
+    assert "the head alone moved: chosen" in out
     assert call(tmp_path / "map") == 1
     assert "not empty" in capsys.readouterr().err
 
@@ -55,6 +57,14 @@ def test_neither_the_size_of_a_forward_nor_other_data_changes_an_influence(tmp_p
     assert (parts - narrow["delta_sum"]).abs().max() < 1e-6
 
 
+def test_steps_that_share_a_pass_have_the_same_numbers(tmp_path):
+    frames = []
+    for number in ("1", "2"):  # two of chosen, rejected and dpo, then one
+        assert call(tmp_path / number, "--updates_at_once", number, "--direction", "adamw", "--verify") == 0
+        frames.append(pd.read_parquet(tmp_path / number / "influence.parquet"))
+    pd.testing.assert_frame_equal(*frames, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -63,6 +73,7 @@ def test_neither_the_size_of_a_forward_nor_other_data_changes_an_influence(tmp_p
         (["--dtype", "flot32"], "cannot be loaded"),
         (["--learning_rate", "nan"], "lr is nan"),
         (["--probe_max_probes", "0"], "probe_max_probes is 0, expected at least 1"),
+        (["--updates_at_once", "0"], "updates_at_once is 0, expected at least 1"),
         (["--direction", "lion"], "direction is 'lion'"),
         (["--order", "3"], "order is 3"),
         (["--nonsense", "1"], "unknown option '--nonsense'"),

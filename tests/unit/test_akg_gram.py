@@ -1,13 +1,23 @@
 """Inner products of gradients against gradients that are stored, their splits, tiles, and what must not matter."""
 
 import copy
+import itertools
 import weakref
 
 import pytest
 import torch
-from test_akg_influence import batch_of, language_model, padded, small_classifier, true_float64_of_adapter
 from torch import nn
 
+from akg_models import (
+    adapted,
+    batch_of,
+    error,
+    language_model,
+    padded,
+    sequence_classifier,
+    small_classifier,
+    texts_of,
+)
 from tiny import tiny_model
 from trl_dynamics.akg import losses
 from trl_dynamics.akg.gram import journal, pairs, plan, record, tiles, uses
@@ -40,37 +50,15 @@ def products(task: Task, update, observe, weight_M=None, diagonal=None) -> torch
         return matrix(stored(task, observe)) @ -matrix(stored(task, update, weight_M), diagonal).T
 
 
-def error(found: torch.Tensor, true: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(found - true) / torch.linalg.vector_norm(true))
-
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.15)
-    return true_float64(GPT2LMHeadModel(config))
-
-
-def adapter(**options) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=2, lora_alpha=4, target_modules=["q_proj", "down_proj", "lm_head"], init_lora_weights=False, **options
-    )
-    torch.manual_seed(0)
-    return true_float64_of_adapter(get_peft_model(tiny_model("llama", initializer_range=0.15), config))
-
-
 LANGUAGE_MODELS = {
     "llama": language_model,
     "qwen3": lambda: language_model("qwen3"),
     "gpt_neox": lambda: language_model("gpt_neox"),
-    "gpt2": gpt2,
+    "gpt2": lambda: language_model("gpt2"),
     "gemma2": lambda: language_model("gemma2"),
     "gemma3, tied": lambda: language_model("gemma3", tie_word_embeddings=True),
     "llama, tied": lambda: language_model(tie_word_embeddings=True),
-    "lora": adapter,
+    "lora": adapted,
 }
 
 
@@ -125,22 +113,9 @@ def test_how_many_rows_run_together_does_not_matter(name, rows, monkeypatch):
     assert error(gram(task, update, observe).total_OU, products(task, update, observe)) < 1e-12
 
 
-def test_a_model_with_one_label_per_text_too():
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=258,
-    )
-    task = classifier(true_float64(LlamaForSequenceClassification(config)))
-    update, observe = (
-        {"input_ids": b["input_ids"], "labels": torch.arange(2)} for b in map(batch_of, [2] * 2, [6, 5], [0, 1])
-    )
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_model_with_one_label_per_text_too(family):
+    task, update, observe = classifier(sequence_classifier(family)), texts_of(2, 6, 0), texts_of(3, 5, 1)
     assert error(gram(task, update, observe).total_OU, products(task, update, observe)) < 1e-12
 
 
@@ -148,7 +123,9 @@ def test_a_model_with_one_label_per_text_too():
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
 def test_comparing_positions_and_forming_gradients_agree(name, forced, monkeypatch):
     task, update, observe = (
-        next(classifiers()) if name == "mlp" else (causal_lm(gpt2()), batch_of(3, 8, 0), batch_of(4, 7, 1))
+        next(classifiers())
+        if name == "mlp"
+        else (causal_lm(language_model("gpt2")), batch_of(3, 8, 0), batch_of(4, 7, 1))
     )
     true = products(task, update, observe)
 
@@ -428,6 +405,32 @@ def test_tiles_within_a_budget_have_the_same_numbers(by, monkeypatch):
         assert all(error(tiled.module_OU[name], value) < 1e-11 for name, value in whole.module_OU.items())
     with pytest.raises(ValueError, match="one row of each side needs"):
         gram(task, update, observe, by=by, memory_budget=smallest - 1, check=False)
+
+
+@pytest.mark.parametrize("by", [None, "module", "loss_token"])
+def test_what_is_alive_stays_within_the_budget(by, monkeypatch):
+    task, update, observe = causal_lm(language_model(hidden_size=64)), batch_of(12, 32, 0, 9), batch_of(12, 32, 1, 9)
+    small_blocks(monkeypatch)
+    options = {"by": by, "check": by is None}
+    smallest = least_budget(task, update, observe, **options)
+    without = most_alive(lambda: gram(task, update, observe, **options))
+    for factor in (1, 1.5, 2.5):
+        budget = int(factor * smallest)
+        plan = estimate(task, update, observe, memory_budget=budget, **options)
+        peak = most_alive(
+            lambda budget=budget: gram(task, update, observe, memory_budget=budget, disable_tqdm=True, **options)
+        )
+        assert peak <= plan.bytes <= budget, factor
+        assert factor > 1 or peak < without / 1.5
+
+
+def most_alive(call) -> int:
+    """The most bytes of tensors that were alive at once, above those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
 
 
 def small_blocks(monkeypatch) -> None:

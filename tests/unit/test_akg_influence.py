@@ -1,42 +1,30 @@
 """The one-step influence against A, K and G written out, against real optimiser steps, and what must not matter."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import BertConfig, BertLMHeadModel, OPTConfig, OPTForCausalLM
 
+from akg_models import (
+    FAMILIES,
+    adapted,
+    batch_of,
+    error,
+    language_model,
+    logp_of,
+    padded,
+    sequence_classifier,
+    small_classifier,
+    texts_of,
+)
 from tiny import tiny_model
 from trl_dynamics.akg import losses
 from trl_dynamics.akg.influence import influence
 from trl_dynamics.akg.task import causal_lm, classifier
 from true_float64 import true_float64
-
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3"]
-
-
-def language_model(family: str = "llama", **options):
-    if family == "gpt2":
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 260, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
-        return true_float64(GPT2LMHeadModel(GPT2Config(**sizes, **options)))
-    return true_float64(tiny_model(family, initializer_range=0.15, **options))
-
-
-def batch_of(num_rows: int, num_tokens: int, seed: int, num_labels: int = 4) -> dict[str, torch.Tensor]:
-    """Random tokens of which the last few of each row are labels, one fewer in every row."""
-    rng = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(0, 250, (num_rows, num_tokens), generator=rng)
-    labels_BT = ids_BT.clone()
-    for row in range(num_rows):
-        labels_BT[row, : num_tokens - max(1, num_labels - row)] = -100
-    return {"input_ids": ids_BT, "labels": labels_BT}
-
-
-def small_classifier(num_classes: int = 5) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, num_classes)).double()
 
 
 def written_out(task, update, observe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,27 +64,17 @@ def written_out(task, update, observe) -> tuple[torch.Tensor, torch.Tensor, torc
 def moved(task, update, observe, optimizer) -> torch.Tensor:
     """(N, V) the true change of ln pi after one step of an optimiser; the model is put back."""
     before, state = copy.deepcopy(task.model.state_dict()), copy.deepcopy(optimizer.state_dict())
-
-    def logp(batch):
-        return torch.cat(list(task.logits(task.model, batch))).log_softmax(dim=-1)
-
+    start = logp_of(task, observe)
+    optimizer.zero_grad()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        with torch.no_grad():
-            start = logp(observe)
-        optimizer.zero_grad()
         logits_UV = torch.cat(list(task.logits(task.model, update)))
         task.loss(logits_UV, task.labels(update), task.items(update), update).backward()
-        optimizer.step()
-        with torch.no_grad():
-            change = logp(observe) - start
+    optimizer.step()
+    change = logp_of(task, observe) - start
     optimizer.zero_grad()
     task.model.load_state_dict(before)
     optimizer.load_state_dict(state)
     return change
-
-
-def error(predicted: torch.Tensor, true: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(predicted - true) / torch.linalg.vector_norm(true))
 
 
 def toy_tasks():
@@ -105,10 +83,7 @@ def toy_tasks():
     labels = torch.tensor([0, 3, 1, 4, 2])
     yield classifier(small_classifier()), (rows[:2], labels[:2]), (rows[2:], labels[2:])
     model = language_model(hidden_size=8, intermediate_size=12, vocab_size=40, num_hidden_layers=1, pad_token_id=0)
-    update, observe = batch_of(2, 6, 0, num_labels=2), batch_of(2, 5, 1, num_labels=2)
-    for batch in (update, observe):
-        batch["input_ids"] %= 40
-        batch["labels"] = torch.where(batch["labels"] >= 0, batch["labels"] % 40, -100)
+    update, observe = (batch_of(2, width, seed, num_labels=2, vocabulary=40) for width, seed in ((6, 0), (5, 1)))
     yield causal_lm(model, losses.sum_cross_entropy), update, observe
 
 
@@ -170,27 +145,67 @@ def test_the_parts_add_up_to_the_step_that_torch_takes(name, num_steps):
 def test_the_error_against_a_real_step_falls_with_the_step_and_with_its_square_at_order_two(family, name):
     task = causal_lm(language_model(family))
     update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
-    largest = {"sgd": 1e-2, "adamw": 1e-4}[name]
     errors = {1: [], 2: []}
-    for exponent in range(3):
-        lr = largest * 10**-exponent
+    for lr in [10.0**-k for k in {"sgd": (2, 3, 4, 5, 6), "adamw": (4, 5, 6)}[name]]:
         optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name](task.model.parameters(), lr=lr)
         true = moved(task, update, observe, optimizer)
         for order in errors:
             found = influence(task, update, observe, direction=optimizer, output="full", order=order)
             errors[order].append(error(found.total.logp_NV, true))
     assert all(later < earlier / 6.7 for earlier, later in zip(errors[1], errors[1][1:], strict=False))
-    assert all(later < earlier / 45 for earlier, later in zip(errors[2], errors[2][1:], strict=False))
+    # From 1e-5 on the second order is below what float64 tells of a difference.
+    slopes = [math.log10(earlier / later) for earlier, later in zip(errors[2][:3], errors[2][1:3], strict=False)]
+    assert all(slope > 1.65 for slope in slopes), errors[2]
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_agrees_with_a_small_real_step(family):
-    task = causal_lm(language_model(family))
+def test_every_family_agrees_with_a_small_real_step(family, tied):
+    model = language_model(family, tie_word_embeddings=tied)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    task = causal_lm(model)
     update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
     # Gemma 2 has no attention without a float32 softmax, so its true change is not known as well.
     lr, bound = (1e-4, 2e-2) if family == "gemma2" else (1e-6, 1e-4)
     true = moved(task, update, observe, torch.optim.SGD(task.model.parameters(), lr=lr))
-    assert error(influence(task, update, observe, lr=lr, output="full").total.logp_NV, true) < bound
+    found = influence(task, update, observe, lr=lr, output="full")
+    assert error(found.total.logp_NV, true) < bound
+    assert set(found.step.total) == set(task.trainable()) and task.coverage() == 1
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_capped_logits_move_as_capped_ones(family):
+    capped = causal_lm(language_model(family, final_logit_softcapping=0.5))
+    free = causal_lm(language_model(family, final_logit_softcapping=None))
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    true = moved(capped, update, observe, torch.optim.SGD(capped.model.parameters(), lr=1e-4))
+    assert error(influence(capped, update, observe, lr=1e-4, output="full").total.logp_NV, true) < 2e-2
+    assert error(influence(free, update, observe, lr=1e-4, output="full").total.logp_NV, true) > 0.1
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # eager caps attention, too
+def test_eager_and_sdpa_attention_agree(family):
+    update, observe = batch_of(2, 8, 0), padded(batch_of(3, 7, 1), 0, 2)
+    found = []
+    for attention in ("eager", "sdpa"):
+        model = tiny_model(family, initializer_range=0.15)
+        model.set_attn_implementation(attention)
+        found.append(influence(model, update, observe, lr=0.1, output="full").total.logp_NV)
+    assert error(*found) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_classifiers_of_sequences_agree_with_a_small_real_step(family):
+    model = sequence_classifier(family)
+    task, update, observe = classifier(model), texts_of(2, 8, 0), texts_of(3, 7, 1)
+    true = moved(task, update, observe, torch.optim.SGD(model.parameters(), lr=1e-6))
+    found = influence(task, update, observe, lr=1e-6, output="full")
+    assert found.total.logp_NV.shape == (3, 3) and error(found.total.logp_NV, true) < 1e-4
+    wide = {"input_ids": 258, "attention_mask": 0}
+    wide = observe | {name: nn.functional.pad(observe[name], (0, 3), value=value) for name, value in wide.items()}
+    assert error(influence(task, update, wide, lr=1e-6, output="full").total.logp_NV, found.total.logp_NV) < 1e-10
+    with pytest.raises(ValueError, match="has no LM head; use akg.task.classifier"):
+        influence(model, update, observe, lr=1e-6)
 
 
 def test_without_float64_norms_a_floor_hides_the_truth():
@@ -206,20 +221,15 @@ def test_without_float64_norms_a_floor_hides_the_truth():
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precision_stays_close_to_float64(dtype, bound):
-    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
     found = {}
     for kind in (dtype, torch.float64):
         model = tiny_model("llama", initializer_range=0.15).to(dtype).to(kind)
-        model = true_float64(model) if kind == torch.float64 else model
-        found[kind] = influence(causal_lm(model), update, observe, lr=1.0, output="full").total.logp_NV.double()
+        task = causal_lm(true_float64(model) if kind == torch.float64 else model)
+        # Of batches alone, bfloat16 makes 1.3 to 2.1 %.
+        pairs = [(batch_of(2, 8, seed), batch_of(3, 7, seed + 1)) for seed in range(0, 10, 2)]
+        changes = [influence(task, *pair, lr=1.0, output="full").total.logp_NV.double() for pair in pairs]
+        found[kind] = torch.cat(changes)
     assert error(found[dtype], found[torch.float64]) < bound
-
-
-def padded(batch: dict, left: int, right: int) -> dict[str, torch.Tensor]:
-    ids_BT = nn.functional.pad(batch["input_ids"], (left, right), value=258)
-    mask_BT = nn.functional.pad(torch.ones_like(batch["input_ids"]), (left, right), value=0)
-    labels_BT = nn.functional.pad(batch["labels"], (left, right), value=-100)
-    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
@@ -241,6 +251,8 @@ def test_observers_do_not_see_each_other_and_their_order_does_not_matter():
     order = torch.tensor([2, 0, 3, 1])
     turned = influence(model, update, {name: rows[order] for name, rows in observe.items()}, lr=0.1)
     torch.testing.assert_close(turned.per_item, whole.per_item[order], rtol=1e-9, atol=1e-14)
+    turned = influence(model, {name: rows.flip(0) for name, rows in update.items()}, observe, lr=0.1)
+    torch.testing.assert_close(turned.per_item, whole.per_item, rtol=1e-9, atol=1e-14)
 
 
 def test_tiles_of_the_head_change_nothing(monkeypatch):
@@ -252,31 +264,56 @@ def test_tiles_of_the_head_change_nothing(monkeypatch):
     assert torch.equal(tiled.label_N, whole.label_N)
 
 
-def test_tied_heads_move_with_their_embedding():
+def test_without_the_embedding_a_tied_head_is_wrong():
     model = language_model(tie_word_embeddings=True)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    task, (update, observe) = causal_lm(model), (batch_of(2, 8, 0), batch_of(3, 7, 1))
-    true = moved(task, update, observe, torch.optim.SGD(model.parameters(), lr=1e-6))
-    assert error(influence(task, update, observe, lr=1e-6, output="full").total.logp_NV, true) < 1e-4
-    assert "lm_head.weight" not in influence(task, update, observe, lr=1e-6).step.total
+    task, update, observe = causal_lm(model), batch_of(2, 8, 0), batch_of(3, 7, 1)
+    whole = influence(task, update, observe, lr=1e-6, output="full")
+    assert "lm_head.weight" not in whole.step.total
+    untied = language_model()
+    untied.load_state_dict(model.state_dict() | {"lm_head.weight": model.model.embed_tokens.weight})
+    apart = influence(untied, update, observe, lr=1e-6, output="full").total.logp_NV  # no products between the two
+    assert error(apart, whole.total.logp_NV) > 0.01
 
 
-def test_an_adapter_moves_what_the_same_adapter_written_into_the_weights_would():
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj", "lm_head"], init_lora_weights=False)
-    torch.manual_seed(0)
-    model = true_float64_of_adapter(get_peft_model(tiny_model("llama", initializer_range=0.15), config))
-    task, (update, observe) = causal_lm(model), (batch_of(2, 8, 0), batch_of(3, 7, 1))
+def test_an_adapter_agrees_with_a_small_real_step():
+    model = adapted()
+    task, update, observe = causal_lm(model), batch_of(2, 8, 0), batch_of(3, 7, 1)
     found = influence(task, update, observe, lr=1e-6, output="full")
     assert found.step.total and all("lora" in name for name in found.step.total)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    moving, all_of_them = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    assert task.coverage() == moving / all_of_them < 0.2
     assert error(found.total.logp_NV, moved(task, update, observe, torch.optim.SGD(parameters, lr=1e-6))) < 1e-4
 
 
-def true_float64_of_adapter(model: nn.Module) -> nn.Module:
-    true_float64(model.get_base_model())
-    return model.double()
+def test_an_adapter_moves_what_its_matrices_merged_into_a_frozen_base_would():
+    model = adapted()
+    update, observe = batch_of(2, 8, 0), batch_of(3, 7, 1)
+    found = influence(model, update, observe, lr=0.1, output="full").total.logp_NV
+    matrices = {
+        path.removeprefix("base_model.model.") + ".weight": (
+            module.lora_A["default"].weight,
+            module.lora_B["default"].weight,
+        )
+        for path, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    merged = model.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(name in matrices)
+    assert {name for name, p in merged.named_parameters() if p.requires_grad} == set(matrices)
+
+    def of_matrices(gradients):
+        """W = W_0 + 2 B A, so that a step on both matrices moves W by -eta 2^2 (G A^T A + B B^T G)."""
+        return {
+            name: -0.1
+            * 4
+            * (gradients[name] @ a.detach().T @ a.detach() + b.detach() @ b.detach().T @ gradients[name])
+            for name, (a, b) in matrices.items()
+        }
+
+    same = influence(merged, update, observe, direction=of_matrices, output="full").total.logp_NV
+    assert error(same, found) < 1e-10
 
 
 @pytest.mark.parametrize("drops", [0.0, 0.5])
@@ -398,6 +435,19 @@ def test_smaller_outputs_are_parts_of_the_full_one(output):
         assert torch.equal(found.total.top_Nk, full.total.logp_NV.gather(1, found.top_id_Nk))
 
 
+def test_factors_multiply_to_the_change():
+    task, update, observe = list(toy_tasks())[1]
+    a, kernel, force = written_out(task, update, observe)
+    pushed_NV = torch.einsum("nvuk,uk->nv", kernel, force)
+    found = influence(task, update, observe, lr=0.1, output="stats").factors
+    torch.testing.assert_close(found["force"], force.norm())
+    torch.testing.assert_close(found["kernel_N"], 0.1 * pushed_NV.norm(dim=-1) / force.norm())
+    damped_N = torch.einsum("nvw,nw->nv", a, pushed_NV).norm(dim=-1) / pushed_NV.norm(dim=-1)
+    torch.testing.assert_close(found["softmax_N"], damped_N)
+    with pytest.raises(ValueError, match="predict with output='stats'"):
+        _ = influence(task, update, observe, lr=0.1).factors
+
+
 class Halved(torch.optim.AdamW):
     """An optimiser that inherits from one that is known and steps in its own way."""
 
@@ -454,29 +504,3 @@ def test_frozen_models_and_updates_without_labels_are_told():
         influence(language_model(), batch_of(1, 6, 0), nothing, lr=0.1)
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         influence(classifier(model.requires_grad_(False)), batch, batch, lr=0.1)
-
-
-class NoForwardMode(nn.Module):
-    """An operation of somebody's own that has a backward and nothing else."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(6, 5).double()
-
-    def forward(self, rows):
-        class Op(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, value):
-                return value.clone()
-
-            @staticmethod
-            def backward(ctx, gradient):
-                return gradient
-
-        return Op.apply(self.inner(rows))
-
-
-def test_an_operation_without_forward_mode_is_told():
-    batch = (torch.ones(1, 6).double(), torch.zeros(1).long())
-    with pytest.raises(ValueError, match="no forward-mode derivative"):
-        influence(classifier(NoForwardMode()), batch, batch, lr=0.1)

@@ -4,29 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from tiny import tiny_model
+from akg_models import batch_of, language_model
 from trl_dynamics.akg.influence import update_gradient
 from trl_dynamics.akg.kernel import Kernel, chi_squared, student_t
 from trl_dynamics.akg.task import Task, causal_lm, causal_lm_labels, classifier, row_of_label
-from true_float64 import true_float64
+
+UPDATE, OBSERVE = (batch_of(2, width, seed, num_labels=3, vocabulary=24) for width, seed in ((6, 0), (5, 1)))
 
 
-def batch_of(num_rows: int, num_tokens: int, seed: int, vocabulary: int = 24) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(1, vocabulary, (num_rows, num_tokens), generator=rng)
-    labels_BT = ids_BT.clone()
-    labels_BT[:, : num_tokens - 3] = -100
-    return {"input_ids": ids_BT, "labels": labels_BT}
-
-
-UPDATE, OBSERVE = batch_of(2, 6, 0), batch_of(2, 5, 1)
-
-
-def language_model(num_steps: int = 0):
+def toy(num_steps: int = 0) -> nn.Module:
     """A tiny model, trained for some steps on sequences in which each token is the one before plus one."""
-    model = true_float64(
-        tiny_model(hidden_size=16, intermediate_size=24, vocab_size=24, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 24, "initializer_range": 0.3}
+    model = language_model(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rng = torch.Generator().manual_seed(2)
     for _ in range(num_steps):
@@ -38,7 +27,7 @@ def language_model(num_steps: int = 0):
 
 
 def test_products_are_those_with_the_matrix_itself():
-    kernel = Kernel(causal_lm(language_model()), UPDATE, OBSERVE)
+    kernel = Kernel(causal_lm(toy()), UPDATE, OBSERVE)
     exact = kernel.exact()
     rng = torch.Generator().manual_seed(0)
     right = torch.randn(kernel.shape_u, generator=rng, dtype=torch.float64)
@@ -50,10 +39,11 @@ def test_products_are_those_with_the_matrix_itself():
 
 
 def test_the_kernel_between_a_batch_and_itself_is_symmetric_and_has_the_trace_of_all_squared_gradients():
-    kernel = Kernel(causal_lm(language_model()), UPDATE, UPDATE)
+    kernel = Kernel(causal_lm(toy()), UPDATE, UPDATE)
     exact = kernel.exact().flatten(2).flatten(0, 1)
     torch.testing.assert_close(exact, exact.T)
-    draws = [on_the_matrix(kernel).trace(48, seed) for seed in range(100)]
+    stand_in = on_the_matrix(kernel)
+    draws = [stand_in.trace(48, seed) for seed in range(100)]
     assert sum(draw.low <= float(exact.trace()) <= draw.high for draw in draws) >= 90
     assert kernel.trace(48, 5).value == pytest.approx(draws[5].value, rel=1e-6)
 
@@ -69,7 +59,7 @@ def on_the_matrix(kernel: Kernel) -> Kernel:
 
 @pytest.mark.parametrize("num_steps", [0, 150], ids=["at initialisation", "trained"])
 def test_intervals_of_the_norm_cover_it_in_at_least_ninety_of_a_hundred_draws(num_steps):
-    kernel = Kernel(causal_lm(language_model(num_steps)), UPDATE, OBSERVE)
+    kernel = Kernel(causal_lm(toy(num_steps)), UPDATE, OBSERVE)
     whole, true = on_the_matrix(kernel), float(kernel.exact().norm())
     draws = [whole.frobenius(48, seed) for seed in range(100)]
     assert sum(draw.low <= true <= draw.high for draw in draws) >= 90
@@ -87,7 +77,7 @@ def test_intervals_of_the_norm_cover_it_in_at_least_ninety_of_a_hundred_draws(nu
 
 
 def test_chosen_layers_make_a_part_of_the_kernel():
-    task = causal_lm(language_model())
+    task = causal_lm(toy())
     whole = Kernel(task, UPDATE, OBSERVE).exact()
     parts = [
         Kernel(task, UPDATE, OBSERVE, moves=lambda name, first=first: ("layers.0." in name) == first).exact()
@@ -99,7 +89,7 @@ def test_chosen_layers_make_a_part_of_the_kernel():
 
 
 def test_the_kernel_of_features_predicts_how_features_move():
-    model = language_model()
+    model = toy()
 
     def features(model, batch):
         hidden_BTD = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
@@ -137,9 +127,9 @@ def test_classifiers_have_kernels_too():
 
 @pytest.mark.parametrize("name", ["frobenius", "trace"])
 def test_too_few_products_are_told(name):
-    kernel = Kernel(causal_lm(language_model()), UPDATE, UPDATE)
+    kernel = Kernel(causal_lm(toy()), UPDATE, UPDATE)
     with pytest.raises(ValueError, match="num_products is 5, expected at least 6"):
         getattr(kernel, name)(5)
     if name == "trace":
-        with pytest.raises(ValueError, match="equally many positions, got 6 and 9"):
-            Kernel(causal_lm(language_model()), batch_of(3, 5, 0), OBSERVE).trace()
+        with pytest.raises(ValueError, match="equally many positions, got 5 and 6"):
+            Kernel(causal_lm(toy()), batch_of(3, 6, 0, num_labels=3, vocabulary=24), OBSERVE).trace()

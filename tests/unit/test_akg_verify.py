@@ -7,26 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from akg_models import batch_of, language_model, sequence_classifier, texts_of
 from tiny import tiny_model
 from trl_dynamics.akg import losses
 from trl_dynamics.akg.task import causal_lm, classifier
 from trl_dynamics.akg.verify import VERDICTS, moved, verify
-from true_float64 import true_float64
-
-
-def batch_of(num_rows: int, num_tokens: int, seed: int) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(0, 250, (num_rows, num_tokens), generator=rng)
-    labels_BT = ids_BT.clone()
-    labels_BT[:, : num_tokens - 4] = -100
-    return {"input_ids": ids_BT, "labels": labels_BT}
-
 
 UPDATE, OBSERVE = batch_of(2, 8, 0), batch_of(3, 7, 1)
-
-
-def language_model(**options):
-    return true_float64(tiny_model("llama", initializer_range=0.15, **options))
 
 
 def test_the_truth_is_what_torch_does_and_the_model_is_put_back():
@@ -113,6 +100,15 @@ def test_checkpointing_models_are_verified_as_well():
     model.enable_input_require_grads()
     model.train()
     torch.testing.assert_close(verify(model, UPDATE, OBSERVE, lr=1e-3).second_N, plain.second_N)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_classifiers_of_sequences_are_verified_as_well(family):
+    model = sequence_classifier(family)
+    head = model.score if family == "llama" else model.classifier
+    found = verify(classifier(model, head=head), texts_of(2, 8, 0), texts_of(3, 7, 1), lr=1e-3)
+    assert found.verdict == "first order" and found.errors["second"] < found.errors["first"] < 0.05
+    assert found.errors["fixed_features"] > found.errors["first"]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from trl_dynamics.akg.task import Task
+from trl_dynamics.akg.task import Task, refuse_split
 
 HALF = (torch.float16, torch.bfloat16)
 # Takes a tile's logits (n, V) and their derivatives of first and, where asked for, second order along the change.
@@ -37,6 +37,7 @@ def push_forward(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, vi
     Raises:
         ValueError: If an operation of the model has no forward-mode derivative.
     """
+    refuse(task.model)
     values = dict(task.model.named_parameters())
     if any(values[name].dtype in HALF for name in changes):
         changes, length = _of_length_one(changes)
@@ -88,15 +89,18 @@ def push_forward_together(
 
     Raises:
         ValueError: If an operation has no forward-mode derivative.
-        RuntimeError: Of torch.func.vmap, if what the model computes depends on values that differ between changes.
+        RuntimeError: Of torch.func.vmap, if it cannot take an operation's derivative for several changes at once.
     """
+    refuse(task.model)
     fixed = {name: p.detach() for name, p in task.model.named_parameters()}
     names = list(dict.fromkeys(name for change in changes for name in change))
     lengths = [1.0] * len(changes)
     if any(fixed[name].dtype in HALF for name in names):
         changes, lengths = zip(*map(_of_length_one, changes), strict=True)
     stacked = tuple(
-        torch.stack([change[n].to(fixed[n].dtype) if n in change else torch.zeros_like(fixed[n]) for change in changes])
+        torch.stack(
+            [change[n].to(fixed[n].dtype) if n in change else torch.zeros_like(fixed[n]) for change in changes]
+        )
         for n in names
     )
 
@@ -121,6 +125,7 @@ def push_forward_head(task: Task, changes: Mapping[str, torch.Tensor], batch: An
     Args:
         changes (`Mapping`): Directions by the names of the head's own parameters.
     """
+    refuse(task.model)
     duals: dict[str, torch.Tensor] = {}
 
     def on_head(head: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -265,6 +270,20 @@ def _may_drop(model: nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
+def refuse(model: nn.Module) -> None:
+    """Refuse what forward mode cannot go through, before anything is computed.
+
+    Raises:
+        ValueError: If weights are quantised, or split over processes.
+    """
+    refuse_split(model)
+    if any(getattr(module, "is_quantized", False) for module in model.modules()):
+        raise ValueError(
+            "the weights are quantised, and their products have no forward-mode derivative; load the model without "
+            "quantization_config or call its dequantize(), or use akg.gram, which needs a backward alone"
+        )
+
+
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     try:
@@ -274,6 +293,6 @@ def _explained() -> Iterator[None]:
             raise
         raise ValueError(
             f"an operation of this model has no forward-mode derivative ({str(error).splitlines()[0]:.200}); with "
-            "transformers use attn_implementation='eager' or 'sdpa', and full-precision weights in place of quantised "
-            "ones"
+            "transformers use attn_implementation='eager' or 'sdpa', and experts_implementation='eager' for mixtures "
+            "of experts; akg.gram and akg.differences need no such derivative"
         ) from error

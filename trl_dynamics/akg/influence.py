@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_dynamics.akg.dual import evaluated, push_forward
-from trl_dynamics.akg.steps import Step, step_of
+from trl_dynamics.akg.dual import evaluated, push_forward, refuse
+from trl_dynamics.akg.steps import UPDATE, Step, step_of
 from trl_dynamics.akg.task import Task, causal_lm
 
 OUTPUTS = ("target", "stats", "topk", "full")
@@ -87,6 +87,26 @@ class Influence:
         zeros = torch.zeros(int(self.item_N.max()) + 1, dtype=self.total.target_N.dtype, device=self.item_N.device)
         return zeros.index_add(0, self.item_N, self.total.target_N)
 
+    @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """How large each factor of the part `update` is, where its norms were kept (any `output` but `"target"`).
+
+        `force` is ||G|| over the whole update; `kernel_N` is ||Delta z|| / ||G||, for a plain gradient step
+        eta ||K G|| / ||G||; `softmax_N` is ||Delta ln pi|| / ||Delta z||, that is ||A K G|| / ||K G||.
+
+        Raises:
+            ValueError: If norms were not kept, or the update was not seen.
+        """
+        change = self.parts.get(UPDATE)
+        if change is None or change.logit_norm_N is None or self.force_norm_U is None:
+            raise ValueError("factors need the norms and the force of the update; predict with output='stats'")
+        force = torch.linalg.vector_norm(self.force_norm_U)
+        return {
+            "force": force,
+            "kernel_N": change.logit_norm_N / force,
+            "softmax_N": change.logp_norm_N / change.logit_norm_N,
+        }
+
 
 @dataclass(frozen=True)
 class Force:
@@ -123,11 +143,12 @@ def influence(
         order (`int`): 2 adds the second-order term along the step to the total, not to the parts.
 
     Raises:
-        ValueError: If an argument is none of these, nothing can be trained, or the model has an operation without a
-            forward-mode derivative.
+        ValueError: If an argument is none of these, nothing can be trained, weights are quantised or split over
+            processes, or the model has an operation without a forward-mode derivative.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
     check_output(output, top_k, order)
+    refuse(task.model)
     force = update_gradient(task, update)
     step = step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm)
     return predict(task, force, step, observe, output=output, top_k=top_k, order=order)

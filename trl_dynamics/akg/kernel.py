@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trl_dynamics.akg.dual import evaluated, push_forward, reverse_jacobian
+from trl_dynamics.akg.dual import evaluated, push_forward, refuse, reverse_jacobian
 from trl_dynamics.akg.task import Task
 
 
@@ -36,10 +36,11 @@ class Kernel:
         moves (`Callable`, *optional*): `moves(name)` says which parameters count; default: all that can be trained.
 
     Raises:
-        ValueError: If no parameter is left.
+        ValueError: If no parameter is left, or weights are quantised or split over processes.
     """
 
     def __init__(self, task: Task, update: Any, observe: Any, moves: Callable[[str], bool] = lambda name: True):
+        refuse(task.model)
         self.task, self.update, self.observe = task, update, observe
         self.parameters = {name: p for name, p in task.trainable().items() if moves(name)}
         if not self.parameters:

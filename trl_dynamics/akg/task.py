@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from trl_dynamics.akg.losses import Loss, mean_cross_entropy
 from trl_dynamics.compat import base_causal_lm, logit_transform
@@ -54,6 +55,10 @@ class Task:
         """The parameters that training moves, by name; one that is tied is there once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def coverage(self) -> float:
+        """The share of the model's weights that training moves: 1 but where some are frozen, as beneath an adapter."""
+        return sum(map(torch.numel, self.trainable().values())) / sum(map(torch.numel, self.model.parameters()))
+
 
 def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
     """A causal language model of transformers, in a PEFT wrapper or not.
@@ -67,9 +72,10 @@ def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
         loss (`Callable`, *optional*): One of [`akg.losses`] or your own; default: TRL's SFT loss.
 
     Raises:
-        ValueError: If the model has no LM head, learns a prompt, which moves the columns, or does more to its hidden
-            states than its output embeddings do.
+        ValueError: If the model has no LM head, learns a prompt, which moves the columns, does more to its hidden
+            states than its output embeddings do, or lies in pieces on several processes.
     """
+    refuse_split(model)
     base = base_causal_lm(model)
     if getattr(base, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"{type(base).__name__} has no LM head; use akg.task.classifier for other models")
@@ -141,6 +147,20 @@ def row_of_class(batch: Any) -> torch.Tensor:
     """(B,) each row is an observer of its own."""
     labels_B = classifier_labels(batch)
     return torch.arange(len(labels_B), device=labels_B.device)
+
+
+def refuse_split(model: nn.Module) -> None:
+    """Refuse weights that lie in pieces on several processes.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_status") for parameter in model.parameters()):
+        raise ValueError(
+            "the weights are split over processes (tensor parallelism, FSDP2 or ZeRO-3), where forward mode and the "
+            "hooks of gram cannot run; load the whole model on each, without tp_plan and before it is sharded, or use "
+            "akg.differences"
+        )
 
 
 def model_inputs(base: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

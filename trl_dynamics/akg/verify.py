@@ -70,7 +70,7 @@ def verify(
 
     The first order is what [`influence`] predicts. Where it is off by more than `LARGE_ERROR`, the verdict names the
     largest of: the softmax's second-order term (A changes along the step), that of the logits (K changes), what is
-    beyond both, and rounding.
+    beyond both, and rounding; the first two only where they bring the prediction closer to the truth.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
     options = {"direction": direction, "lr": lr, "max_grad_norm": max_grad_norm}
@@ -96,7 +96,9 @@ def verify(
         BEYOND: errors["second"],
         ROUNDING: share(rounding_N),
     }
-    verdict = max(shares, key=shares.__getitem__)
+    # Terms of the second order are the answer only where it comes closer to the truth than the first.
+    answers = shares if errors["second"] < errors["first"] else (BEYOND, ROUNDING)
+    verdict = max(answers, key=shares.__getitem__)
     if not math.isfinite(scale):
         verdict = BEYOND
     elif not scale:

@@ -1,6 +1,7 @@
 """trl-dynamics akg: what one training step on one answer does to every answer of a probe set, before training."""
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_dynamics.akg import losses
-from trl_dynamics.akg.influence import Force, predict, update_gradient
+from trl_dynamics.akg.influence import Force, Influence, predict, update_gradient
+from trl_dynamics.akg.several import predict_together
 from trl_dynamics.akg.steps import Step, step_of
 from trl_dynamics.akg.task import Task, causal_lm
-from trl_dynamics.akg.verify import label_logp, last_bits, moved
+from trl_dynamics.akg.verify import fixed_features, label_logp, last_bits, moved
 from trl_dynamics.cli import sources
 from trl_dynamics.cli.options import option
 from trl_dynamics.probing import io as probe_io
@@ -60,6 +62,7 @@ class AkgArguments:
     max_grad_norm: float | None = option(None, "Clip the gradient as in training.")
     order: int = option(1, "2 adds the second order along the step.")
     verify: bool = option(False, "Take each step, measure what it did, take it back.")
+    updates_at_once: int = option(1, "Steps predicted in one pass: 4 take a third less time, and 4 times the memory.")
     max_prompt_length: int | None = option(None, "As in training, in tokens.")
     max_length: int | None = option(None, "As in training; by default the model's context.")
     tokens_per_batch: int = option(2048, "Tokens of a forward over the probes.")
@@ -96,7 +99,7 @@ def run(argv: list[str]) -> int:
             raise ValueError(f"--{name} is missing; see trl-dynamics akg --help")
     if PartialState().num_processes > 1:
         raise ValueError("akg runs in one process: each would predict everything; start it without accelerate launch")
-    for name in ("probe_max_probes", "dataset_num_rows"):
+    for name in ("probe_max_probes", "dataset_num_rows", "updates_at_once"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}, expected at least 1")
     folder = Path(args.output_dir)
@@ -116,8 +119,9 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
 
     Columns: `update_row`, `update_type`, `same_prompt` (whether the update has the probe's prompt), `probe_id`,
     `response_type`, `num_tokens`, `logp_sum` before the step and `delta_sum`, its predicted change (nats, without the
-    end-of-turn token); `delta_sum/PART` per part of the step where there are several; with `verify` `true_sum`, and
-    `rounding_sum`, what weights moved by their last bits do to it; and of the update `update_loss` (nats) and
+    end-of-turn token); `delta_sum/PART` per part of the step where there are several; with `verify` `true_sum`,
+    `fixed_features_sum`, the prediction of a model whose head alone moves, and `rounding_sum`, what weights moved by
+    their last bits do; and of the update `update_loss` (nats) and
     `force_norm`, the norm of G over all its positions and labels.
     """
     path = sources.find_model(args.model_name_or_path)
@@ -139,55 +143,68 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     prompts = {probe.probe_id: _key(probe.prompt) for probe in probe_set}
     batches = [collate(items, pad_id_of(tokenizer), device) for items in split(observed, args.tokens_per_batch)]
     rounding = [_rounding(task, batch) if args.verify else None for batch in batches]
-    rows, done = [], 0
+    rows: list[dict] = []
     updates = list(read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, device))
-    for update in updates:
-        trained = dataclasses.replace(task, loss=update.loss)
-        force = update_gradient(trained, with_reference(trained, update))
-        step = step_of(force.gradients, task.trainable(), args.direction, args.learning_rate, args.max_grad_norm)
+    for start in range(0, len(updates), args.updates_at_once):
+        some = updates[start : start + args.updates_at_once]
+        forces = [_force(task, update) for update in some]
+        steps = [
+            step_of(force.gradients, task.trainable(), args.direction, args.learning_rate, args.max_grad_norm)
+            for force in forces
+        ]
+        found: list[list[dict]] = [[] for _ in some]
         items = iter(observed)
         for batch, rounding_B in zip(batches, rounding, strict=True):
-            rows += [
-                row | {"same_prompt": prompts[row["probe_id"]] == update.prompt_key}
-                for row in _observe(trained, force, step, batch, rounding_B, items, update, args)
-            ]
-        done += 1
-        logger.info("steps predicted: %d of %d", done, len(updates))
+            own = list(itertools.islice(items, len(batch["input_ids"])))
+            for k, predicted in enumerate(_predicted(task, forces, steps, batch, args)):
+                for item, sums in zip(own, _sums(task, predicted, batch, rounding_B, args.verify), strict=True):
+                    same_prompt = prompts[item.probe_id] == some[k].prompt_key
+                    found[k].append(_row(some[k], forces[k], item, sums) | {"same_prompt": same_prompt})
+        rows += itertools.chain(*found)
+        logger.info("steps predicted: %d of %d", start + len(some), len(updates))
     return pd.DataFrame(rows)
 
 
-def _observe(
-    task: Task,
-    force: Force,
-    step: Step,
-    batch: dict,
-    rounding_B: torch.Tensor | None,
-    items: Iterator[EncodedResponse],
-    update: Update,
-    args: AkgArguments,
-) -> Iterator[dict]:
-    found = predict(task, force, step, batch, order=args.order)
+def _force(task: Task, update: Update) -> Force:
+    trained = dataclasses.replace(task, loss=update.loss)
+    return update_gradient(trained, with_reference(trained, update))
+
+
+def _predicted(task: Task, forces: list[Force], steps: list[Step], batch: dict, args: AkgArguments) -> list[Influence]:
+    if args.order == 1 and len(steps) > 1:
+        return predict_together(task, forces, steps, batch)
+    return [predict(task, force, step, batch, order=args.order) for force, step in zip(forces, steps, strict=True)]
+
+
+def _sums(
+    task: Task, predicted: Influence, batch: dict, rounding_B: torch.Tensor | None, verify: bool
+) -> list[dict[str, float]]:
+    """Of each row of the batch, over its labels."""
+    sums = {"logp_sum": predicted.logp_N, "delta_sum": predicted.total.target_N}
+    if len(predicted.parts) > 1:
+        sums |= {f"delta_sum/{name}": part.target_N for name, part in predicted.parts.items()}
+    if verify:
+        sums["fixed_features_sum"] = fixed_features(task, batch, predicted)
+        with moved(task, predicted.step.total):
+            sums["true_sum"] = label_logp(task, batch) - predicted.logp_N
     num_rows = len(batch["input_ids"])
-    sums = {"logp_sum": found.logp_N, "delta_sum": found.total.target_N}
-    if len(found.parts) > 1:
-        sums |= {f"delta_sum/{name}": part.target_N for name, part in found.parts.items()}
-    if args.verify:
-        with moved(task, step.total):
-            sums["true_sum"] = label_logp(task, batch) - found.logp_N
-    rows = {name: _by_row(values_N, found.item_N, num_rows) for name, values_N in sums.items()}
+    columns = {name: _by_row(values_N, predicted.item_N, num_rows).tolist() for name, values_N in sums.items()}
     if rounding_B is not None:
-        rows["rounding_sum"] = rounding_B
-    for index, item in zip(range(num_rows), items, strict=False):
-        yield {
-            "update_row": update.row,
-            "update_type": update.kind,
-            "probe_id": item.probe_id,
-            "response_type": item.response_type,
-            "num_tokens": len(item.response_ids),
-            **{name: float(values_B[index]) for name, values_B in rows.items()},
-            "update_loss": force.loss,
-            "force_norm": float(torch.linalg.vector_norm(force.norm_U)),
-        }
+        columns["rounding_sum"] = rounding_B.tolist()
+    return [{name: values[row] for name, values in columns.items()} for row in range(num_rows)]
+
+
+def _row(update: Update, force: Force, item: EncodedResponse, sums: dict[str, float]) -> dict:
+    return {
+        "update_row": update.row,
+        "update_type": update.kind,
+        "probe_id": item.probe_id,
+        "response_type": item.response_type,
+        "num_tokens": len(item.response_ids),
+        **sums,
+        "update_loss": force.loss,
+        "force_norm": float(torch.linalg.vector_norm(force.norm_U)),
+    }
 
 
 def _rounding(task: Task, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -263,15 +280,16 @@ def summarise(frame: pd.DataFrame, args: AkgArguments) -> dict:
     }
     if args.verify:
         summary["relative_error"] = relative_errors(frame)
+        summary["relative_error_fixed_features"] = relative_errors(frame, "fixed_features_sum")
     return summary
 
 
-def relative_errors(frame: pd.DataFrame) -> dict[str, float | None]:
+def relative_errors(frame: pd.DataFrame, predicted: str = "delta_sum") -> dict[str, float | None]:
     """||predicted - true|| / ||true|| over all observed answers, by type of update; None where nothing moved."""
     errors: dict[str, float | None] = {}
     for kind, rows in frame.groupby("update_type"):
         scale = rows["true_sum"].pow(2).sum()
-        errors[kind] = float(((rows["delta_sum"] - rows["true_sum"]).pow(2).sum() / scale) ** 0.5) if scale else None
+        errors[kind] = float(((rows[predicted] - rows["true_sum"]).pow(2).sum() / scale) ** 0.5) if scale else None
     return errors
 
 
@@ -292,15 +310,19 @@ def report(frame: pd.DataFrame, args: AkgArguments) -> list[str]:
                 table.loc[order].map("{:+.2e}".format).to_string(),
             ]
     if args.verify:
-        unmoved = f"no change that {args.dtype} can tell"
-        errors = relative_errors(frame).items()
-        shown = ", ".join(f"{kind} {unmoved if error is None else format(error, '.1%')}" for kind, error in errors)
+        shown, fixed = (_shown(relative_errors(frame, name), args) for name in ("delta_sum", "fixed_features_sum"))
         rounding = (frame["rounding_sum"].pow(2).sum() / max(frame["true_sum"].pow(2).sum(), 1e-300)) ** 0.5
         told = (
             f"rounding alone makes some {rounding:.1%}" if rounding < 1 else "rounding hides the steps: raise the rate"
         )
         lines += ["", f"against the real steps, relative error: {shown}; {told}"]
+        lines += [f"the same where features stood still and the head alone moved: {fixed}"]
     return [*lines, ""]
+
+
+def _shown(errors: dict[str, float | None], args: AkgArguments) -> str:
+    unmoved = f"no change that {args.dtype} can tell"
+    return ", ".join(f"{kind} {unmoved if error is None else format(error, '.1%')}" for kind, error in errors.items())
 
 
 def _per_token(frame: pd.DataFrame, column: str) -> dict[tuple[str, str], float]:

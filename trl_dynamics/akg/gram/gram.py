@@ -23,7 +23,7 @@ from trl_dynamics.akg.dual import evaluated
 from trl_dynamics.akg.gram.journal import Journal, fingerprint
 from trl_dynamics.akg.gram.plan import all_at_once, estimate
 from trl_dynamics.akg.gram.tiles import LabelTiles, RowTiles, Side
-from trl_dynamics.akg.task import Task, causal_lm
+from trl_dynamics.akg.task import Task, causal_lm, refuse_split
 
 __all__ = ["SPLITS", "GramResult", "estimate", "gram", "loss_weights"]
 SPLITS = ("module", "position", "loss_token")
@@ -91,7 +91,8 @@ def gram(
 
     Raises:
         ValueError: If an argument is none of these, nothing can be trained, the budget is too small for one row of
-            either side, the journal is of something else, or the rows of this model cannot be told apart.
+            either side, the journal is of something else, the weights are split over processes, or the rows of this
+            model cannot be told apart.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
     weight_M = _checked(task, update, observe, by, weight, diagonal)
@@ -121,6 +122,7 @@ def _checked(
     task: Task, update: Any, observe: Any, by: str | None, weight: torch.Tensor | None, diagonal: Mapping | None
 ) -> torch.Tensor:
     """The weights, once all arguments are known to make sense."""
+    refuse_split(task.model)
     trained, label_M = task.trainable(), task.labels_of(update, "update")
     if by not in (None, *SPLITS):
         raise ValueError(f"by is {by!r}, expected None or one of {SPLITS}")

@@ -6,38 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
-from tiny import tiny_model
+from akg_models import batch_of, language_model, padded, sequence_classifier, texts_of
 from trl_dynamics.akg.cheap import FORMS, agreement, blocks, head_only, mean_features
 from trl_dynamics.akg.gram.gram import gram
 from trl_dynamics.akg.task import causal_lm, classifier
 from trl_dynamics.akg.verify import label_logp
-from true_float64 import true_float64
 
-
-def batch_of(num_rows: int, num_tokens: int, seed: int) -> dict[str, torch.Tensor]:
-    """Rows whose last tokens are labels, of the last row fewer; few kinds of tokens, so that some are shared."""
-    rng = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(1, 12, (num_rows, num_tokens), generator=rng)
-    labels_BT = ids_BT.clone()
-    labels_BT[:, : num_tokens - 3] = -100
-    labels_BT[-1, -2] = -100
-    return {"input_ids": ids_BT, "labels": labels_BT}
-
-
-UPDATE, OBSERVE = batch_of(3, 7, 0), batch_of(2, 6, 1)
-WEIGHT = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.5, -1.0, 0.7, 0.2], dtype=torch.float64)
+# Few kinds of tokens, so that some are shared.
+UPDATE, OBSERVE = (batch_of(num, 7, num, num_labels=4, vocabulary=12) for num in (3, 2))
+WEIGHT = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.5, -1.0, 0.7, 0.2, 0.9], dtype=torch.float64)
 CONFIGS = [
     ("llama", {"tie_word_embeddings": False}),
     ("llama", {"tie_word_embeddings": True}),
     ("gpt_neox", {}),
     ("gemma2", {"final_logit_softcapping": 5.0}),
 ]
-
-
-def language_model(family: str = "llama", **options):
-    return true_float64(tiny_model(family, initializer_range=0.15, **options))
 
 
 def of_head(model, batch, row: int) -> torch.Tensor:
@@ -92,7 +76,7 @@ def test_the_head_form_leaves_out_what_a_tied_head_does_as_an_embedding():
 @pytest.mark.parametrize("form", [head_only, blocks])
 def test_weights_count_labels_as_those_of_gram_do(form):
     model = language_model()
-    ones = [form(model, UPDATE, OBSERVE, torch.eye(8, dtype=torch.float64)[m]) for m in range(8)]
+    ones = [form(model, UPDATE, OBSERVE, torch.eye(9, dtype=torch.float64)[m]) for m in range(9)]
     expected = sum(float(weight) * one for weight, one in zip(WEIGHT, ones, strict=True))
     torch.testing.assert_close(form(model, UPDATE, OBSERVE, WEIGHT), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(form(model, UPDATE, OBSERVE), sum(ones), rtol=1e-10, atol=1e-12)
@@ -153,12 +137,8 @@ def test_mean_features_are_means_over_labels():
 def test_forms_see_neither_padding_nor_tiles_nor_the_order_of_rows(name, monkeypatch):
     model = language_model()
     plain = FORMS[name](model, UPDATE, OBSERVE)
-    pad = {
-        "input_ids": F.pad(UPDATE["input_ids"], (2, 3)).flip(0),
-        "labels": F.pad(UPDATE["labels"], (2, 3), value=-100).flip(0),
-        "attention_mask": F.pad(torch.ones(3, 7, dtype=torch.long), (2, 3)),
-    }
-    torch.testing.assert_close(FORMS[name](model, pad, OBSERVE).flip(1), plain, rtol=1e-9, atol=1e-11)
+    turned = {key: value.flip(0) for key, value in padded(UPDATE, 2, 3).items()}
+    torch.testing.assert_close(FORMS[name](model, turned, OBSERVE).flip(1), plain, rtol=1e-9, atol=1e-11)
     monkeypatch.setattr("trl_dynamics.akg.task.TILE_ELEMENTS", 2 * model.config.vocab_size)
     torch.testing.assert_close(FORMS[name](model, UPDATE, OBSERVE), plain, rtol=1e-10, atol=1e-12)
     assert all(p.requires_grad for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
@@ -184,24 +164,14 @@ def test_a_classifiers_head_with_its_bias_is_exact():
     torch.testing.assert_close(head_only(task, *sides), gram(task, *sides).total_OU, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["pooled", "token by token"])
-def test_transformers_classifiers_heads_are_exact(kind):
-    if kind == "pooled":
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = BertForSequenceClassification(BertConfig(vocab_size=12, num_labels=3, **sizes)).double().eval()
-        head = model.classifier
-    else:
-        config = tiny_model("llama", pad_token_id=0).config
-        config.num_labels = 3
-        model = LlamaForSequenceClassification(config).double().eval()
-        head = model.score
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_transformers_classifiers_heads_are_exact(family):
+    """BERT pools before its head; Llama's head reads every position, of which one counts."""
+    model = sequence_classifier(family)
+    head = model.classifier if family == "bert" else model.score
     model.requires_grad_(False)
     head.requires_grad_(True)
-    task = classifier(model, head=head)
-    batch = {"input_ids": UPDATE["input_ids"], "attention_mask": torch.ones(3, 7, dtype=torch.long)}
-    batch |= {"labels": torch.tensor([0, 2, 1])}
-    expected = torch.zeros(3, 3, dtype=torch.float64)
-    gradients = []
+    task, batch, gradients = classifier(model, head=head), texts_of(3, 7, 0), []
     for row in range(3):
         one = {name: value[[row]] for name, value in batch.items()}
         logp = next(task.logits(model, one)).log_softmax(-1)[0, batch["labels"][row]]

@@ -6,31 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from tiny import tiny_model
+from akg_models import batch_of, language_model
 from trl_dynamics.akg.block_norms import block_norms
 from trl_dynamics.akg.gram.gram import gram
 from trl_dynamics.akg.kernel import Kernel
 from trl_dynamics.akg.stability import influence_measure, kernel_measure, label_pairs, stability, stability_of
 from trl_dynamics.akg.task import causal_lm, classifier
-from true_float64 import true_float64
 
-
-def batch_of(num_rows: int, seed: int) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(1, 12, (num_rows, 6), generator=rng)
-    labels_BT = ids_BT.clone()
-    labels_BT[:, :3] = -100
-    labels_BT[0, 4] = -100  # one row has fewer labels
-    return {"input_ids": ids_BT, "labels": labels_BT}
-
-
-UPDATE, OBSERVE = batch_of(2, 0), batch_of(3, 1)
+UPDATE, OBSERVE = (batch_of(num, 6, num, num_labels=3, vocabulary=12) for num in (2, 3))
 
 
 @pytest.fixture(scope="module")
 def model():
-    options = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 12}
-    return true_float64(tiny_model(initializer_range=0.15, **options, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    """As few labels and weights as may be: K is formed."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 12}
+    return language_model(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def one_by_one(task) -> torch.Tensor:
@@ -72,10 +62,24 @@ def plain_norms(task, num_products: int, seed: int) -> torch.Tensor:
     return torch.stack(columns, dim=1).sqrt()
 
 
+def test_chosen_layers_make_a_part_of_the_kernel():
+    task = classifier(Network())
+    parts = [
+        Kernel(task, *sides(), moves=lambda name, p=part: name.startswith(p)).exact() for part in ("body", "head")
+    ]
+    for part, exact in zip(("body", "head"), parts, strict=True):
+        found = block_norms(task, *sides(), moves=lambda name, p=part: name.startswith(p))
+        torch.testing.assert_close(found, exact.square().sum(dim=(1, 3)).sqrt())
+    sketched = block_norms(task, *sides(), num_products=12, moves=lambda name: name.startswith("head"))
+    torch.testing.assert_close(
+        sketched, parts[1].square().sum(dim=(1, 3)).sqrt()
+    )  # four labels: the range is all of it
+
+
 def test_measures_are_per_pair_of_labels(model):
     task = causal_lm(model)
-    assert label_pairs(task, UPDATE, OBSERVE).tolist() == [[4, 6], [6, 9], [6, 9]]
-    expected_OU = gram(task, UPDATE, OBSERVE).total_OU / torch.tensor([[4, 6], [6, 9], [6, 9]])
+    assert label_pairs(task, UPDATE, OBSERVE).tolist() == [[9, 6], [6, 4], [3, 2]]
+    expected_OU = gram(task, UPDATE, OBSERVE).total_OU / torch.tensor([[9, 6], [6, 4], [3, 2]])
     torch.testing.assert_close(influence_measure(task, UPDATE, OBSERVE), expected_OU)
     twice = {name: torch.cat([value, value]) for name, value in UPDATE.items()}
     found = kernel_measure()(task, twice, OBSERVE)

@@ -22,7 +22,9 @@ CASES = [(config, run) for config, special in SPECIAL.items() for run in [*RUNS,
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return launch("single_gpu", ["recorded", *RUNS], tmp_path_factory.mktemp("one"), 1, worker=WORKER)
+    return launch(
+        "single_gpu", ["recorded", *RUNS], tmp_path_factory.mktemp("one"), 1, worker=WORKER, scenario_limit=240
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def two(tmp_path_factory):
     def get(config):
         if config not in launches:
             names = ["plain", "recorded", *RUNS, *SPECIAL[config]]
-            launches[config] = launch(config, names, tmp_path_factory.mktemp(config), 2, worker=WORKER)
+            launches[config] = launch(
+                config, names, tmp_path_factory.mktemp(config), 2, worker=WORKER, scenario_limit=240
+            )
         return launches[config]
 
     return get

@@ -10,6 +10,9 @@ How large e is decides between two errors: terms of higher order, which grow wit
 rounding, which shrinks with it. Both are least where the outputs move by about u^(1/5) nats, u being the dtype's
 resolution, so e is chosen by that and not by the size of the weights: rates, optimisers and parts of a step differ by
 orders of magnitude, and what a weight does to the output differs with the model.
+
+In float32 this is off by about 1e-4 of the change and states 5e-4 to 1e-2, which covers 99 of 100 labels or more; it
+takes as long as forward mode, or half as long again (measured on tiny models in eight set-ups of model and optimiser).
 """
 
 import contextlib
@@ -187,8 +190,9 @@ def derivative(near: Pair, far: Pair, logp_N: torch.Tensor, distance: float) -> 
     """
     slope_N, correction_N = _slope(near), (_slope(near) - _slope(far)) / 3
     fourth_N = far[0][1] + far[1][1] - 4 * (near[0][1] + near[1][1]) + 6 * logp_N
-    rounding = fourth_N.square().mean().sqrt() / OF_FOURTH * OF_SLOPE / distance
-    return slope_N + correction_N, correction_N.abs() + ROUNDING_ERRORS * rounding
+    # What is typical, and what this label shows, since rounding differs from label to label.
+    noise_N = (fourth_N.square().mean() + fourth_N.square()).sqrt() / OF_FOURTH
+    return slope_N + correction_N, correction_N.abs() + ROUNDING_ERRORS * OF_SLOPE * noise_N / distance
 
 
 def _slope(ends: Pair) -> torch.Tensor:

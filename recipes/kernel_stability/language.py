@@ -45,11 +45,13 @@ class World:
         base (`str`): The model that SFT starts from.
         options (`dict`): Of the trainers.
         limits ([`LengthLimits`]): Of the rows that are ranked.
+        num_products (`int`): With K for each update: of long answers K is of higher rank.
     """
 
     base: str
     options: dict
     limits: LengthLimits
+    num_products: int
     pairs: list[dict]
     probes: ProbeSet
 
@@ -58,7 +60,7 @@ def world_of(name: str, seed: int) -> World:
     """`embedded`, or `stories260k` with published probes of helpful-base."""
     if name == "embedded":
         pairs, probes = embedded.preference_rows(NUM_PAIRS, seed), embedded.probe_set(12, seed)
-        return World(embedded.model_path(), {"per_device_train_batch_size": 8}, LengthLimits(), pairs, probes)
+        return World(embedded.model_path(), {"per_device_train_batch_size": 8}, LengthLimits(), 12, pairs, probes)
     folder = Path(os.environ["TRL_DYNAMICS_DATA"])
     path = folder / "probing_helpful_base" / "formal_prob_train.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -72,7 +74,7 @@ def world_of(name: str, seed: int) -> World:
     published = {probe.prompt: probe for probe in ProbeSet.from_jsonl(path)}
     probes = ProbeSet(tuple(published[pair["prompt"]] for pair in pairs[:12]), name="helpful_base")
     options = {"per_device_train_batch_size": 4, "max_length": 256}
-    return World(str(folder / "stories260k"), options, LengthLimits(48, 96, 512), pairs, probes)
+    return World(str(folder / "stories260k"), options, LengthLimits(24, 40, 512), 30, pairs, probes)
 
 
 class SaveAt(TrainerCallback):

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--epochs", type=int, nargs="+", default=list(images.EPOCHS), help="checkpoints of images")
     parser.add_argument("--steps", type=int, nargs="+", default=list(language.STEPS), help="checkpoints of text")
-    parser.add_argument("--num_products", type=int, default=12, help="with K per update, of language models")
+    parser.add_argument("--num_products", type=int, help="with K per update, of language models; default: the world's")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     settle(
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
                     measure_images(system, folder, seed, args)
                 else:
                     measure_text(*system.split(), folder, seed, args)
+    for seed in args.seeds:
+        folder = args.output_dir / f"seed{seed}"
         for world in (world for world in WORLDS if any(system.startswith(world) for system in args.systems)):
             with timed(f"seed{seed}/{world} bounds"), logged(folder / f"{world}-bounds.log"):
                 proxies.measure(world, folder, seed)
@@ -84,6 +86,7 @@ def measure_text(world_name: str, method: str, folder: Path, seed: int, args: ar
     if path.is_file():
         return
     world, steps = language.world_of(world_name, seed), tuple(args.steps)
+    num_products = args.num_products or world.num_products
     runs = {name: folder / f"{world_name}-{name}" for name in METHODS}
     starts = {"sft": world.base, "dpo": str(runs["sft"])}
     for name in METHODS[: METHODS.index(method) + 1]:
@@ -93,14 +96,14 @@ def measure_text(world_name: str, method: str, folder: Path, seed: int, args: ar
     update, observe, same = language.ranked(world)
     found, quality = {}, []
     for step, task in language.checkpoints(starts[method], runs[method]):
-        found[step] = measured(task, update, observe, args.num_products)
+        found[step] = measured(task, update, observe, num_products)
         quality.append(float(label_logp(task, update).mean()))
         if step == max(steps) or (step == 0 and method == "sft"):
             name = method if step else "base"
             proxies.keep(
                 folder / f"forms-{world_name} {name}.npz", proxies.forms_of(task, update, observe, found[step])
             )
-    again = kernel_measure(args.num_products, seed=1)(task, update, observe)
+    again = kernel_measure(num_products, seed=1)(task, update, observe)
     keep(path, found, same=same, quality=quality, again=again)
 
 

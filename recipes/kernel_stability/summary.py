@@ -144,13 +144,13 @@ def accumulated_table(folder: Path, seeds: Sequence[int]) -> list[str]:
         assert all((one["coverage"] == SAMPLED).all() for one in sampled)
         lines += ["", f"## {name}: predicted and observed, {running.NUM_STEPS} steps, nats per token", ""]
         lines += _header(
-            "type", ["predicted, summed", "observed", "predicted / observed", "every 5th step alone, sampled"]
+            "type", ["predicted, summed", "observed", "predicted - observed", "every 5th step alone, sampled"]
         )
         for kind in whole[0].index:
             columns = [[one.loc[kind, column] for one in whole] for column in ("predicted", "observed")]
-            ratio = [predicted / observed for predicted, observed in zip(*columns, strict=True)]
+            error = [predicted - observed for predicted, observed in zip(*columns, strict=True)]
             part = [one.loc[kind, "predicted"] for one in sampled]
-            lines.append(_row(kind, [spread(values, "+.3f") for values in (*columns, ratio, part)]))
+            lines.append(_row(kind, [spread(values, "+.3f") for values in (*columns, error, part)]))
         near = pd.concat([running.neighbours(output)["value"] for output in outputs])
         lines += ["", f"Rankings of fixed updates' influence at neighbouring steps: {spread(near)}."]
     return lines

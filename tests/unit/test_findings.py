@@ -124,7 +124,7 @@ def test_both_falling_is_answered_directly():
     assert "paraphrases of chosen hold" in benign.text
     harmful = only(records({"chosen": -0.3, "rejected": -0.9, "other_test": -1.5}), "displacement_harmful")
     assert "chosen and rejected both fell" in harmful.title
-    assert "that does harm: other fluent answers fell, too" in harmful.text
+    assert "that mostly does harm: other fluent answers fell, too" in harmful.text
     assert harmful.evidence["rejected_change"] == pytest.approx(-0.9, abs=0.02)
     assert "rejected" not in only(records({"chosen": -0.3, "other_test": -1.5}), "displacement_harmful").title
 

@@ -88,7 +88,7 @@ def _verdict(
         else:
             title = f"harmful displacement: {who}, and own answers degenerate"
             why = "other fluent answers hold, but what the model itself says degenerates"
-        return "displacement_harmful", severity, title, f"{_capital(who)}, and that does harm: {why}.", remedy
+        return "displacement_harmful", severity, title, f"{_capital(who)}, and that mostly does harm: {why}.", remedy
     if not others:
         return (
             "displacement",

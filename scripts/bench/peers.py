@@ -2,7 +2,10 @@
 
     python3.11 -m venv peers
     peers/bin/pip install -c constraints.txt -c scripts/bench/peers_constraints.txt transformers kronfluence dattri
+    peers/bin/pip uninstall torchvision
     python scripts/bench/peers.py peers/bin/python [--quick]
+
+kronfluence names torchvision but does not import it; one built for another torch breaks transformers.
 
 The tools run in an environment of their own, since they would replace this one's torch, by peer_arms.py, which reads
 the model and the rows that this script writes. Each has the fastest batch sizes that were found: kronfluence keeps the

@@ -50,7 +50,7 @@ class Run:
         persistent (`bool`): Leave small weights gathered, as DeepSpeed does by default.
         stage (`int`, *optional*): Of ZeRO, another than the config's.
 
-    In "recorded" the trainer itself predicts, compares and writes.
+    In "recorded" and "types" the trainer itself predicts, compares and writes.
     """
 
     scenario: Scenario
@@ -67,6 +67,7 @@ RUNS = {
     "zero1": Run(PLAIN, stage=1),
     "sgd_tied": Run(replace(PLAIN, tied=True, options=OPTIONS | SGD)),
     "recorded": Run(replace(PLAIN, options=OPTIONS | {"akg_every": 2}), predicted=False),
+    "types": Run(replace(PLAIN, options=OPTIONS | {"akg_every": 2, "akg_updates": ["chosen"]}), predicted=False),
     "lora": Run(replace(PLAIN, lora=True, options=OPTIONS | {"learning_rate": 1e-2})),
 }
 # Made before anything asks for ZeRO-3, under which models are split while they are made.

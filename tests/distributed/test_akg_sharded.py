@@ -16,14 +16,19 @@ pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).with_name("akg_worker.py")
 RUNS = ["predicted", "sgd_tied", "lora"]
-SPECIAL = {"fsdp2": [], "zero2": ["zero1"], "zero3": ["persistent"]}
-CASES = [(config, run) for config, special in SPECIAL.items() for run in [*RUNS, *special]]
+SPECIAL = {"fsdp2": [], "zero2": ["zero1", "types"], "zero3": ["persistent"]}
+CASES = [(config, run) for config, special in SPECIAL.items() for run in [*RUNS, *special] if run != "types"]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     return launch(
-        "single_gpu", ["recorded", *RUNS], tmp_path_factory.mktemp("one"), 1, worker=WORKER, scenario_limit=240
+        "single_gpu",
+        ["recorded", "types", *RUNS],
+        tmp_path_factory.mktemp("one"),
+        1,
+        worker=WORKER,
+        scenario_limit=240,
     )
 
 
@@ -106,10 +111,10 @@ def test_half_of_what_is_split_lies_on_each_process(config, two):
     assert two(config).outcome("predicted")["share_held"] == pytest.approx(0.5, abs=0.05)
 
 
-def recorded(run: Launch) -> pd.DataFrame:
+def recorded(run: Launch, name: str = "recorded") -> pd.DataFrame:
     """What the trainer wrote, by step and answer."""
-    run.outcome("recorded")
-    return influence_store.read(run.folder / "recorded").set_index(["step", "probe_id", "response_type"]).sort_index()
+    run.outcome(name)
+    return influence_store.read(run.folder / name).set_index(["step", "probe_id", "response_type"]).sort_index()
 
 
 @pytest.mark.parametrize("config", SPECIAL)
@@ -126,3 +131,11 @@ def test_a_trainer_records_of_two_processes_what_it_records_of_one(config, one, 
         np.testing.assert_allclose(ours[column], theirs[column], rtol=1e-4)
     meta = DynamicsStore(two(config).folder / "recorded").read_meta()["akg"]
     assert meta["method"] == (FORWARD_MODE if config == "zero2" else CENTRAL_DIFFERENCES)
+
+
+def test_where_states_alone_are_split_other_updates_are_those_of_one_process(one, two):
+    ours, theirs = recorded(two("zero2"), "types"), recorded(one, "types")
+    assert ours.index.equals(theirs.index) and set(ours["update"]) == {"chosen"} and ours["true_sum"].isna().all()
+    for column in ("logp_sum", "predicted_sum", "update_sum", "force_norm", "grad_norm", "lr"):
+        np.testing.assert_allclose(ours[column], theirs[column], rtol=1e-3, atol=1e-4, err_msg=column)
+    assert (theirs["predicted_sum"].abs() > 1e-2).all(), "nothing moves, so agreement means nothing"

@@ -20,9 +20,9 @@ class InfluenceArguments:
         default=None,
         metadata={
             "help": "Optimiser steps between those whose influence on the observed answers is predicted before they "
-            "are taken, compared with what they did, and recorded; the first step is one. With adapters or a small "
-            "model it costs about as much as a few training steps each time, and memory for as many copies of the "
-            "trained weights as the step has parts, at most three. Where weights are split (FSDP2, ZeRO-3) steps are "
+            "are taken, compared with what they did, and recorded; the first step is one. Each costs two forwards of "
+            "all observed answers and about four more for each part of the step (gradient, momentum, weight decay), "
+            "and memory for a copy of the trained weights per part. Where weights are split (FSDP2, ZeRO-3) steps are "
             "predicted by central differences, with an error that is recorded beside them and in float32 alone. None: "
             "never."
         },
@@ -45,7 +45,7 @@ class InfluenceArguments:
         },
     )
     akg_max_probes: int | None = field(
-        default=16, metadata={"help": "Observe the first so many probes of that set only. None: all."}
+        default=8, metadata={"help": "Observe the first so many probes of that set only. None: all."}
     )
 
     def __post_init__(self):

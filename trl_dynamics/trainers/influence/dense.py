@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import Trainer
 
-from trl_dynamics.akg.influence import FORWARD_MODE, Influence, predict, update_gradient
+from trl_dynamics.akg.influence import FORWARD_MODE, Influence, update_gradient
+from trl_dynamics.akg.several import predict_together
 from trl_dynamics.akg.steps import UPDATE, Step, Tensors, step_of, whole_norm
 from trl_dynamics.akg.task import causal_lm
 from trl_dynamics.akg.verify import label_logp
@@ -47,7 +48,7 @@ class Dense:
     def predict(self, step: Step, observe: Batch) -> Influence:
         """As in [`Backend`]."""
         with self._without_autocast():
-            return predict(self.task, None, step, observe)
+            return predict_together(self.task, [None], [step], observe)[0]
 
     def logp(self, observe: Batch) -> torch.Tensor:
         """As in [`Backend`]."""

@@ -21,10 +21,10 @@ class InfluenceArguments:
         metadata={
             "help": "Optimiser steps between those whose influence on the observed answers is predicted before they "
             "are taken, compared with what they did, and recorded; the first step is one. Each costs two forwards of "
-            "all observed answers and about four more for each part of the step (gradient, momentum, weight decay), "
-            "and memory for a copy of the trained weights per part. Where weights are split (FSDP2, ZeRO-3) steps are "
-            "predicted by central differences, with an error that is recorded beside them and in float32 alone. None: "
-            "never."
+            "all observed answers and about three more for each part of the step (gradient, momentum, weight decay), "
+            "and memory for two copies of the trained weights per part. Where weights are split (FSDP2, ZeRO-3) "
+            "steps are predicted by central differences, with an error that is recorded beside them and in float32 "
+            "alone. None: never."
         },
     )
     akg_updates: list[str] = field(

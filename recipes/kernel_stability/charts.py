@@ -20,7 +20,7 @@ def write_charts(matrices: Mapping[str, Mapping[str, pd.DataFrame]], folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     for measure, by_model in matrices.items():
         spec = grid(by_model, f"{TITLES[measure]}: Spearman's correlation between checkpoints, mean over seeds")
-        (folder / f"{measure}.png").write_bytes(vl_convert().vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2.0))
+        (folder / f"{measure}.png").write_bytes(vl_convert().vegalite_to_png(spec, vl_version=VEGA_LITE, scale=1.2))
 
 
 def grid(by_model: Mapping[str, pd.DataFrame], title: str) -> dict:

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from akg_models import batch_of, error, language_model, small_classifier
@@ -133,6 +134,23 @@ def test_tensor_parallel_weights_are_told(one_process):
     for call in (*CALLS.values(), lambda task: gram(task, UPDATE, OBSERVE)):
         with pytest.raises(ValueError, match="weights are split over processes.*without tp_plan"):
             call(classifier(model))
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_weights_of_fsdp_1_are_told(one_process, use_orig_params):
+    model = FullyShardedDataParallel(
+        small_classifier(), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    for call in (*CALLS.values(), lambda task: gram(task, UPDATE, OBSERVE), lambda task: whole(task.model)):
+        with pytest.raises(ValueError, match=r"FSDP1 \(FullyShardedDataParallel\).*FSDP2"):
+            call(classifier(model))
+
+
+def test_differences_of_whole_weights_refuse_pieces(one_process):
+    model = small_classifier()
+    parallelize_module(model, one_process, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    with pytest.raises(ValueError, match="weights are split over processes"):
+        whole(model)
 
 
 def test_tensor_parallel_language_models_are_told(one_process):

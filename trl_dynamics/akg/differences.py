@@ -26,6 +26,7 @@ from torch import nn
 
 from trl_dynamics.akg.influence import CENTRAL_DIFFERENCES, Change, Influence
 from trl_dynamics.akg.steps import Step, Tensors
+from trl_dynamics.akg.task import refuse_split
 
 PRECISE = (torch.float32, torch.float64)
 # The largest movement of an output, over u^(1/5), that is aimed at, the range around it that is taken as it is, and
@@ -80,8 +81,9 @@ def whole(model: nn.Module) -> Shards:
     """The weights of a model that lies on one process as it is.
 
     Raises:
-        ValueError: As [`refuse_rounded_weights`].
+        ValueError: If it lies in pieces, or as [`refuse_rounded_weights`].
     """
+    refuse_split(model)
     refuse_rounded_weights(model)
     values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return Shards(values, lambda: None, next(model.parameters()).device, distributed=False)
@@ -246,4 +248,4 @@ class Line:
 
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one * other).sum(dtype=torch.float64))
+    return float((one.double() * other.double()).sum())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from trl_dynamics.akg.losses import Loss, mean_cross_entropy
@@ -155,6 +156,12 @@ def refuse_split(model: nn.Module) -> None:
     Raises:
         ValueError: If there are any.
     """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the weights are split over processes by FSDP1 (FullyShardedDataParallel), which computes with flat copies "
+            "that forward mode and the hooks of gram do not see; load the whole model on each process, before it is "
+            "wrapped, or shard it with FSDP2 (fsdp_version: 2) and use akg.differences"
+        )
     if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_status") for parameter in model.parameters()):
         raise ValueError(
             "the weights are split over processes (tensor parallelism, FSDP2 or ZeRO-3), where forward mode and the "

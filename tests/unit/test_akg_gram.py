@@ -379,6 +379,31 @@ def test_checkpointing_dropout_and_training_mode_change_nothing_and_nothing_is_l
     assert len(marks) == 4 and not any(mark() for mark in marks)  # two sides, and the pair that is checked
 
 
+class ByMode(nn.Module):
+    """A scale and a shift that training mode halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(7)), nn.Parameter(torch.zeros(7))
+
+    def forward(self, rows):
+        return (0.5 if self.training else 1.0) * rows * self.scale + self.shift
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("layer", [lambda: nn.BatchNorm1d(7), ByMode])
+def test_a_layer_whose_gradients_are_formed_late_is_in_evaluation_mode_too(layer, check):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), layer(), nn.Tanh(), nn.Linear(7, 4)).double()
+    rows, labels = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 1, 2])
+    expected = products(classifier(model.eval()), (rows, labels), (rows, labels))
+    kept = copy.deepcopy(model.state_dict())
+    found = gram(classifier(model.train()), (rows, labels), (rows, labels), check=check).total_OU
+    assert error(found, expected) < 1e-12
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_lower_precision_stays_close_to_float64(dtype, bound):
     update, observe = batch_of(3, 8, 0), batch_of(4, 7, 1)

@@ -92,10 +92,12 @@ class RowTiles:
             if not todo:
                 continue
             update = self.update.rows(rows_u)
-            uses = self._recorded(update)
+            with evaluated(self.task.model):
+                uses = self._recorded(update)
             for name, rows_o in todo:
                 observe = self.observe.rows(rows_o)
-                arrays = self._products(observe, num_rows(update.batch), uses)
+                with evaluated(self.task.model):  # some uses run their module only now
+                    arrays = self._products(observe, num_rows(update.batch), uses)
                 if check:
                     self._check(observe, update, arrays["total"])
                     check = False

@@ -121,12 +121,20 @@ def _parts_of(
                 continue
             if name in parts.get(UPDATE, {}):
                 raise ValueError(f"the optimiser holds {name!r} twice, and so would move it twice; give it once")
-            state = optimizer.state.get(parameter, {})
-            for part, change in split(gradients[name], parameter.detach(), group, state):
+            state, value = _widened(optimizer.state.get(parameter, {}), gradients[name]), parameter.detach()
+            for part, change in split(gradients[name], value.to(gradients[name].dtype), group, state):
                 parts.setdefault(part, {})[name] = change
     if not parts:
         raise ValueError("the optimiser holds no parameter of this model that has a gradient; was it made for a copy?")
     return parts
+
+
+def _widened(state: Mapping, gradient: torch.Tensor) -> dict:
+    """What an optimiser remembers of a parameter in its gradient's dtype: half precision loses what is small."""
+    return {
+        name: value.to(gradient.dtype) if isinstance(value, torch.Tensor) and value.shape == gradient.shape else value
+        for name, value in state.items()
+    }
 
 
 def sgd_parts(gradient: torch.Tensor, value: torch.Tensor, group: dict, state: dict) -> list[tuple[str, torch.Tensor]]:

@@ -23,6 +23,7 @@ from akg_models import (
 from tiny import tiny_model
 from trl_dynamics.akg import losses
 from trl_dynamics.akg.influence import influence
+from trl_dynamics.akg.several import influences
 from trl_dynamics.akg.task import causal_lm, classifier
 from true_float64 import true_float64
 
@@ -358,6 +359,34 @@ def test_a_small_step_of_half_precision_does_not_vanish():
     model = tiny_model("llama", initializer_range=0.15)
     whole = influence(model, update, observe, lr=1e-8).total.target_N
     assert error(influence(model.half(), update, observe, lr=1e-8).total.target_N, whole) < 0.05
+
+
+class HalfBase(nn.Module):
+    """A frozen network in half precision with a trained factor of float32 beside it, as an adapter."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.beside = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(6, 8, bias=False)
+        self.body.to(dtype).requires_grad_(False)
+        self.head.to(dtype).requires_grad_(False)
+
+    def forward(self, rows):
+        hidden = self.body(rows.to(self.body.weight.dtype))
+        hidden = hidden + self.beside(rows).to(hidden.dtype)
+        return self.head(hidden.tanh()).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_part_on_a_half_base_scales_with_its_rate(dtype):
+    task, rows = classifier(HalfBase(dtype)), torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    batch = rows, torch.tensor([0, 3, 1])
+    large = influence(task, batch, batch, lr=1e-2).total.target_N
+    assert error(influence(classifier(HalfBase(torch.float32)), batch, batch, lr=1e-2).total.target_N, large) < 0.05
+    for lr in (1e-6, 1e-9):
+        assert error(influence(task, batch, batch, lr=lr).total.target_N / lr, large / 1e-2) < 1e-2
+        together = next(influences(task, [batch], batch, lr=lr))
+        assert error(together.total.target_N / lr, large / 1e-2) < 1e-2
 
 
 def test_a_model_that_does_more_than_its_head_is_refused():

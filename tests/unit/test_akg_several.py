@@ -79,6 +79,24 @@ def test_steps_that_move_other_parameters_and_come_from_elsewhere_share_a_pass()
     assert error(whole.total.target_N, influence(task, (rows, labels), (rows, labels), lr=0.1).total.target_N) < 1e-12
 
 
+@pytest.mark.parametrize(("direction", "passed"), [("sgd", 2), ("adamw", 6)])
+def test_a_step_of_one_part_is_pushed_once(direction, passed, monkeypatch):
+    """Two steps: SGD's have one part; AdamW's have two and their sum, since norms of parts do not add up."""
+    counts, original = [], several.push_forward_together
+
+    def counted(task, changes, *more):
+        counts.append(len(changes))
+        return original(task, changes, *more)
+
+    monkeypatch.setattr(several, "push_forward_together", counted)
+    model, updates = language_model(), UPDATES[:2]
+    found = list(influences(model, updates, OBSERVE, direction=direction, lr=0.01, output="stats"))
+    assert counts == [passed]
+    for update, one in zip(updates, found, strict=True):
+        alone = influence(model, update, OBSERVE, direction=direction, lr=0.01, output="stats").total
+        assert all(error(getattr(one.total, name), v) < 1e-12 for name, v in vars(alone).items() if v is not None)
+
+
 class Doubled(torch.autograd.Function):
     """An operation whose derivative looks at numbers, of which there are several at once in a shared pass."""
 

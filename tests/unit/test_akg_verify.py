@@ -142,3 +142,29 @@ def test_weights_are_put_back_when_something_fails():
 
 def test_every_verdict_has_words():
     assert set(VERDICTS) == {"first order", "softmax", "kernel", "beyond", "rounding"}
+
+
+class Encoder(nn.Module):
+    """torch's own transformer layer, which has a fused path in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True), nn.Linear(6, 4)
+        self.double()
+
+    def forward(self, rows):
+        return self.head(self.layer(rows)[:, -1])
+
+
+def test_torchs_own_transformer_layers_are_predicted():
+    rows = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = rows, torch.tensor([0, 1, 2])
+    for enabled in (True, False):
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        try:
+            found = verify(classifier(Encoder()), batch, batch, lr=1e-3)
+            assert torch.backends.mha.get_fastpath_enabled() == enabled
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert found.errors["first"] < 1e-2 and found.errors["second"] < 1e-4

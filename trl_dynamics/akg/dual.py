@@ -38,8 +38,7 @@ def push_forward(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, vi
         ValueError: If an operation of the model has no forward-mode derivative.
     """
     refuse(task.model)
-    values = dict(task.model.named_parameters())
-    if any(values[name].dtype in HALF for name in changes):
+    if _in_half(task.model):
         changes, length = _of_length_one(changes)
         visit = _scaled(visit, length)
     with evaluated(task.model), _explained():
@@ -95,7 +94,7 @@ def push_forward_together(
     fixed = {name: p.detach() for name, p in task.model.named_parameters()}
     names = list(dict.fromkeys(name for change in changes for name in change))
     lengths = [1.0] * len(changes)
-    if any(fixed[name].dtype in HALF for name in names):
+    if _in_half(task.model):
         changes, lengths = zip(*map(_of_length_one, changes), strict=True)
     stacked = tuple(
         torch.stack(
@@ -103,6 +102,7 @@ def push_forward_together(
         )
         for n in names
     )
+    del changes  # of half precision they are copies
 
     def at(*values: torch.Tensor) -> tuple:
         moved = fixed | dict(zip(names, values, strict=True))
@@ -126,6 +126,9 @@ def push_forward_head(task: Task, changes: Mapping[str, torch.Tensor], batch: An
         changes (`Mapping`): Directions by the names of the head's own parameters.
     """
     refuse(task.model)
+    if _in_half(task.model):
+        changes, length = _of_length_one(changes)
+        visit = _scaled(visit, length)
     duals: dict[str, torch.Tensor] = {}
 
     def on_head(head: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -209,6 +212,11 @@ class _Nestable(_Unhooked):
     }
 
 
+def _in_half(model: nn.Module) -> bool:
+    """Whether any weight is of half precision, through which derivatives of others pass as well."""
+    return any(parameter.dtype in HALF for parameter in model.parameters())
+
+
 def _of_length_one(changes: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
     """The changes over their Euclidean norm, and the norm: what is of length one does not vanish in half precision."""
     wide = [change.to(torch.promote_types(change.dtype, torch.float32)) for change in changes.values()]
@@ -244,7 +252,7 @@ def _with_values(model: nn.Module, values: Mapping[str, torch.Tensor], call: Cal
 
 @contextlib.contextmanager
 def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
-    """Evaluation mode, and the attention kernel that has derivatives of forward mode; both put back at the end.
+    """Evaluation mode, and attention by operations that have derivatives of forward mode; all put back at the end.
 
     With `checkpointing`, the modules that checkpoint their activations still do so, which transformers makes them do
     in training mode only; what is inside of them stays in evaluation mode. Models that are configured to drop anything
@@ -255,10 +263,13 @@ def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None
     if checkpointing and not _may_drop(model):
         for module in modes:
             module.training = bool(getattr(module, "gradient_checkpointing", False))
+    fused = torch.backends.mha.get_fastpath_enabled()  # nn.TransformerEncoderLayer's own, with no derivative at all
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes.items():
             module.training = mode
 

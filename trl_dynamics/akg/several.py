@@ -3,6 +3,7 @@
 N observed positions   n those of one tile   V labels   S changes of the weights, the steps' parts
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_dynamics.akg.dual import push_forward_together
+from trl_dynamics.akg.dual import push_forward_together, refuse
 from trl_dynamics.akg.influence import Change, Force, Influence, View, check_output, predict, update_gradient
 from trl_dynamics.akg.steps import Step, Tensors, step_of
 from trl_dynamics.akg.task import Task, causal_lm
@@ -35,7 +36,8 @@ def influences(
 
     The numbers are those of [`akg.influence.influence`] for one after the other. A pass computes the values of a
     forward and a derivative beside them; several derivatives share the values, which makes four updates about a third
-    cheaper. In exchange the steps of all updates of a pass are held, and but for `output="target"` all logits.
+    cheaper. In exchange the parts of all steps of a pass are held, as they are and stacked in the parameters' dtype, a
+    step's sum of several parts too but for `output="target"`, and then all logits and their derivatives.
 
     Args:
         task, observe, direction, lr, max_grad_norm, output, top_k: As of [`akg.influence.influence`].
@@ -48,9 +50,13 @@ def influences(
     task = task if isinstance(task, Task) else causal_lm(task)
     if together < 1:
         raise ValueError(f"together is {together}, expected at least 1")
+    refuse(task.model)
     for start in range(0, len(updates), together):
-        forces = [update_gradient(task, update) for update in updates[start : start + together]]
-        steps = [step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm) for force in forces]
+        forces, steps = [], []
+        for update in updates[start : start + together]:
+            force = update_gradient(task, update)
+            steps.append(step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm))
+            forces.append(dataclasses.replace(force, gradients={}))  # which the step took in
         yield from predict_together(task, forces, steps, observe, output=output, top_k=top_k)
 
 
@@ -75,7 +81,7 @@ def predict_together(
     label_N, item_N = task.labels_of(observe, "what is observed"), task.items(observe)
     changes = [part for step in steps for part in step.parts.values()]
     if output != "target":  # the norms of parts do not add up to the step's
-        changes += [step.total for step in steps]
+        changes += [step.total for step in steps if len(step.parts) > 1]
     try:
         found, (logp_N, top_id_Nk) = _read(task, changes, observe, label_N, output, top_k)
     except RuntimeError as error:
@@ -86,12 +92,19 @@ def predict_together(
         return [predict(task, force, step, observe, **options) for force, step in zip(forces, steps, strict=True)]
     of_parts = iter(found)
     parts = [{name: next(of_parts) for name in step.parts} for step in steps]
-    wholes = list(of_parts) or [Change(sum(change.target_N for change in own.values())) for own in parts]
+    wholes = [_whole(own, of_parts, output) for own in parts]
     sides = [(None, None) if force is None else (force.loss, force.norm_U) for force in forces]
     return [
         Influence(whole, own, label_N, item_N, logp_N, top_id_Nk, *side, step)
         for whole, own, side, step in zip(wholes, parts, sides, steps, strict=True)
     ]
+
+
+def _whole(parts: dict[str, Change], wholes: Iterator[Change], output: str) -> Change:
+    """What a step does: as its only part, by the sum, or the next of `wholes`."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    return Change(sum(change.target_N for change in parts.values())) if output == "target" else next(wholes)
 
 
 def _read(

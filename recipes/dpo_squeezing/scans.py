@@ -50,7 +50,8 @@ def squeezing(case: Case, argmax=effects.MIN_ARGMAX_RISE, gap=effects.MIN_EFFECT
 
 def squeezing_alert(case: Case, alert: float) -> bool:
     squeeze = case.changes.squeeze
-    if case.method == "sft" or (displacement.settled(case.summary, case.changes) and "degeneration" not in case.found):
+    broken = "degeneration" in case.found
+    if case.method == "sft" or displacement.settled_unbroken(case.summary, case.changes, broken):
         return False
     return squeeze.holds and (squeeze.chosen.down() or squeeze.gap.mean >= alert)
 
@@ -61,7 +62,7 @@ def harmful(case: Case, chosen=effects.MIN_EFFECT, others=effects.MIN_EFFECT) ->
     if "displacement_harmful" in case.found and not changes.chosen.down():
         return True
     broken, squeezed = "degeneration" in case.found, case.method != "sft" and changes.squeeze.holds
-    if not broken and (case.method == "sft" or displacement.settled(case.summary, changes)):
+    if displacement.settled_unbroken(case.summary, changes, broken) or (case.method == "sft" and not broken):
         return False
     paraphrases = paraphrases_of_chosen(changes.types)
     beside: list[Effect] = [changes.bystanders, changes.of_types(paraphrases)]

@@ -4,6 +4,7 @@ import logging
 import sys
 
 import pytest
+from synthetic_answers import answers
 from synthetic_runs import SQUEEZED, VOCAB_SIZE, records
 
 from trl_dynamics.tracking import alerts, findings
@@ -45,10 +46,12 @@ def fake(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def told(frame, method="dpo", watch=None):
+def told(frame, method="dpo", watch=None, samples=None):
     """What a watch says, step by step."""
     watch = watch or Watch(method)
-    return {table.step: [f.name for f in watch.add(table)] for table in split_frame(frame, VOCAB_SIZE)}
+    own = {} if samples is None else dict(list(samples.groupby("step")))
+    tables = split_frame(frame, VOCAB_SIZE)
+    return {table.step: [f.name for f in watch.add(table, own.get(table.step))] for table in tables}
 
 
 def test_a_finding_is_told_once_at_the_second_step_in_a_row():
@@ -66,6 +69,12 @@ def test_what_comes_and_goes_is_not_told():
     assert not any(told(flicker).values())
     longer = records(lambda name, t: -0.9 if name in falling and t in (10 / 320, 20 / 320) else 0.0)
     assert told(longer)[20] == ["displacement_harmful"]
+
+
+def test_own_answers_count_as_they_do_at_the_end():
+    names = {name for step in told(records(), samples=answers(0.9)).values() for name in step}
+    assert names == {"degeneration"}
+    assert not any(told(records()).values())
 
 
 def test_information_and_noise_are_no_alerts():

@@ -6,12 +6,14 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic_answers import answers
 from synthetic_runs import ALL_TYPES, SFT, SQUEEZED, STEPS, records
 
 from trl_dynamics import DPOConfig, GRPOConfig, SFTConfig
 from trl_dynamics.tracking import effects, findings
 from trl_dynamics.tracking.aggregate import summarise
 from trl_dynamics.tracking.comparison import compare
+from trl_dynamics.tracking.samples import Samples
 
 DPO, SFT_META = {"method": "dpo"}, {"method": "sft"}
 
@@ -22,6 +24,11 @@ def names(frame, meta=DPO):
 
 def only(frame, name, meta=DPO):
     return next(finding for finding in findings.find(frame, meta) if finding.name == name)
+
+
+def with_answers(frame, loop=0.0):
+    """The records of a run that also kept greedy answers."""
+    return dataclasses.replace(summarise(frame), samples=Samples(answers(loop)))
 
 
 def test_squeezing_has_its_numbers_and_its_onset():
@@ -112,9 +119,22 @@ def test_what_sft_takes_from_chosen_may_have_gone_to_answers_as_good():
 @pytest.mark.parametrize("method", ["dpo", "track"])
 def test_a_model_that_settles_on_few_answers_may_have_settled_on_good_ones(method):
     fallen = dict.fromkeys(("chosen", "other_test", "other_train", "chosen_rephrase_semantic"), -0.9)
-    settled = only(records(fallen, entropy=-1.2), "displacement", {"method": method})
+    meta = {"method": method}
+    settled = only(with_answers(records(fallen, entropy=-1.2)), "displacement", meta)
     assert "has become sure of what it says" in settled.text and "judge" in settled.remedy
-    assert "displacement_harmful" in names(records(fallen, entropy=-0.6), {"method": method})
+    assert "displacement_harmful" in names(with_answers(records(fallen, entropy=-0.6)), meta)
+    assert "displacement_harmful" in names(with_answers(records(fallen, entropy=-1.2), loop=0.9), meta)
+
+
+def test_where_nobody_asked_the_model_a_collapse_withdraws_no_alert():
+    """Without own answers degeneration is not seen, so that its absence says nothing."""
+    collapsed = records(SQUEEZED | {"other_test": -0.9, "chosen_rephrase_semantic": -0.9}, argmax=0.5, entropy=-1.2)
+    asked, unasked = (
+        {finding.name: finding.severity for finding in findings.find(frame, DPO)}
+        for frame in (with_answers(collapsed), collapsed)
+    )
+    assert unasked["squeezing"] == unasked["displacement_harmful"] == "alert"
+    assert asked["squeezing"] == asked["displacement"] == "warning" and "displacement_harmful" not in asked
 
 
 def test_both_falling_is_answered_directly():

@@ -10,9 +10,12 @@ import logging
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
+import pandas as pd
+
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import StepSummary, Summary, summarise_step
 from trl_dynamics.tracking.findings import ALERT, INFO, Finding
+from trl_dynamics.tracking.samples import Samples
 from trl_dynamics.tracking.step_table import StepTable
 
 logger = logging.getLogger(__name__)
@@ -28,15 +31,22 @@ class Watch:
 
     def __init__(self, method: str, told: Iterable[str] = ()):
         self.method, self.told = method, set(told)
-        self._kept: list[tuple[StepTable, StepSummary]] = []
+        self._kept: list[tuple[StepTable, StepSummary, pd.DataFrame | None]] = []
         self._held: set[str] = set()
 
-    def add(self, table: StepTable) -> list[Finding]:
-        """Findings that fire at this step as at the one before and were not told yet, the most severe first."""
+    def add(self, table: StepTable, samples: pd.DataFrame | None = None) -> list[Finding]:
+        """Findings that fire at this step as at the one before and were not told yet, the most severe first.
+
+        Args:
+            table ([`StepTable`]): The step's records.
+            samples (`pandas.DataFrame`, *optional*): Its greedy answers, with the columns of [`samples.NUMBERS`].
+        """
         start = self._kept[0][0] if self._kept else table
-        self._kept = [*self._kept, (table, summarise_step(start, table))]
-        tables = {kept.step: kept for kept, _ in self._kept}
-        summary = Summary([part for _, part in self._kept], start, tables.__getitem__)
+        self._kept = [*self._kept, (table, summarise_step(start, table), samples)]
+        tables, parts, answers = zip(*self._kept, strict=True)
+        taken = [rows for rows in answers if rows is not None and len(rows)]
+        own = Samples(pd.concat(taken, ignore_index=True)) if taken else None
+        summary = Summary(list(parts), start, {kept.step: kept for kept in tables}.__getitem__, own)
         firing = [f for f in findings.find(summary, {"method": self.method}) if f.severity != INFO]
         standing = [f for f in firing if f.name in self._held - self.told]
         self._held = {finding.name for finding in firing}

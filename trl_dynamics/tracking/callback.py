@@ -177,7 +177,7 @@ class ProbeCallback(TrainerCallback):
             # An evaluation, or the end, asked for what the budget had said no to.
             decisions[-1] |= {"taken": True, "affordable": False}
         series.add(rows, step, samples)
-        news = series.look(table)
+        news = series.look(table, samples)
         self._mark_checkpoints(state)
         seconds = series.cost.now() - began
         series.cost.add(step, seconds)

@@ -55,7 +55,8 @@ def displacement(summary: Summary, changes: Changes, method: str) -> Finding | N
         "bystanders (third parties except shuffled words and paraphrases of rejected), nor paraphrases of chosen, nor "
         f"one type of these fall by {MIN_EFFECT}, and there is neither squeezing nor degeneration. Else harmful, an "
         f"alert from {ALERT_EFFECT} nats per token of chosen or bystanders; but without degeneration it cannot be "
-        f"told for SFT, which pushes nothing down, and where there is entropy_collapse; {COUNTS}.",
+        "told for SFT, which pushes nothing down, and where there is entropy_collapse in a run with probe_samples; "
+        f"{COUNTS}.",
         best + remedy,
     )
 
@@ -63,6 +64,15 @@ def displacement(summary: Summary, changes: Changes, method: str) -> Finding | N
 def settled(summary: Summary, window: Changes) -> bool:
     """Whether entropy collapsed, along chosen or in the model's own answers: it has settled on few of them."""
     return window.entropy_collapsed or (summary.samples is not None and summary.samples.grew_sure)
+
+
+def settled_unbroken(summary: Summary, window: Changes, broken: bool) -> bool:
+    """Whether entropy collapsed while own answers, which were taken, do not degenerate: they may be good ones.
+
+    Without own answers nobody knows, and a collapse is no reason to withdraw an alert.
+    """
+    asked = summary.samples is not None and len(summary.samples.steps) > 1
+    return asked and not broken and settled(summary, window)
 
 
 def _verdict(
@@ -74,7 +84,8 @@ def _verdict(
     # A mean over paraphrases may hold because one kind gains what another loses.
     fell = fell or window.falling(paraphrases_of_chosen(window.types))
     squeezed = method != "sft" and summary.squeezed_since() is not None
-    if (fell or squeezed) and not broken and (method == "sft" or settled(summary, window)):
+    unclear = not broken if method == "sft" else settled_unbroken(summary, window, broken)
+    if (fell or squeezed) and unclear:
         return _unclear(who, method)
     if fell or squeezed or broken:
         severe = -window.chosen.mean >= ALERT_EFFECT or -window.bystanders.mean >= ALERT_EFFECT
@@ -110,16 +121,17 @@ def _verdict(
 
 def _unclear(who: str, method: str) -> tuple[str, str, str, str, str]:
     """The verdict where what is lost went to answers that the probe set does not have."""
-    why = {"sft": "SFT pushes nothing down, so training teaches other answers than these"}.get(
-        method, "The model has become sure of what it says (entropy collapse), and that is not these answers"
-    )
+    sure = "The model has become sure of what it says (entropy collapse), and that is not these answers"
+    other = "SFT pushes nothing down by name, so training teaches other answers than these, or breaks the model"
+    why = other if method == "sft" else sure
     return (
         "displacement",
         WARNING,
         f"{who} and took similar answers along: benign or harmful cannot be told",
-        f"{why}: others as good or worse ones, which records cannot tell apart.",
-        "Read what it answers now, or compare it with the model before (`trl-dynamics judge`). Have probes whose "
-        "chosen is worded as in training, or, if it is, train less.",
+        f"{why}: others may be as good or worse, which records cannot tell apart.",
+        "Read what it answers now (probe_samples keeps it, and degeneration is then seen), or compare it with the "
+        "model before (`trl-dynamics judge`). Have probes whose chosen is worded as in training, or, if it is, train "
+        "less.",
     )
 
 

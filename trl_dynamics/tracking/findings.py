@@ -9,7 +9,13 @@ import pandas as pd
 
 from trl_dynamics.tracking.aggregate import Summary, summarise
 from trl_dynamics.tracking.degeneration import degeneration
-from trl_dynamics.tracking.displacement import bystander_loss, displacement, margin_by_rejection, settled
+from trl_dynamics.tracking.displacement import (
+    bystander_loss,
+    displacement,
+    margin_by_rejection,
+    settled,
+    settled_unbroken,
+)
 from trl_dynamics.tracking.effects import (
     ALERT_GAP,
     COUNTS,
@@ -59,7 +65,8 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
         return None
     severe = changes.chosen.down() or changes.gap.mean >= ALERT_GAP
     # Likely tokens gain as well where the model settles on few answers, which may be good ones.
-    severe = severe and (not settled(summary, changes) or degeneration(summary, changes, method) is not None)
+    broken = degeneration(summary, changes, method) is not None
+    severe = severe and not settled_unbroken(summary, changes, broken)
     drained = summary.metric("drained_mass")
     if severe:
         outlook = "Expect broken or repetitive samples."
@@ -85,7 +92,7 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
         f"{MIN_EFFECT}, the gap argmax minus chosen widens by at least {MIN_EFFECT}, and chosen or bystanders (third "
         f"parties except shuffled words and paraphrases of rejected) fall by at least {MIN_EFFECT}, start to end; not "
         f"for SFT, which pushes nothing down; {COUNTS}. Alert if chosen falls by {MIN_EFFECT} or the gap widens by "
-        f"{ALERT_GAP}, unless there is entropy_collapse without degeneration.",
+        f"{ALERT_GAP}, unless there is entropy_collapse without degeneration in a run with probe_samples.",
         f"Use the checkpoint before step {since}. {cause if method == 'dpo' else ''}"
         f"{REMEDIES.get(method, REMEDIES['track'])}",
     )

@@ -21,6 +21,8 @@ from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.findings import Finding
 from trl_dynamics.tracking.influence_findings import find_in_influence
 from trl_dynamics.tracking.influence_summary import open_influence
+from trl_dynamics.tracking.records import SAMPLE_KEY_COLUMNS
+from trl_dynamics.tracking.samples import NUMBERS
 from trl_dynamics.tracking.step_table import StepTable, split_frame
 from trl_dynamics.tracking.store import DynamicsStore
 
@@ -131,21 +133,23 @@ class Series:
         start, is seen."""
         self.watch = Watch(self.meta["method"], [alert["name"] for alert in self.meta.get("alerts", [])])
         if self.baseline is not None and self.accelerator.is_main_process:
-            self.watch.add(self.baseline)
-            if self._latest is not None:
-                self.watch.add(self.table(self._latest))
+            tables = [self.baseline, *([] if self._latest is None else [self.table(self._latest)])]
+            for table in tables:
+                self.watch.add(table, self.store.read_samples({table.step}, NUMBERS))
         self._latest = None
 
     def table(self, records: pd.DataFrame) -> StepTable:
         """Records of one step of this run, as metrics and findings take them."""
         return split_frame(records, self.meta["model"]["vocab_size"])[0]
 
-    def look(self, table: StepTable) -> list[Finding]:
-        """Findings that stand with the records of this step and were not told before; all processes together."""
-        return self._on_main(lambda: self._look(table))
+    def look(self, table: StepTable, samples: pa.Table | None = None) -> list[Finding]:
+        """Findings that stand with the records of this step, and its greedy answers if any were taken, and were not
+        told before; all processes together."""
+        return self._on_main(lambda: self._look(table, samples))
 
-    def _look(self, table: StepTable) -> list[Finding]:
-        found = self.watch.add(table)
+    def _look(self, table: StepTable, samples: pa.Table | None) -> list[Finding]:
+        wanted = [*SAMPLE_KEY_COLUMNS, *NUMBERS]
+        found = self.watch.add(table, None if samples is None else samples.select(wanted).to_pandas())
         news = [{"name": finding.name, "severity": finding.severity, "step": table.step} for finding in found]
         self.meta["alerts"] = [*self.meta.get("alerts", []), *news]
         return found

@@ -276,15 +276,20 @@ def test_without_the_embedding_a_tied_head_is_wrong():
     assert error(apart, whole.total.logp_NV) > 0.01
 
 
-def test_an_adapter_agrees_with_a_small_real_step():
-    model = adapted()
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_an_adapter_agrees_with_a_small_real_step(options):
+    """DoRA detaches the norm of its weights, which moves with them all the same."""
+    model = adapted(**options)
     task, update, observe = causal_lm(model), batch_of(2, 8, 0), batch_of(3, 7, 1)
     found = influence(task, update, observe, lr=1e-6, output="full")
     assert found.step.total and all("lora" in name for name in found.step.total)
     parameters = [p for p in model.parameters() if p.requires_grad]
     moving, all_of_them = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     assert task.coverage() == moving / all_of_them < 0.2
-    assert error(found.total.logp_NV, moved(task, update, observe, torch.optim.SGD(parameters, lr=1e-6))) < 1e-4
+    true_NV = moved(task, update, observe, torch.optim.SGD(parameters, lr=1e-6))
+    assert error(found.total.logp_NV, true_NV) < 1e-4
+    (together,) = influences(task, [update], observe, lr=1e-6, output="full")
+    assert error(together.total.logp_NV, found.total.logp_NV) < 1e-12
 
 
 def test_an_adapter_moves_what_its_matrices_merged_into_a_frozen_base_would():

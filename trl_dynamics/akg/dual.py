@@ -70,7 +70,8 @@ def _first_order(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, vi
                 logits_nV, change_nV = forward_ad.unpack_dual(tile_nV)
                 visit(logits_nV, torch.zeros_like(logits_nV) if change_nV is None else change_nV, None)
 
-        _with_values(task.model, values, run)
+        with _Unhooked():
+            _with_values(task.model, values, run)
 
 
 def push_forward_together(
@@ -192,9 +193,16 @@ def _layer_norm(value, normalized_shape, weight=None, bias=None, eps=1e-5):
 
 
 class _Unhooked(TorchFunctionMode):
-    """Lets hooks call requires_grad_, as transformers' do for checkpointing; transformed functions refuse it."""
+    """Takes away what is there for backwards alone, and would be in the way of a derivative of forward mode.
 
-    WRITTEN_OUT: ClassVar[dict] = {torch.Tensor.requires_grad_: lambda value, requires_grad=True: value}
+    Hooks may call requires_grad_, as transformers' do for checkpointing, which transformed functions refuse. What a
+    model detaches, as DoRA does norms of weights, moves all the same when the weights do.
+    """
+
+    WRITTEN_OUT: ClassVar[dict] = {
+        torch.Tensor.requires_grad_: lambda value, requires_grad=True: value,
+        torch.Tensor.detach: lambda value: value,
+    }
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return self.WRITTEN_OUT.get(function, function)(*args, **(kwargs or {}))

@@ -70,6 +70,9 @@ def gram(
 ) -> GramResult:
     """All inner products between the gradients of observers and those of an update's rows.
 
+    Gradients are those that training has: of a model that detaches something on the way, such as DoRA, they do not say
+    all that moves; [`akg.influence.influence`] does.
+
     Args:
         task ([`Task`] or `nn.Module`): What is updated and observed; a model alone is a causal LM. A row of a batch
             is an observer or an update. The task's loss is not used: see `weight`.

@@ -74,8 +74,10 @@ def find_observed(source, tracked: ProbeSet | None, args: TrainingArguments) -> 
     """
     source = source if source is not None else getattr(args, "akg_observe", None)
     if getattr(args, "akg_every", None) is None:
-        if source is not None and args.process_index == 0:
-            logger.warning("akg_observe is idle: akg_every says how often, and is not given")
+        idle = ["akg_observe"] * (source is not None)
+        idle += ["akg_updates"] * (getattr(args, "akg_updates", [BATCH]) != [BATCH])
+        if idle and args.process_index == 0:
+            logger.warning(f"{' and '.join(idle)} without effect: akg_every says how often, and is not given")
         return None
     probe_set = tracked if source is None else probe_io.load(source)
     if probe_set is None:

@@ -80,6 +80,15 @@ def influence(
     return pd.DataFrame(rows)
 
 
+def set_value(frame: pd.DataFrame, rows: pd.Series, column: str, value: float) -> pd.DataFrame:
+    """A copy in which `column`, `"predicted"` or `"true"`, is `value` in all tokens of these rows, and in the sum."""
+    frame = frame.copy()
+    frame.loc[rows, f"{column}_sum"] = value
+    lists = [[value] * len(old) if hit else old for old, hit in zip(frame[column], rows, strict=True)]
+    frame[column] = pd.Series(lists, frame.index)
+    return frame
+
+
 def write_influence(folder: Path, frame: pd.DataFrame, texts: list[list[str]] | None = None) -> Path:
     """Write `frame` into a run's store, a file per step; by default a token's text is its id after a blank and a t."""
     texts = texts or [[f" t{token}" for token in tokens] for tokens in frame["token_ids"]]

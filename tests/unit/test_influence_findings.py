@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_influence import STEPS, TYPES, influence, summary_of, write_alone, write_influence
+from synthetic_influence import STEPS, TYPES, influence, set_value, summary_of, write_alone, write_influence
 from synthetic_runs import SQUEEZED, meta, probe_set, records, write_run
 
 from trl_dynamics.cli.main import main
@@ -139,6 +139,65 @@ def test_a_change_within_rounding_is_not_judged():
     assert "1 further step moved the answers too little" in found(frame)["step_too_large"].text
 
 
+def diverged(frame, value=np.inf, column="true", step=20):
+    late = (frame["step"] >= step) & ((frame["update"] == "batch") if column == "true" else True)
+    return set_value(frame, late, column, value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", ["predicted", "true"])
+def test_steps_that_are_not_finite_are_told_and_judged_no_further(column, value):
+    told = found(diverged(influence(error=0.6), value, column))
+    broken, large = told["step_not_finite"], told["step_too_large"]
+    assert broken.severity == "warning" and "In 2 of 4 recorded steps, first at step 20" in broken.text
+    assert broken.evidence == {"steps_not_finite": 2, "steps_recorded": 4, "first_step": 20, "most_answers": 36}
+    assert large.evidence["steps_judged"] == 2 and np.isfinite(large.evidence["error"]) and "inf" not in large.text
+    alone = found(diverged(influence(), value, column, step=0))
+    assert set(alone) == {"step_not_finite"}, "not a word about the size of steps that nothing is known of"
+    assert "step_not_finite" not in found(influence()), "fixed updates have nothing measured"
+
+
+def test_one_answer_that_is_not_finite_leaves_the_others_as_they_are():
+    frame = influence(error=0.6)
+    one = (frame["step"] == 20) & (frame["probe_id"] == "p000") & (frame["update"] == "batch")
+    one &= frame["response_type"] == "chosen"
+    with_it, without = summary_of(set_value(frame, one, "predicted", -np.inf)), summary_of(frame[~one])
+    pd.testing.assert_frame_equal(with_it.errors, without.errors)
+    assert with_it.not_finite.to_dict() == {20: 1} and without.not_finite.empty
+    keys = ["step", "update", "response_type"]
+    means = [one.means.set_index(keys)["predicted"].sort_index() for one in (with_it, without)]
+    pd.testing.assert_series_equal(*means)
+    assert np.isfinite(means[0]).all()
+
+
+def test_a_step_without_finite_predictions_leaves_the_matrix_to_the_others():
+    frame = influence(drift=0.3)
+    whole, broken = summary_of(frame).matrix, summary_of(diverged(frame, np.nan, "predicted", step=30)).matrix
+    pd.testing.assert_frame_equal(broken, whole.loc[[0, 10, 20], [0, 10, 20]])
+
+
+@pytest.mark.parametrize(
+    ("frame", "dtype", "said"),
+    [
+        (influence(), "float32", "steps are small enough for their first order and rankings hold, as far as"),
+        (influence(updates=("batch",)), "float32", "No finding: steps are small enough for their first order, as far"),
+        (influence(updates=("chosen",)), "float32", "No finding: rankings hold, as far as can be told"),
+        (influence(num_probes=3), "float32", "nothing could be judged"),
+        (influence(updates=("batch",), size=1e-5), "bfloat16", "nothing could be judged"),
+    ],
+    ids=["both", "only batches", "only fixed updates", "few probes", "rounding"],
+)
+@pytest.mark.parametrize("scored", [True, False])
+def test_that_nothing_was_found_says_what_was_judged(scored, frame, dtype, said, tmp_path, capsys):
+    run = write_alone(tmp_path, frame)
+    if scored:
+        run = write_influence(write_run(tmp_path / "run", records(types=TYPES, steps=[0])), frame)
+    meta_file = run / "dynamics/meta.json"
+    meta_file.write_text(json.dumps(json.loads(meta_file.read_text()) | {"akg": {"dtype": dtype}}))
+    assert main(["diagnose", str(run)]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_ranking_that_changes_is_told_with_where_and_how_sure():
     unstable = found(influence(drift=0.5))["kernel_unstable"]
     assert unstable.severity == "warning" and unstable.evidence["share_unstable"] == 1
@@ -183,6 +242,15 @@ def test_diagnose_tells_them(tmp_path, capsys):
     assert main(["diagnose", str(run), "--format", "json"]) == 0
     told = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["runs"][0]["findings"]}
     assert told["kernel_unstable"]["evidence"]["share_unstable"] == 1
+
+
+def test_diagnose_tells_them_where_one_step_was_scored(tmp_path, capsys):
+    run = write_influence(write_run(tmp_path / "run", records(steps=[0])), influence(error=0.6))
+    assert main(["diagnose", str(run), "--fail_on", "warning"]) == 20
+    told = capsys.readouterr().out
+    assert "one step was scored (0), but what single steps do was recorded" in told and "WARNING  training" in told
+    assert main(["diagnose", str(run), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["steps"] == [0]
 
 
 def test_diagnose_tells_those_of_a_run_that_recorded_influence_alone(tmp_path, capsys):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_influence import STEPS, TYPES, influence, summary_of, write_alone, write_influence
+from synthetic_influence import STEPS, TYPES, influence, set_value, summary_of, write_alone, write_influence
 from synthetic_runs import records, write_run
 from test_report import EVIL, Page
 
@@ -246,6 +246,54 @@ def test_prompts_stand_by_the_answers_of_the_tracked_set(runs, tmp_path):
     assert {probe["id"]: probe["prompt"] for probe in entry["probes"]} == {
         f"p00{i}": f"Question {i}?" for i in range(3)
     }
+
+
+def test_prompts_stand_by_answers_whose_characters_are_split_over_tokens(tmp_path):
+    frame = influence(num_probes=3, num_tokens=4)
+    texts = [[f"{row.response_type} ans", "\ufffd", "\ufffd", "wer to nobody"] for row in frame.itertuples()]
+    plain = records(types=TYPES, num_probes=3)
+    run = write_influence(write_run(tmp_path / "run", plain, prompt="Q{i}?"), frame, texts)
+    (entry,) = influence_tokens.token_strips([series_of(run)])
+    assert sorted(probe["prompt"] for probe in entry["probes"]) == ["Q0?", "Q1?", "Q2?"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", ["predicted", "true"])
+@pytest.mark.parametrize("what", ["one", "last", "all"])
+def test_what_is_not_finite_is_left_out_of_the_page(what, column, value, tmp_path):
+    frame = influence(error=0.6, drift=0.3)
+    hit = frame["step"] >= {"one": 30, "last": 30, "all": 0}[what]
+    hit &= (frame["update"] == "batch") if column == "true" else True
+    hit &= (frame["probe_id"] == "p000") & (frame["response_type"] == "chosen") if what == "one" else True
+    plain = records(types=TYPES, num_probes=12)
+    run = write_influence(write_run(tmp_path / "run", plain), set_value(frame, hit, column, value))
+    page = Page(build_page([run], tmp_path / "report.html"))
+    assert "steps have changes that are not finite" in page.text
+    drawn = {key.removeprefix("s0-") for key in page.data["charts"]} & set(CHARTS)
+    if what != "all":
+        assert drawn == set(CHARTS)
+    else:
+        lost = {"predicted_and_true", "first_order_error", "accumulated"}
+        assert drawn == (set(CHARTS) - lost if column == "true" else {"step_parts"}), "the parts are finite here"
+    strips = influence_tokens.token_strips([series_of(run)])
+    assert [entry["steps"] for entry in strips] == {"one": [[0, 30]], "last": [[0, 20]], "all": []}[what]
+    if what == "one":
+        (probe,) = [probe for probe in strips[0]["probes"] if probe["id"] == "p000"]
+        assert [answer["type"] for answer in probe["answers"]] == list(TYPES[1:])
+        assert strips[0]["total"] == 12
+
+
+def test_strips_of_answers_that_are_finite_at_one_step_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(influence_tokens, "MAX_PROBES", 2)
+    frame = influence(num_probes=5)
+    plain = records(types=TYPES, num_probes=5)
+    whole = write_influence(write_run(tmp_path / "whole", plain), frame)
+    shown = {probe["id"] for probe in influence_tokens.token_strips([series_of(whole)])[0]["probes"]}
+    hit = (frame["step"] == 0) & frame["probe_id"].isin(shown) & (frame["update"] == "batch")
+    run = write_influence(write_run(tmp_path / "run", plain), set_value(frame, hit, "true", np.nan))
+    (entry,) = influence_tokens.token_strips([series_of(run)])
+    assert {probe["id"] for probe in entry["probes"]} == shown and entry["limits"][0] == 1.0
+    assert all(answer["steps"][0] is None for probe in entry["probes"] for answer in probe["answers"])
 
 
 def test_a_run_that_recorded_influence_alone_has_a_page_of_it(runs, tmp_path):

@@ -11,8 +11,8 @@ from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import Summary, summarise_store
 from trl_dynamics.tracking.effects import Changes
 from trl_dynamics.tracking.findings import SEVERITIES, Finding
-from trl_dynamics.tracking.influence_findings import find_in_influence
-from trl_dynamics.tracking.influence_summary import open_influence
+from trl_dynamics.tracking.influence_findings import calm_text, find_in_influence
+from trl_dynamics.tracking.influence_summary import InfluenceSummary, open_influence
 from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 
 # 1 and 2 are what every command ends with after an error or wrong usage; a typo must not look like a finding.
@@ -20,7 +20,7 @@ NOT_JUDGED = 3
 STATUS = {"info": 10, "warning": 20, "alert": 30}
 EPILOG = f"""exit status:
   0   nothing as severe as --fail_on
-  {NOT_JUDGED}   a run could not be judged: no records, one step only, damaged, or of a newer version
+  {NOT_JUDGED}   a run could not be judged: no records, one step only and no influence, damaged, or of a newer version
   {STATUS["info"]}  the worst finding is information (with --fail_on info only)
   {STATUS["warning"]}  the worst finding is a warning (with --fail_on warning or info)
   {STATUS["alert"]}  the worst finding is an alert
@@ -32,19 +32,26 @@ MAX_WIDTH = 110
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the records of one model of a run say; no summary where the run recorded influence alone."""
+    """What the records of one model of a run say; no summary where it recorded influence alone, no influence where
+    none was recorded."""
 
     run: str
     model: str
     path: str
     meta: dict
     summary: Summary | None
+    influence: InfluenceSummary | None
     findings: list[Finding]
 
     @property
     def is_judged(self) -> bool:
         """Whether there are two steps to compare, or influence of steps."""
-        return self.summary is None or len(self.summary.steps) > 1
+        return self.influence is not None or self.is_compared
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether there are two steps to compare."""
+        return len(self.steps) > 1
 
     @property
     def steps(self) -> list[int]:
@@ -146,15 +153,15 @@ def as_text(one: Diagnosis, verbose: bool = False) -> str:
     head = f"{label} ({one.meta.get('method', 'unknown method')}, {state}): "
     if not one.is_judged:
         return f"{head}one step was scored ({steps[0]}): there is no change to judge"
-    if one.summary is None:
-        lines = [f"{head}no probe was tracked, but what single steps do was recorded"]
-    else:
+    if one.is_compared:
         moved = _filled(_moved(one.summary.changes()))
         lines = [f"{head}{len(steps)} probing steps, {steps[0]} to {steps[-1]}", *moved]
+    else:
+        scored = f"one step was scored ({steps[0]})" if steps else "no probe was tracked"
+        lines = [f"{head}{scored}, but what single steps do was recorded"]
     if not one.findings:
         calm = "what moved is too little to count, or is as it should be"
-        alone = "steps are small enough for their first order, and rankings hold, as far as can be told"
-        lines += ["", *_filled(f"No finding: {alone if one.summary is None else calm}.")]
+        lines += ["", *_filled(f"No finding: {calm if one.is_compared else calm_text(one.influence)}.")]
     for finding in one.findings:
         lines += ["", f"{finding.severity.upper()}  {finding.title}", *_filled(finding.text)]
         evidence = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in finding.evidence.items())
@@ -173,14 +180,15 @@ def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
     if not store.has_records:
         influence = open_influence(store.output_dir, meta)
         if influence is not None:
-            return [Diagnosis(name, "policy", str(store.output_dir), meta, None, find_in_influence(influence))]
+            judged = find_in_influence(influence)
+            return [Diagnosis(name, "policy", str(store.output_dir), meta, None, influence, judged)]
         wait = "the run has begun but scored nothing yet, try again later" if running else "no probe was ever scored"
         raise ValueError(f"no records in {store.records_dir}: {wait}")
     found = []
     for model, summary in summarise_store(store).items():
         influence = open_influence(store.output_dir, meta, model)
         judged = findings.find(summary, meta, influence)
-        found.append(Diagnosis(name, model, str(store.output_dir), meta, summary, judged))
+        found.append(Diagnosis(name, model, str(store.output_dir), meta, summary, influence, judged))
     if not any(one.is_judged for one in found):
         wait = "; the run has not finished, try again later" if running else ""
         raise ValueError(f"only one step was scored ({found[0].steps[0]}): no change to judge{wait}")

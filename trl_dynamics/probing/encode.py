@@ -153,9 +153,10 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], a
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, item: EncodedResponse) -> list[str]:
-    """What each token of a response adds to the text before it; together they are the response.
+    """What each token of a response adds to the text before it.
 
-    A token that holds part of a character shows as a replacement character.
+    Together they are the response, except for characters that are split over tokens: each of these tokens shows as
+    replacement characters (U+FFFD).
     """
     texts, before = [], item.prompt_ids[-1]
     for token in item.response_ids:

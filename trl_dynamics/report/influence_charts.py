@@ -166,6 +166,8 @@ def step_parts(influence: InfluenceSummary) -> dict | None:
     parts = parts[parts["step"].isin(steps)].rename(columns=PART_NAMES | {"whole": WHOLE})
     names = [WHOLE, *PART_NAMES.values()]
     data = parts.melt("step", names, "part", "value").dropna()
+    if data["step"].nunique() < 2:
+        return None
     present = [name for name in names if (data.loc[data["part"] == name, "value"] > 0).any()]
     colors = dict(zip(names, PART_COLORS.values(), strict=True))
     legend = {"title": None, "orient": "bottom", "columns": 2, "symbolType": "stroke", "labelLimit": 260}

@@ -20,10 +20,16 @@ MAX_MAPS = 10
 STRENGTHS = (0.03, 0.75)
 
 
-def force_map(influence: InfluenceSummary) -> dict:
-    """Predicted change of every observed type per update, at one of a few steps, and how far off the batch's were."""
-    steps = thin(influence.steps, MAX_MAPS)
-    means = influence.means[influence.means["step"].isin(steps)]
+def force_map(influence: InfluenceSummary) -> dict | None:
+    """Predicted change of every observed type per update, at one of a few steps, and how far off the batch's were.
+
+    None where nothing predicted is finite.
+    """
+    means = influence.means.dropna(subset=["predicted"])
+    if means.empty:
+        return None
+    steps = thin(means["step"], MAX_MAPS)
+    means = means[means["step"].isin(steps)]
     bound = {"input": "select", "options": steps, "name": "step "}
     drawn = titled("", len(steps), len(influence.steps))
     title = {"expr": f"'Force map at step ' + at + ({json.dumps(_misses(influence, steps))})[at] + '{drawn}'"}
@@ -42,13 +48,13 @@ def _misses(influence: InfluenceSummary, steps: list[int]) -> dict[int, str]:
 
 
 def force_change(influence: InfluenceSummary) -> dict | None:
-    """How the force map differs between the first and the last recorded step. None for a single step."""
-    first, last = influence.steps[0], influence.steps[-1]
-    if first == last:
+    """How the force map differs between the first and the last recorded step that have one. None for a single one."""
+    means = influence.means.dropna(subset=["predicted"])
+    if means["step"].nunique() < 2:
         return None
+    first, last = int(means["step"].min()), int(means["step"].max())
     tables = [
-        influence.means.query("step == @step").set_index(["update", "response_type"])["predicted"]
-        for step in (first, last)
+        means.query("step == @step").set_index(["update", "response_type"])["predicted"] for step in (first, last)
     ]
     change = (tables[1] - tables[0]).dropna().rename("value").reset_index().assign(step=last)
     return _map(change, influence, f"Force map, step {last} minus step {first}") if len(change) else None

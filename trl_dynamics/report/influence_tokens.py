@@ -11,9 +11,11 @@ from trl_dynamics.tracking.influence_store import BATCH
 # Over all series together; a probe with ten answers of 60 tokens is about 30 kB.
 MAX_PROBES = 16
 MAX_TOKENS = 120
+# What stands for a token that holds a part of a character.
+REPLACEMENT = "\ufffd"
 # Share of the tokens whose colour is not the strongest one: a single token must not make all others pale.
 UNCLIPPED = 0.98
-COLUMNS = ("num_tokens", "true_sum", "token_ids", "token_texts", "predicted", "true")
+COLUMNS = ("num_tokens", "predicted_sum", "true_sum", "token_ids", "token_texts", "predicted", "true")
 
 
 def token_strips(series: list[Series]) -> list[dict]:
@@ -50,10 +52,14 @@ def _one(series: Series, limit: int) -> dict | None:
 
 
 def _of_batch(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[(rows["update"] == BATCH) & (rows["num_tokens"] > 0)].dropna(subset=["true_sum"])
+    """The answers of the batch's step whose predicted and measured changes are finite."""
+    finite = np.isfinite(rows[["predicted_sum", "true_sum"]]).all(axis=1)
+    return rows[(rows["update"] == BATCH) & (rows["num_tokens"] > 0) & finite]
 
 
 def _limit(rows: pd.DataFrame) -> float:
+    if rows.empty:  # none of the answers shown is finite at this step
+        return 1.0
     sizes = np.abs(np.concatenate([*rows["predicted"], *rows["true"]]))
     return _short(float(np.quantile(sizes, UNCLIPPED)) or float(sizes.max()) or 1.0)
 
@@ -68,8 +74,11 @@ def _probe(probe_id: str, probe: Probe | None, shown: dict[int, pd.DataFrame]) -
 
 
 def _is_of(probe: Probe, answers: pd.DataFrame) -> bool:
-    """Whether these are the probe's answers: `akg_observe` may name another set, whose probes have the same names."""
-    texts = {name: "".join(row).strip() for name, row in answers["token_texts"].items()}
+    """Whether these are the probe's answers: `akg_observe` may name another set, whose probes have the same names.
+
+    They are compared up to the first character that is split over tokens.
+    """
+    texts = {name: "".join(row).strip().split(REPLACEMENT)[0] for name, row in answers["token_texts"].items()}
     return all(probe.responses.get(name, "").strip().startswith(text) for name, text in texts.items())
 
 

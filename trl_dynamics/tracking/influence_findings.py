@@ -32,6 +32,41 @@ def judged_steps(influence: InfluenceSummary) -> pd.DataFrame:
     return errors[(errors["response_type"] == ALL) & (errors["rounding"] < MAX_ROUNDING) & errors["error"].notna()]
 
 
+def calm_text(influence: InfluenceSummary) -> str:
+    """What it means that no rule fired: which of them could judge anything."""
+    judged = {
+        "steps are small enough for their first order": len(judged_steps(influence)) > 0,
+        "rankings hold": len(influence.stretches) > 0,
+    }
+    known = [text for text, is_judged in judged.items() if is_judged and influence.num_probes >= MIN_PROBES]
+    if not known:
+        return f"fewer than {MIN_PROBES} probes, or nothing above rounding: nothing could be judged"
+    return f"{' and '.join(known)}, as far as can be told"
+
+
+def step_not_finite(influence: InfluenceSummary) -> Finding | None:
+    """What a step was predicted or measured to do is NaN or infinite."""
+    lost = influence.not_finite
+    if lost.empty:
+        return None
+    first, most = lost.index[0], lost.max()
+    return Finding(
+        "step_not_finite",
+        WARNING,
+        "steps have changes that are not finite",
+        f"In {len(lost)} of {len(influence.steps)} recorded steps, first at step {first}, the predicted or the "
+        f"measured change of up to {most} of the probes' answers is NaN or infinite: the run diverged, or its "
+        "gradients are not finite. No other finding and no chart counts these changes.",
+        {"steps_not_finite": float(len(lost)), "steps_recorded": float(len(influence.steps))}
+        | {"first_step": float(first), "most_answers": float(most)},
+        "A change of an answer is NaN or infinite at a recorded step: what is predicted of an update, or what is "
+        "measured of the step itself.",
+        f"Look at loss and grad_norm up to step {first}. Go on from a checkpoint before it with a smaller learning "
+        "rate, with max_grad_norm set, or with bf16 instead of fp16; where the first step is affected, look for NaN "
+        "in the weights that were loaded, and for examples without any label.",
+    )
+
+
 def step_too_large(influence: InfluenceSummary) -> Finding | None:
     """What single steps did is far from what their gradients predict."""
     judged = judged_steps(influence)
@@ -119,6 +154,7 @@ def kernel_unstable(influence: InfluenceSummary) -> Finding | None:
 
 
 INFLUENCE_RULES: dict[str, Callable[[InfluenceSummary], Finding | None]] = {
+    "step_not_finite": step_not_finite,
     "step_too_large": step_too_large,
     "kernel_unstable": kernel_unstable,
 }

@@ -75,6 +75,14 @@ class InfluenceSummary:
         """Per step: root mean square over answers of what the batch's step and each part of it do, and `lr`."""
         return self._tables[2]
 
+    @property
+    def not_finite(self) -> pd.Series:
+        """Steps with changes that are NaN or infinite -> how many answers have one, over all updates.
+
+        Means and errors are of the finite ones.
+        """
+        return self._tables[3]
+
     @cached_property
     def stretches(self) -> pd.DataFrame:
         """Spearman's correlation of the fixed updates' influence between neighbouring recorded steps.
@@ -97,7 +105,8 @@ class InfluenceSummary:
     def matrix(self) -> pd.DataFrame:
         """Spearman's correlation of every two steps: steps x steps, evenly spaced ones where there are many."""
         steps = [self.steps[index] for index in _spaced(len(self.steps), MAX_MATRIX)]
-        table = pd.concat({step: self._ranked(step) for step in steps}, axis=1).dropna()
+        table = pd.concat({step: self._ranked(step) for step in steps}, axis=1).dropna(axis=1, how="all").dropna()
+        steps = list(table)
         if len(table) < 3:
             return pd.DataFrame()
         ones = np.ones((1, len(table)))
@@ -111,20 +120,21 @@ class InfluenceSummary:
 
     def _ranked(self, step: int) -> pd.Series:
         """Predicted change per token of the fixed updates' pairs, of the first probes if there are too many pairs."""
-        rows = self.read(step)
-        rows = rows[(rows["update"] != BATCH) & (rows["num_tokens"] > 0)]
+        rows = per_token(self.read(step))
+        rows = rows[rows["update"] != BATCH]
         pairs_so_far = rows.groupby("probe_id", sort=True).size().cumsum()
         kept = rows[rows["probe_id"].isin(pairs_so_far.index[pairs_so_far <= MAX_PAIRS])]
         keys = ["update", "probe_id", "response_type"]
-        return (kept["predicted_sum"] / kept["num_tokens"]).set_axis(pd.MultiIndex.from_frame(kept[keys]))
+        return kept["predicted"].set_axis(pd.MultiIndex.from_frame(kept[keys]))
 
     @cached_property
-    def _tables(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-        found = [self._reduced(self.read(step)) for step in self.steps]
-        means, errors, parts = (pd.concat(tables, ignore_index=True) for tables in zip(*found, strict=True))
-        return means, errors, parts
+    def _tables(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.Series]:
+        *found, lost = zip(*(self._reduced(self.read(step)) for step in self.steps), strict=True)
+        means, errors, parts = (pd.concat(tables, ignore_index=True) for tables in found)
+        not_finite = pd.Series(lost, self.steps, dtype=int)
+        return means, errors, parts, not_finite[not_finite > 0]
 
-    def _reduced(self, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    def _reduced(self, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, int]:
         rows = per_token(rows)
         keys = ["step", "update", "response_type"]
         grouped = rows.groupby(keys, sort=False)
@@ -133,7 +143,7 @@ class InfluenceSummary:
         known = batch.dropna(subset=["predicted", "true"])
         errors = [_error(known, ALL, ROUNDING[self.dtype])] if len(known) else []
         errors += [_error(own, name, ROUNDING[self.dtype]) for name, own in known.groupby("response_type")]
-        return means, pd.DataFrame(errors), _parts(batch)
+        return means, pd.DataFrame(errors), _parts(batch), _num_not_finite(rows)
 
 
 def open_influence(run_dir: str | Path, meta: dict, model: str = "policy") -> InfluenceSummary | None:
@@ -159,10 +169,14 @@ def open_influence(run_dir: str | Path, meta: dict, model: str = "policy") -> In
 
 
 def per_token(rows: pd.DataFrame) -> pd.DataFrame:
-    """Keys, `num_tokens`, `lr`, and [`SUMS`] over the number of tokens; answers without any are left out."""
+    """Keys, `num_tokens`, `lr`, and [`SUMS`] over the number of tokens; answers without any are left out.
+
+    What is infinite, as of a run that diverged, is NaN here; but not `slack`, of which NaN says that there is none.
+    """
     rows = rows[rows["num_tokens"] > 0]
     keys = rows[["step", "update", "probe_id", "response_type", "num_tokens", "lr"]]
-    return keys.assign(**{name: rows[column] / rows["num_tokens"] for name, column in SUMS.items()})
+    values = pd.DataFrame({name: rows[column] / rows["num_tokens"] for name, column in SUMS.items()})
+    return keys.join(values.where(np.isfinite(values.assign(slack=0.0))))
 
 
 def _spaced(count: int, limit: int) -> list[int]:
@@ -182,6 +196,12 @@ def _error(known: pd.DataFrame, name: str, rounding: float) -> dict:
         "moved": squares**0.5,
         "num_answers": len(known),
     }
+
+
+def _num_not_finite(rows: pd.DataFrame) -> int:
+    """Answers with a change that is NaN: a predicted one, or of the batch's step a measured one."""
+    lost = rows["predicted"].isna() | ((rows["update"] == BATCH) & rows["true"].isna())
+    return len(rows.loc[lost, ["probe_id", "response_type"]].drop_duplicates())
 
 
 def _parts(batch: pd.DataFrame) -> pd.DataFrame:

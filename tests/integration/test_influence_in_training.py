@@ -246,6 +246,24 @@ def test_a_resumed_run_records_what_the_whole_one_does(tracked, tmp_path):
             make_trainer("sft", tmp_path / "run", **other).train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_run_that_recorded_influence_alone_cannot_go_on_with_probes(tmp_path):
+    options = OPTIONS | {"akg_observe": save_probes(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    make_trainer("sft", tmp_path / "run", probes=None, **options).train()
+    tracked = make_trainer("sft", tmp_path / "run", probes=PROBES, **options)
+    with pytest.raises(ValueError, match="recorded influence alone.*Resume without probe_set, or start anew"):
+        tracked.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+
+
+def test_a_new_run_of_a_trainer_that_had_gone_on_without_influence_does_not_claim_any(tmp_path):
+    options = OPTIONS | {"probes": PROBES, "save_strategy": "steps", "save_steps": 2}
+    make_trainer("sft", tmp_path, **options).train()
+    trainer = make_trainer("sft", tmp_path, **(options | {"akg_every": None}))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert DynamicsStore(tmp_path).read_meta()["akg"]["every"] == 1
+    trainer.train()
+    assert "akg" not in DynamicsStore(tmp_path).read_meta()
+
+
 def test_a_resume_that_observes_something_else_is_refused(tmp_path):
     options = OPTIONS | {"probes": PROBES, "save_strategy": "steps", "save_steps": 2}
     make_trainer("sft", tmp_path, **options).train()
@@ -341,7 +359,7 @@ def test_something_must_be_observed(tmp_path, caplog):
     with pytest.raises(ValueError, match="akg_every=2 has nothing to observe: give akg_observe, or a probe_set"):
         make_trainer("sft", tmp_path, akg_every=2)
     trainer = make_trainer("sft", tmp_path, akg_observe=save_probes(tmp_path))
-    assert "akg_observe is idle" in caplog.text and trainer.influence_callback is None
+    assert "akg_observe without effect" in caplog.text and trainer.influence_callback is None
 
 
 def test_other_optimisers_are_refused_before_the_first_step(tmp_path):

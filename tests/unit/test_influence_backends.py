@@ -67,6 +67,13 @@ def test_what_cannot_be_predicted_is_refused_with_what_can(kind, options, said):
         choose_backend(trainer(kind, **options))
 
 
+def test_quantised_weights_are_refused_before_training_begins():
+    given = trainer()
+    given.model.is_quantized = True
+    with pytest.raises(ValueError, match="the weights are quantised.*dequantize"):
+        choose_backend(given)
+
+
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_half_precision_weights_are_refused_where_weights_are_split(kind):
     given = trainer(kind)

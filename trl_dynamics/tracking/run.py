@@ -97,7 +97,15 @@ def recorded_layout(plan: dict, args, fallback: PaddedLayout) -> Layout:
         plan (`dict`): `batch_plan` of the run; the first schema version gave rows per batch instead of tokens.
         args: Anything with `probe_layout` and `probe_tokens_per_batch`.
         fallback ([`PaddedLayout`]): Knows the padding token.
+
+    Raises:
+        ValueError: If the run recorded influence alone, and so scored no batches.
     """
+    if "layout" not in plan:
+        raise ValueError(
+            "cannot resume probing: the part of the run before the checkpoint recorded influence alone (akg_observe) "
+            "and tracked no probe_set. Resume without probe_set, or start anew in another output_dir"
+        )
     name = plan["layout"] if args.probe_layout == "auto" else args.probe_layout
     tokens = args.probe_tokens_per_batch
     tokens = plan.get("tokens_per_batch") if tokens is None else tokens

@@ -75,6 +75,7 @@ class Series:
         self.watch = Watch(meta["method"])
         self._latest: pd.DataFrame | None = None
         self.steps: set[int] = set()
+        self._inherited: set[str] = set()
         self._is_open, self._failing = False, set()
         self._prepare: Callable[[], None] = lambda: None
 
@@ -95,7 +96,7 @@ class Series:
             ValueError: If there is nothing to continue, something else made it, or another run is writing there.
         """
         self._is_open, self._failing = False, set()
-        for name in ("decisions", "resumed_at", "baseline_step", "alerts"):
+        for name in ("decisions", "resumed_at", "baseline_step", "alerts", *self._inherited):
             self.meta.pop(name, None)
         part = {"after_step": step, "num_processes": self.accelerator.num_processes}
         self.meta |= {"run_id": mark.get("run_id"), "status": "running", "parts": [part], "lost_steps": []}
@@ -117,8 +118,9 @@ class Series:
     def _take_over(self, earlier: dict, step: int) -> None:
         """What meta.json said as of the checkpoint's step."""
         self.meta |= {name: earlier[name] for name in ("created", "baseline_step", "alerts") if name in earlier}
-        if "akg" in earlier:
-            self.meta.setdefault("akg", earlier["akg"])
+        # What an earlier part recorded stays described where this one records none, but not in a new run.
+        self._inherited = {"akg"} & (set(earlier) - set(self.meta))
+        self.meta |= {name: earlier[name] for name in self._inherited}
         # Answers that were taken are described, and not mixed with others later, where this part takes none.
         self.meta["samples"] = self._asked or earlier.get("samples")
         # Each part of a run says how many processes took its records.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import Trainer
 
+from trl_dynamics.akg.dual import refuse
 from trl_dynamics.akg.influence import FORWARD_MODE, Influence, update_gradient
 from trl_dynamics.akg.several import predict_together
 from trl_dynamics.akg.steps import UPDATE, Step, Tensors, step_of, whole_norm
@@ -23,13 +24,14 @@ class Dense:
         trainer ([`~transformers.Trainer`]): Its model, optimiser and gradients are read, never written.
 
     Raises:
-        ValueError: If the model cannot be observed, see [`akg.task.causal_lm`].
+        ValueError: If the model cannot be observed, see [`akg.task.causal_lm`], or its weights are quantised.
     """
 
     method, steps_in_backward = FORWARD_MODE, False
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+        refuse(trainer.model)
         with self._without_autocast():
             self.task = causal_lm(trainer.model)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig, OPTConfig
 
-from akg_models import batch_of, language_model, padded, sequence_classifier, texts_of
+from akg_models import adapted, batch_of, language_model, padded, sequence_classifier, texts_of
 from trl_dynamics.akg.cheap import FORMS, agreement, blocks, head_only, mean_features
 from trl_dynamics.akg.gram.gram import gram
 from trl_dynamics.akg.task import causal_lm, classifier
@@ -122,6 +123,35 @@ def test_the_form_of_blocks_is_its_formula_position_by_position(family, options)
     torch.testing.assert_close(blocks(model, UPDATE, OBSERVE), expected, rtol=1e-9, atol=1e-11)
 
 
+def test_the_mlp_of_opt_reads_rows_and_columns_as_one_axis_and_counts():
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=260, num_attention_heads=2, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    layers = model.model.decoder.layers
+    norms = [norm for layer in layers for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)]
+    head_TV = model.get_output_embeddings().weight.detach()
+
+    def side(batch):
+        seen, keep = [], lambda module, args, output: seen.append(output.view(*batch["input_ids"].shape, -1))
+        hooks = [norm.register_forward_hook(keep) for norm in norms]
+        with torch.no_grad():
+            hidden_BTD = model.base_model(input_ids=batch["input_ids"]).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        place = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+        hidden_ND, label_N = hidden_BTD[place], batch["labels"][:, 1:][place]
+        error_NV = F.one_hot(label_N, 260) - (hidden_ND @ head_TV.T).softmax(-1)
+        read_NS = torch.cat([value[place] for value in seen], dim=1)
+        return place[0], batch["input_ids"][place], hidden_ND, error_NV, error_NV @ head_TV, read_NS
+
+    (row, token, h, e, f, a), (row_u, token_u, h_u, e_u, f_u, a_u) = side(OBSERVE), side(UPDATE)
+    alike_NM = a @ a_u.T + (token[:, None] == token_u)
+    product_NM = (e @ e_u.T) * (h @ h_u.T) + (f @ f_u.T) * alike_NM
+    expected = torch.zeros(2, 3, dtype=torch.float64).index_put_((row[:, None], row_u[None]), -product_NM, True)
+    torch.testing.assert_close(blocks(model, UPDATE, OBSERVE), expected, rtol=1e-9, atol=1e-11)
+
+
 def test_mean_features_are_means_over_labels():
     model = language_model()
     means = []
@@ -198,10 +228,23 @@ def test_what_has_no_form_is_told():
     rows, model = (torch.ones(1, 4).double(), torch.tensor([0])), Network()
     with pytest.raises(ValueError, match="head is none"):
         head_only(classifier(model), rows, rows)
-    with pytest.raises(ValueError, match="head is a Sequential"):
+    with pytest.raises(ValueError, match="head is a torch.nn.modules.container.Sequential"):
         head_only(classifier(model, head=model.body), rows, rows)
     with pytest.raises(ValueError, match="use head_only"):
         blocks(classifier(model, head=model.head), rows, rows)
     with pytest.raises(ValueError, match="for 1 labels, expected one tensor"):
         twice = Twice()
         head_only(classifier(twice, head=twice.head), rows, rows)
+
+
+def test_an_adapter_on_the_head_is_told_and_goes_through_once_it_is_merged():
+    model = adapted()
+    with pytest.raises(ValueError, match=r"head is a peft\.tuners\.lora\.layer\.Linear.*merge_and_unload"):
+        head_only(model, UPDATE, OBSERVE)
+    assert head_only(model.merge_and_unload(), UPDATE, OBSERVE).shape == (2, 3)
+
+
+def test_blocks_without_an_attention_and_an_mlp_are_told():
+    config = MambaConfig(vocab_size=260, hidden_size=16, state_size=4, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="of block 0, 1 of its modules were seen.*use head_only"):
+        blocks(AutoModelForCausalLM.from_config(config), UPDATE, OBSERVE)

@@ -8,6 +8,7 @@ much "about" is differs from model to model: [`agreement`] measures it.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +25,14 @@ from trl_dynamics.ranking import Agreement, rank_agreement
 class _Labels:
     """What a side has at some of its labelled positions.
 
-    `error`: e = d ln pi(y) / d(head's output), e_y - pi where logits are that output; `force`: W^T e, what enters the
-    backbone; if they were asked for, `inner`: the blocks' normalised inputs, side by side, and `token`: the input.
+    `error`: e = d ln pi(y) / d(head's output), e_y - pi where logits are that output; if they were asked for, `force`:
+    W^T e, what enters the backbone, `inner`: what the blocks read, side by side, and `token`: the input.
     """
 
     feature_ND: torch.Tensor
     error_NV: torch.Tensor
-    force_ND: torch.Tensor
     item_N: torch.Tensor
+    force_ND: torch.Tensor | None = None
     inner_NS: torch.Tensor | None = None
     token_N: torch.Tensor | None = None
 
@@ -58,15 +59,15 @@ def head_only(task: Task | nn.Module, update: Any, observe: Any, weight: torch.T
 def blocks(task: Task | nn.Module, update: Any, observe: Any, weight: torch.Tensor | None = None) -> torch.Tensor:
     """CH2: [`head_only`] and the same force let into every block at once, (O, U) float64; transformers alone.
 
-    -sum over labels n, m of w_m (<e_n, e_m> <h_n, h_m> + <W^T e_n, W^T e_m> k_nm), k_nm the sum of <a_n, a_m> over the
-    normalised inputs a of every attention and MLP, plus 1 where both read the same token. It takes each block for a
+    -sum over labels n, m of w_m (<e_n, e_m> <h_n, h_m> + <W^T e_n, W^T e_m> k_nm), k_nm the sum of <a_n, a_m> over
+    what every attention and MLP reads, a, plus 1 where both read the same token. It takes each block for a
     linear map of its own position straight into the head's features: no attention to other positions, no Jacobian in
     between.
 
     Args: as [`head_only`].
 
     Raises:
-        ValueError: As [`head_only`], or if no stack of blocks is found.
+        ValueError: As [`head_only`], or if no stack of blocks, each with an attention and an MLP, is found.
     """
     task = _with_head(task)
     if task.labels is not causal_lm_labels:
@@ -118,8 +119,12 @@ def agreement(forms_OU: Mapping[str, torch.Tensor], exact_OU: torch.Tensor, *, s
 def _with_head(task: Task | nn.Module) -> Task:
     task = task if isinstance(task, Task) else causal_lm(task)
     if not isinstance(task.head, nn.Linear):
-        what = "none" if task.head is None else f"a {type(task.head).__name__}"
-        raise ValueError(f"the task's head is {what}, expected an nn.Linear; give it, as to akg.task.classifier")
+        kind = type(task.head)
+        what = "none" if task.head is None else f"a {kind.__module__}.{kind.__qualname__}"
+        raise ValueError(
+            f"the task's head is {what}, expected a torch.nn.Linear; give it, as to akg.task.classifier, or merge the "
+            "adapter that wraps it (merge_and_unload of PEFT)"
+        )
     return task
 
 
@@ -153,12 +158,11 @@ def _by_row(values_NX: torch.Tensor, item_N: torch.Tensor, num: int) -> torch.Te
 
 
 def _mean_feature(task: Task, batch: Any) -> torch.Tensor:
-    size = num_rows(batch)
-    weight_N = torch.ones(len(task.labels_of(batch, "a batch")))
-    found = list(_labels(task, batch, weight_N))
-    item_N = torch.cat([one.item_N for one in found])
-    sum_BD = _by_row(torch.cat([one.feature_ND for one in found]).double().cpu(), item_N, size)
-    return sum_BD / torch.bincount(item_N.cpu(), minlength=size).clamp(min=1)[:, None]
+    size, sum_BD, count_B = num_rows(batch), 0.0, 0
+    for one in _labels(task, batch, torch.ones(len(task.labels_of(batch, "a batch")))):
+        sum_BD = sum_BD + _by_row(one.feature_ND.double().cpu(), one.item_N, size)
+        count_B = count_B + torch.bincount(one.item_N.cpu(), minlength=size)
+    return sum_BD / count_B.clamp(min=1)[:, None]
 
 
 def _labels(task: Task, batch: Any, weight_N: torch.Tensor, inner: bool = False) -> Iterator[_Labels]:
@@ -183,9 +187,8 @@ def _labels(task: Task, batch: Any, weight_N: torch.Tensor, inner: bool = False)
                 row_N = item_N[part].repeat_interleave(len(error_NV) // len(logits_nV))
                 used_N = (error_NV != 0).any(dim=1) if error.dim() > 2 else torch.ones_like(row_N, dtype=torch.bool)
                 error_NV, feature_ND = error_NV[used_N], feature_ND[used_N]
-                force_ND = error_NV @ task.head.weight.to(error_NV)
-                within = inputs.at(part, error_NV) if inputs else (None, None)
-                yield _Labels(feature_ND, error_NV, force_ND, row_N[used_N], *within)
+                within = (error_NV @ task.head.weight.to(error_NV), *inputs.at(part, error_NV)) if inputs else ()
+                yield _Labels(feature_ND, error_NV, row_N[used_N], *within)
     finally:
         hook.remove()
         if inputs:
@@ -206,24 +209,41 @@ class _BlockInputs:
     def __init__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]):
         self.row_N, self.column_N = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         self.token_N = batch["input_ids"][self.row_N, self.column_N]
-        self.found: list[torch.Tensor] = []
+        self.shape = batch["input_ids"].shape
         base = base_causal_lm(model)
         self.width = base.config.get_text_config().hidden_size
+        stack = decoder_blocks(base)
+        self.found: list[list[torch.Tensor]] = [[] for _ in stack]
         self.hooks = [
-            child.register_forward_pre_hook(self._keep, with_kwargs=True)
-            for block in decoder_blocks(base)
+            child.register_forward_pre_hook(partial(self._keep, found), with_kwargs=True)
+            for found, block in zip(self.found, stack, strict=True)
             for child in block.children()
             if any(parameter.dim() > 1 for parameter in child.parameters())
         ]
 
-    def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep(self, found: list[torch.Tensor], module: nn.Module, args: tuple, kwargs: dict) -> None:
         read = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(read, torch.Tensor) and read.shape[-1] == self.width and read.dim() == 3:
-            self.found.append(read.detach()[self.row_N, self.column_N])
+        if not isinstance(read, torch.Tensor) or read.shape[-1] != self.width:
+            return
+        if read.dim() == 2 and len(read) == self.shape.numel():  # OPT's MLP reads all columns of all rows as rows
+            read = read.view(*self.shape, -1)
+        if read.dim() == 3:
+            found.append(read.detach()[self.row_N, self.column_N])
 
     def at(self, part: slice, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inputs side by side at some labelled positions, (N, S), and the tokens there."""
-        return torch.cat([value[part].to(like) for value in self.found], dim=1), self.token_N[part]
+        """The inputs side by side at some labelled positions, (N, S), and the tokens there.
+
+        Raises:
+            ValueError: If fewer than two are known of a block.
+        """
+        for index, found in enumerate(self.found):
+            if len(found) < 2:
+                raise ValueError(
+                    f"of block {index}, {len(found)} of its modules were seen to read hidden states of size "
+                    f"{self.width}, expected 2, an attention and an MLP; use head_only"
+                )
+        inputs = [value[part].to(like) for found in self.found for value in found]
+        return torch.cat(inputs, dim=1), self.token_N[part]
 
     def remove(self) -> None:
         for hook in self.hooks:

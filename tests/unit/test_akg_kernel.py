@@ -112,6 +112,8 @@ def test_the_kernel_of_features_predicts_how_features_move():
 def test_quantiles_are_those_of_the_tables():
     for level, freedom, value in [(0.975, 1, 5.0239), (0.025, 1, 0.00098207), (0.975, 10, 20.483), (0.025, 10, 3.247)]:
         assert chi_squared(level, freedom) == pytest.approx(value, rel=2e-3)
+    for freedom, value in [(1, 12.7062), (2, 4.3027)]:
+        assert student_t(freedom) == pytest.approx(value, rel=1e-4)
     for freedom, value in [(3, 3.1824), (9, 2.2622), (15, 2.1314)]:
         assert student_t(freedom) == pytest.approx(value, rel=1e-2)
 

@@ -102,6 +102,30 @@ def test_classifiers_have_features_too():
     torch.testing.assert_close(found.change_ND, before[1] - before[0], rtol=1e-3, atol=1e-9)
 
 
+class ScaledInPlace(nn.Module):
+    """Doubles what its body returned, in place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 7), nn.Linear(7, 4)
+        self.double()
+
+    def forward(self, rows):
+        return self.head(self.body(rows).mul_(2.0))
+
+
+def test_what_a_module_returned_is_taken_before_it_is_changed_in_place():
+    model, rows = ScaledInPlace(), torch.randn(3, 6, dtype=torch.float64)
+    batch, task = (rows, torch.tensor([0, 1, 2])), classifier(model, head=model.head)
+    step = influence(task, batch, batch, lr=0.1).step
+    body, before = movement(task, step, batch, "body"), model.body(rows).detach()
+    torch.testing.assert_close(body.before_ND, before)
+    torch.testing.assert_close(movement(task, step, batch).before_ND, 2 * before)
+    moved_ND = rows @ step.total["body.weight"].T + step.total["body.bias"]
+    torch.testing.assert_close(body.change_ND, moved_ND)
+
+
 def test_what_has_no_features_is_told():
     model = small_model()
     with pytest.raises(ValueError, match="no module 'model.layers.9'"):

@@ -150,3 +150,13 @@ def test_bad_checkpoints_are_told():
         stability([(0, task), (0, task)], *sides())
     with pytest.raises(ValueError, match="num_products is 5, expected at least 6"):
         block_norms(task, *sides(), num_products=5)
+
+
+@pytest.mark.parametrize("measure", [influence_measure, kernel_measure(), kernel_measure(6)])
+def test_a_row_without_labels_is_told(model, measure):
+    without = UPDATE | {"labels": UPDATE["labels"].clone()}
+    without["labels"][1] = -100
+    with pytest.raises(ValueError, match="row 1 of update has no labelled position"):
+        measure(causal_lm(model), without, OBSERVE)
+    with pytest.raises(ValueError, match="row 1 of observe has no labelled position"):
+        measure(causal_lm(model), OBSERVE, without)

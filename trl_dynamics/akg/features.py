@@ -64,10 +64,10 @@ def features(task: Task | nn.Module, module: str | None = None) -> Task:
     def hidden(model: nn.Module, batch: Any) -> Iterator[torch.Tensor]:
         found: list[torch.Tensor] = []
         if module is None:
-            hook = task.head.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+            hook = task.head.register_forward_pre_hook(lambda _, args: found.append(args[0].clone()))
         else:
             hook = task.model.get_submodule(module).register_forward_hook(
-                lambda _, args, out: found.append(_first(out))
+                lambda _, args, out: found.append(_first(out).clone())  # what comes later may change it in place
             )
         try:
             seen = sum(len(tile) for tile in task.logits(model, batch))

@@ -23,7 +23,8 @@ Measure = Callable[[Task, Any, Any], torch.Tensor]
 
 def influence_measure(task: Task, update: Any, observe: Any) -> torch.Tensor:
     """(O, U) S of [`akg.gram.gram.gram`] per pair of labels: A, K and G together, with its sign."""
-    return gram(task, update, observe, check=False).total_OU / label_pairs(task, update, observe)
+    pairs_OU = label_pairs(task, update, observe)
+    return gram(task, update, observe, check=False).total_OU / pairs_OU
 
 
 def kernel_measure(num_products: int | None = None, seed: int = 0, **more: Any) -> Measure:
@@ -33,18 +34,28 @@ def kernel_measure(num_products: int | None = None, seed: int = 0, **more: Any) 
     """
 
     def measure(task: Task, update: Any, observe: Any) -> torch.Tensor:
-        norm_OU = block_norms(task, update, observe, num_products=num_products, seed=seed, **more)
-        return norm_OU / label_pairs(task, update, observe).sqrt()
+        pairs_OU = label_pairs(task, update, observe)
+        return block_norms(task, update, observe, num_products=num_products, seed=seed, **more) / pairs_OU.sqrt()
 
     return measure
 
 
 def label_pairs(task: Task, update: Any, observe: Any) -> torch.Tensor:
-    """(O, U) how many pairs of labels two rows have; without it, a ranking is first of all one of lengths."""
-    count_O, count_U = (
-        torch.bincount(task.items(batch).cpu(), minlength=num_rows(batch)).double() for batch in (observe, update)
-    )
-    return torch.outer(count_O, count_U)
+    """(O, U) how many pairs of labels two rows have; without it, a ranking is first of all one of lengths.
+
+    Raises:
+        ValueError: If a row has no label.
+    """
+    return torch.outer(_label_counts(task, observe, "observe"), _label_counts(task, update, "update"))
+
+
+def _label_counts(task: Task, batch: Any, what: str) -> torch.Tensor:
+    count_B = torch.bincount(task.items(batch).cpu(), minlength=num_rows(batch))
+    if empty := (count_B == 0).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"row {empty[0]} of {what} has no labelled position, so no mean over its labels; leave it out"
+        )
+    return count_B.double()
 
 
 def stability(
@@ -66,7 +77,7 @@ def stability(
         seed (`int`): Of the bootstrap, which draws observers and updates again.
 
     Raises:
-        ValueError: If there are fewer than 2 checkpoints, or 3 pairs.
+        ValueError: If there are fewer than 2 checkpoints, or 3 pairs, or a row has no label.
     """
     found = {}
     for name, task in checkpoints:

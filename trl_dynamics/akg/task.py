@@ -158,9 +158,9 @@ def refuse_split(model: nn.Module) -> None:
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
-            "the weights are split over processes by FSDP1 (FullyShardedDataParallel), which computes with flat copies "
-            "that forward mode and the hooks of gram do not see; load the whole model on each process, before it is "
-            "wrapped, or shard it with FSDP2 (fsdp_version: 2) and use akg.differences"
+            "the weights are split over processes by FSDP1 (FullyShardedDataParallel), which computes with flat "
+            "copies that forward mode and the hooks of gram do not see; load the whole model on each process, "
+            "before it is wrapped, or shard it with FSDP2 (fsdp_version: 2) and use akg.differences"
         )
     if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_status") for parameter in model.parameters()):
         raise ValueError(

@@ -189,7 +189,11 @@ def test_a_polynomial_of_degree_four_is_exact():
 
     value_N, error_N = derivative(*at(function, 0.25), function(0.0), 0.25)
     torch.testing.assert_close(value_N, coefficients_KN[1], rtol=1e-12, atol=1e-12)
-    assert (error_N >= 4 * 0.0).all() and error_N.max() > 0.1  # the cubes, which were corrected
+    cubes_N = coefficients_KN[3].abs() * 0.25**2  # what was corrected; the fourth order is taken for rounding
+    assert (error_N > cubes_N).all()
+    coefficients_KN[4] = 0
+    _, error_N = derivative(*at(function, 0.25), function(0.0), 0.25)
+    torch.testing.assert_close(error_N, cubes_N, rtol=1e-9, atol=1e-12)
 
 
 def test_the_stated_error_covers_the_true_one_at_any_distance():
@@ -204,7 +208,8 @@ def test_the_stated_error_covers_the_true_one_at_any_distance():
         value_N, error_N = derivative(*at(noisy, distance), noisy(0.0), distance)
         off_N = (value_N - phase_N.cos()).abs()
         assert (off_N <= error_N).double().mean() > 0.995
-        assert error_N.max() < 2000 * max(off_N.max(), 1e-7)
+        # Noise is stated at a few standard errors; where bending is larger, the correction, one order coarser.
+        assert (error_N / off_N).median() < (20 if distance <= 1e-2 else 1000)
 
 
 def test_what_weights_really_move_by_is_counted():
@@ -217,6 +222,13 @@ def test_what_weights_really_move_by_is_counted():
         assert line.move(0.5) == 0.0
         assert line.move(1.0) == pytest.approx(2**-23 / 1e-7, rel=1e-6)
         assert line.move(1000.0) == pytest.approx(1000.0, rel=1e-3)
+
+
+def test_a_change_too_small_for_its_square_in_float32_is_measured():
+    weight = torch.zeros(10)
+    line = Line(Shards({"w": weight}, lambda: None, torch.device("cpu"), False), {"w": torch.full((10,), 1e-25)})
+    assert line.length_sq == pytest.approx(1e-49, rel=1e-6)
+    assert line.move(1e24) == pytest.approx(1e24, rel=1e-6)
 
 
 def test_processes_settle_after_every_change():

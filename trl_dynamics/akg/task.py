@@ -166,7 +166,7 @@ def refuse_split(model: nn.Module) -> None:
         raise ValueError(
             "the weights are split over processes (tensor parallelism, FSDP2 or ZeRO-3), where forward mode and the "
             "hooks of gram cannot run; load the whole model on each, without tp_plan and before it is sharded, or use "
-            "akg.differences"
+            "akg.differences with the pieces of akg.shards or akg.zero"
         )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import study
 from calibration_arms import DEVELOPMENT_ARMS, HOW_CHOSEN, TEST_ARMS, squeezes
-from confusion import Case, arm_table, confusion_table, robustness_table, verdict_table
+from confusion import Case, arm_table, confusion_table, robustness_table, unasked_table, verdict_table
 from measures import Run
 from outcomes import EDGE, NUM_PROMPTS, Outcome, answer_prompts, read_answers
 from rewritings import KINDS, write_rewritten
@@ -174,6 +174,13 @@ def write_page(stages: Mapping[str, list[Case]], path: Path) -> Path:
         "is a warning.",
         "",
         *verdict_table(judged),
+        "",
+        "## What greedy answers add (probe_samples)",
+        "",
+        "Degeneration is seen in own answers alone, and a collapse of entropy withdraws an alert only where own "
+        "answers show that they do not degenerate.",
+        "",
+        *unasked_table(judged),
         "",
         "## The same where the truth is clear, or is taken from other answers",
         "",

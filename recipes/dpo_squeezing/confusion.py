@@ -7,12 +7,13 @@ that they start from, so the intervals are somewhat too narrow.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from outcomes import HELD_OUT, SAMPLED, TRAINING, Outcome
 
+from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.effects import Changes
 from trl_dynamics.tracking.finding import ALERT, INFO, WARNING
@@ -226,6 +227,23 @@ def verdict_table(stages: Mapping[str, Sequence[Case]]) -> list[str]:
             counts = (sum(map(holds, own)) for holds in verdicts.values())
             lines.append(row(stage, method, "harmed" if harmed else "no harm", str(len(own)), *map(str, counts)))
     return lines
+
+
+def unasked_table(stages: Mapping[str, Sequence[Case]]) -> list[str]:
+    """Markdown: alerts of the runs that kept greedy answers, and what were left of them had none been kept."""
+    lines = header("runs of", "method", "checker", "runs", "with an alert", "with an alert had none been kept")
+    for stage, cases in stages.items():
+        for method, harmed in itertools.product(("dpo", "sft"), (True, False)):
+            own = [case for case in cases if case.method == method and was_asked(case) and case.outcome]
+            own = [case for case in own if case.outcome.is_("harmed") == harmed]
+            alerts = (sum(ALERT in case.found.values() for case in own), sum(map(_alerts_unasked, own)))
+            lines.append(row(stage, method, "harmed" if harmed else "no harm", str(len(own)), *map(str, alerts)))
+    return lines
+
+
+def _alerts_unasked(case: Case) -> bool:
+    silent = replace(case.summary, samples=None)
+    return any(finding.severity == ALERT for finding in findings.find(silent, {"method": case.method}))
 
 
 def robustness_table(stages: Mapping[str, Sequence[Case]]) -> list[str]:

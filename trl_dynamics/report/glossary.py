@@ -188,8 +188,10 @@ SAMPLE_TERMS: dict[str, Term] = {
 HOW_TO_READ: dict[str, str] = {
     "force_map": "A column is one step of the optimiser, a row a type of answer: blue answers would rise, red ones "
     "fall, the number says by how much on average; “batch” is the step that training took, any other column one that "
-    "would learn (SFT) the probes' own answers of that type, so DPO's push on rejected is minus its column. Momentum and weight decay are in “batch” alone.",
-    "force_change": "The last map minus the first: in strong cells influence at the end is not what it was at the start.",
+    "would learn (SFT) the probes' own answers of that type, so DPO's push on rejected is minus its column. Momentum "
+    "and weight decay are in “batch” alone.",
+    "force_change": "The last map minus the first: in strong cells influence at the end is not what it was at the "
+    "start.",
     "predicted_and_true": "A dot is an answer. On the dashed line the step did exactly what its gradient foretold; "
     "a cloud flatter than the line means that steps do less, one without direction that nothing is explained.",
     "first_order_error": "How much of what a step did its prediction misses (grey: all answers together): from the "

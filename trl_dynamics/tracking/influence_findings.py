@@ -106,7 +106,7 @@ def step_too_large(influence: InfluenceSummary) -> Finding | None:
         f"‖predicted − true‖ / ‖true‖ over all observed answers of all recorded steps, in nats per token, is at least "
         f"{LARGE_ERROR}; warning from {SEVERE_ERROR}. Steps count where rounding alone would make less than "
         f"{MAX_ROUNDING}; at least {MIN_PROBES} probes.",
-        "At these steps trust the measured changes and the learning paths before the predicted ones. To see what drives "
+        "At these steps trust measured changes and learning paths before what is predicted. To see what drives "
         "them, take the stretch again from a checkpoint at a tenth of the learning rate (or with warmup_steps, where "
         "it is the start): directions stay, the error shrinks with the step. `trl-dynamics akg --order 2` adds the "
         "next term for single steps.",

@@ -10,6 +10,7 @@ from torch import nn
 from akg_models import batch_of, language_model, sequence_classifier, texts_of
 from tiny import tiny_model
 from trl_dynamics.akg import losses
+from trl_dynamics.akg.dual import evaluated
 from trl_dynamics.akg.task import causal_lm, classifier
 from trl_dynamics.akg.verify import VERDICTS, moved, verify
 
@@ -164,6 +165,8 @@ def test_torchs_own_transformer_layers_are_predicted():
         torch.backends.mha.set_fastpath_enabled(enabled)
         try:
             found = verify(classifier(Encoder()), batch, batch, lr=1e-3)
+            with evaluated(Encoder()):  # the fused path calls no hook of what is inside, either
+                assert not torch.backends.mha.get_fastpath_enabled()
             assert torch.backends.mha.get_fastpath_enabled() == enabled
         finally:
             torch.backends.mha.set_fastpath_enabled(True)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic_runs import SQUEEZED, STEPS, VOCAB_SIZE, probe_set, records, write_run
 
+from memory_peak import PEAK, needs_linux
 from trl_dynamics.report.load import load_runs, split_series
 from trl_dynamics.tracking import aggregate, findings, metrics
 from trl_dynamics.tracking.records import RECORD_SCHEMA, to_table
@@ -198,18 +199,19 @@ def test_findings_of_a_store_are_those_of_its_frame(tmp_path):
     assert [one.evidence for one in found] == [close(one.evidence) for one in expected]
 
 
+@needs_linux
 def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     """Ten times the steps, the same peak: a step is dropped once it is reduced."""
     peaks = {}
     for num_steps in (20, 200):
         run = write_large(tmp_path / str(num_steps), num_steps)
         code = (
-            "import resource, sys\nfrom trl_dynamics.tracking.aggregate import summarise_store\n"
+            f"{PEAK}\nfrom trl_dynamics.tracking.aggregate import summarise_store\n"
             "from trl_dynamics.tracking.store import DynamicsStore\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak_kib()\n"
             f"summary = summarise_store(DynamicsStore({str(run)!r}))['policy']\n"
             f"assert len(summary.steps) == {num_steps}\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+            "print(peak_kib() - before)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peaks[num_steps] = int(done.stdout) / 1024

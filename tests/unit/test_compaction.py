@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from small_stores import PLAN, columns, expected, make_store, probe_set
 
+from memory_peak import PEAK, needs_linux
 from trl_dynamics.tracking.compaction import groups
 from trl_dynamics.tracking.manifest import Manifest, Part
 from trl_dynamics.tracking.records import RECORD_SCHEMA, to_table
@@ -98,10 +99,11 @@ def test_the_manifest_of_a_long_run_is_cheap_to_write(tmp_path):
     assert len(store.recorded_steps()) == 1010
 
 
+@needs_linux
 def test_memory_is_that_of_a_step(tmp_path):
     """Merging 40 steps of 20,000 rows takes little more memory than merging 4: rows are read as they are written."""
     code = """
-        import resource, sys
+        import sys
         import numpy as np, pyarrow as pa
         from trl_dynamics.tracking.records import RECORD_SCHEMA, VALUE_COLUMNS, to_table
         from trl_dynamics.tracking.store import DynamicsStore
@@ -112,14 +114,14 @@ def test_memory_is_that_of_a_step(tmp_path):
             keys = {"model": ["m"] * n, "step": [step] * n, "probe_id": [str(i) for i in range(n)],
                     "response_type": ["chosen"] * n, "num_tokens": [3] * n, "truncated": [False] * n}
             store.write_records(to_table(keys | {name: rng.random(n) for name in VALUE_COLUMNS}), step=step)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_kib()
         store.compact()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(store.record_files()))
+        print(peak_kib() - before, len(store.record_files()))
     """
 
     def grown(steps: int) -> int:
         folder = str(tmp_path / str(steps))
-        command = [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parent), folder, str(steps)]
+        command = [sys.executable, "-c", PEAK + textwrap.dedent(code), str(Path(__file__).parent), folder, str(steps)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert result.returncode == 0, result.stderr
         kilobytes, files = map(int, result.stdout.split())

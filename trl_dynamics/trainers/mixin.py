@@ -54,6 +54,7 @@ class DynamicsMixin:
                 self.add_callback(self.store_keeper)
             self.influence_callback = InfluenceCallback(self, answers, self.store_keeper.series)
             self.add_callback(self.influence_callback)
+            self._get_grad_norm = self.influence_callback.noting(self._get_grad_norm)
 
     def _build_tracker(self, probe_set: ProbeSet, method: str) -> ProbeCallback:
         args = self.args
@@ -74,13 +75,6 @@ class DynamicsMixin:
         finally:
             if self.store_keeper is not None:
                 self.store_keeper.close()
-
-    def _get_grad_norm(self, *args, **kwargs):
-        """The norm before clipping, which recorded influence is told of."""
-        norm = super()._get_grad_norm(*args, **kwargs)
-        if self.influence_callback is not None:
-            self.influence_callback.grad_norm = norm
-        return norm
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """TRL's evaluation; with `probe_on_evaluate`, the probe scalars are among its metrics."""

@@ -6,9 +6,10 @@ DeepSpeed steps before transformers' callbacks come, and calls from in between.
 """
 
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.utils import gather_object
@@ -67,6 +68,16 @@ class InfluenceCallback(TrainerCallback):
             "dtype": dtype,
             "observe": observed.description,
         }
+
+    def noting(self, grad_norm: Callable) -> Callable:
+        """The trainer's method that gives the gradient's norm before clipping, which is noted on its way."""
+
+        @functools.wraps(grad_norm)
+        def noted(*args, **kwargs):
+            self.grad_norm = grad_norm(*args, **kwargs)
+            return self.grad_norm
+
+        return noted
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Refuse optimisers whose steps are not known."""

@@ -11,8 +11,6 @@ import copy
 import faulthandler
 import json
 import os
-import sys
-import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -24,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from scenarios import Scenario, make
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from worker import EXPECTED, prepare_device, share_held
+from worker import EXPECTED, prepare_device, run_to_the_end, share_held
 
 from tiny import tiny_model
 from trl_dynamics.akg import shards, zero
@@ -321,14 +319,4 @@ def main(config: str, folder: Path, num_processes: int, names: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    faulthandler.enable()
-    try:
-        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    # As in worker.py.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    run_to_the_end(main)

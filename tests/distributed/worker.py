@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -209,7 +210,8 @@ def main(config: str, folder: Path, num_processes: int, names: list[str]) -> Non
         gc.collect()
 
 
-if __name__ == "__main__":
+def run_to_the_end(main: Callable[..., None]) -> None:
+    """Run `main` on the command line's configuration, folder, number of processes and further words, and leave."""
     faulthandler.enable()
     try:
         main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
@@ -222,3 +224,7 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run_to_the_end(main)

@@ -1,7 +1,6 @@
 """Inner products of gradients against gradients that are stored, their splits, tiles, and what must not matter."""
 
 import copy
-import itertools
 import weakref
 
 import pytest
@@ -18,6 +17,7 @@ from akg_models import (
     small_classifier,
     texts_of,
 )
+from memory_peak import most_alive
 from tiny import tiny_model
 from trl_dynamics.akg import losses
 from trl_dynamics.akg.gram import journal, pairs, plan, record, tiles, uses
@@ -449,15 +449,6 @@ def test_what_is_alive_stays_within_the_budget(by, monkeypatch):
         )
         assert peak <= plan.bytes <= budget, factor
         assert factor > 1 or peak < without
-
-
-def most_alive(call) -> int:
-    """The most bytes of tensors that were alive at once, above those before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
 
 
 def small_blocks(monkeypatch) -> None:

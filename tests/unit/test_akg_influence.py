@@ -20,10 +20,12 @@ from akg_models import (
     small_classifier,
     texts_of,
 )
+from memory_peak import most_alive
 from tiny import tiny_model
 from trl_dynamics.akg import losses
-from trl_dynamics.akg.influence import influence
+from trl_dynamics.akg.influence import influence, predict, update_gradient
 from trl_dynamics.akg.several import influences
+from trl_dynamics.akg.steps import step_of
 from trl_dynamics.akg.task import causal_lm, classifier
 from true_float64 import true_float64
 
@@ -538,3 +540,18 @@ def test_frozen_models_and_updates_without_labels_are_told():
         influence(language_model(), batch_of(1, 6, 0), nothing, lr=0.1)
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         influence(classifier(model.requires_grad_(False)), batch, batch, lr=0.1)
+
+
+def test_statistics_hold_a_tile_of_logits_however_many_labels_there_are():
+    def peak(vocabulary: int, output: str) -> int:
+        task, update, observe = (
+            causal_lm(language_model(vocab_size=vocabulary)),
+            batch_of(1, 8, 0),
+            batch_of(4, 64, 1, 62),
+        )
+        force = update_gradient(task, update)
+        step = step_of(force.gradients, task.trainable(), "sgd", 1e-3, None)
+        return most_alive(lambda: predict(task, force, step, observe, output=output))
+
+    assert peak(64_000, "stats") < 1.2 * peak(8_000, "stats")
+    assert peak(64_000, "full") > 4 * peak(8_000, "full")

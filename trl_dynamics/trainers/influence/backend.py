@@ -32,7 +32,7 @@ class Backend(Protocol):
 
     def step_on(self, batches: Sequence[Batch]) -> tuple[Step, float, float]:
         """The `update` part of the step that the SFT gradient of `batches` would make in place of training's, and the
-        norms of its force and of the gradient before clipping."""
+        norms of its force and of the gradient before clipping; of backends that do not refuse such updates."""
 
     def predict(self, step: Step, observe: Batch) -> Influence:
         """What a step does to the labels of a batch."""

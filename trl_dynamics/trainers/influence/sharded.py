@@ -48,10 +48,6 @@ class FullyShardedData:
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         return shards.local_step(step_of(gradients, parameters, self.trainer.optimizer, None, None))
 
-    def step_on(self, batches: Sequence[Batch]) -> tuple[Step, float, float]:
-        """Hypothetical updates are refused from the start."""
-        raise NotImplementedError
-
     def predict(self, step: Step, observe: Batch) -> Influence:
         """As in [`Backend`]."""
         label_N, item_N = causal_lm_labels(observe), row_of_label(observe)

@@ -1,5 +1,7 @@
 """Tiny models, batches and comparisons that the tests of influence share."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +15,7 @@ from transformers import (
 )
 
 from tiny import tiny_model
+from trl_dynamics.akg.differences import CONFIDENCE
 from true_float64 import true_float64
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3"]
@@ -99,3 +102,9 @@ def logp_of(task, batch) -> torch.Tensor:
 def error(found: torch.Tensor, true: torch.Tensor) -> float:
     """Of all entries together, relative."""
     return float(torch.linalg.vector_norm(found - true) / torch.linalg.vector_norm(true))
+
+
+def most_outside(num_values: int) -> float:
+    """How many values may be off by more than is stated: the share that is claimed, and four standard deviations."""
+    expected = (1 - CONFIDENCE) * num_values
+    return expected + 4 * math.sqrt(expected)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from launcher import Launch, launch
 
+from akg_models import most_outside
 from trl_dynamics.akg.influence import CENTRAL_DIFFERENCES, FORWARD_MODE
 from trl_dynamics.tracking import influence_store
 from trl_dynamics.tracking.store import DynamicsStore
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("akg_worker.py")
 RUNS = ["predicted", "sgd_tied", "lora"]
 SPECIAL = {"fsdp2": [], "zero2": ["zero1", "types"], "zero3": ["persistent"]}
+# Of unequal labels, at least 12 of them, fewer than one value in 10,000 is off by twice what is stated.
+TWICE = 2.0
 CASES = [(config, run) for config, special in SPECIAL.items() for run in [*RUNS, *special] if run != "types"]
 
 
@@ -59,6 +62,7 @@ def test_a_split_step_is_predicted_within_the_stated_error(config, run, two):
     found = predictions(outcome)
     assert sorted(found) == [(0, 0), (0, 1), (2, 0), (2, 1)]
     assert outcome["stage"] == {"fsdp2": 0, "zero2": 2, "zero3": 3}[config] if run != "zero1" else 1
+    outside, num_values = 0, 0
     for (step, _), one_found in found.items():
         parts = one_found["parts"]
         assert set(parts) == {"total", "update", "decay"} | ({"momentum"} if step else set())
@@ -72,7 +76,9 @@ def test_a_split_step_is_predicted_within_the_stated_error(config, run, two):
             assert part["size"] > 1e-4, "nothing moves, so agreement means nothing"
             assert part["off"] < (1e-5 if whole else 5e-4)
             if not whole:
-                assert part["within"] and part["stated"] < 0.03
+                outside, num_values = outside + part["outside"], num_values + len(part["values"])
+                assert part["most"] < TWICE and part["stated"] < 0.03
+    assert outside <= most_outside(num_values)
 
 
 @pytest.mark.parametrize(("config", "run"), CASES)

@@ -31,7 +31,7 @@ INFLUENCE_VALUE_COLUMNS: dict[str, str] = {
     "update_sum": "the part that this step's gradient makes",
     "momentum_sum": "the part that gradients of earlier steps make",
     "decay_sum": "the part that weight decay makes",
-    "error_sum": "how far off predicted_sum may be as a derivative, if it was not computed exactly; else NaN",
+    "error_sum": "by how much predicted_sum is off as a derivative, at 99.9 % confidence; NaN where it is exact",
     "true_sum": "its change as measured after the step; NaN for steps that were not taken",
     "force_norm": "norm of dL/dz over all positions and labels of the update; NaN where L is not known",
     "grad_norm": "norm of the update's gradient before clipping",

@@ -4,6 +4,10 @@ import pandas as pd
 from synthetic_runs import VOCAB_SIZE
 
 THIRD_PARTIES_EXCEPT = ("chosen", "rejected", "chosen_initial")
+NOT_FLUENT_OR_MEANT_TO_FALL = (
+    *("chosen_permuted", "other_test_permuted", "random_words"),
+    *("rejected_rephrase_semantic", "rejected_rephrase_format"),
+)
 
 
 def pivot(frame, column, types=None):
@@ -53,6 +57,11 @@ def third_party_logp(frame):
     return by_type(change(pivot(frame, "logp_mean", types))).mean(axis=1)
 
 
+def other_fluent_logp(frame):
+    types = set(frame["response_type"]) - set(THIRD_PARTIES_EXCEPT) - set(NOT_FLUENT_OR_MEANT_TO_FALL)
+    return by_type(change(pivot(frame, "logp_mean", types))).mean(axis=1)
+
+
 def residual(rows):
     return (1 - 2 * rows["prob_mean"] + rows["sum_sq_mean"]).clip(lower=0) ** 0.5
 
@@ -71,6 +80,7 @@ METRICS = {
     "drained_mass": lambda f: -change(pivot(f, "rest_mass_mean", ["rejected"])).mean(axis=1),
     "margin": margin,
     "third_party_logp": third_party_logp,
+    "other_fluent_logp": other_fluent_logp,
     "displacement": lambda f: change(pivot(f, "logp_mean", ["chosen"])).mean(axis=1),
     "miss_chosen": lambda f: of_chosen(f, lambda rows: 1 - rows["prob_mean"]),
     "residual_chosen": lambda f: of_chosen(f, residual),

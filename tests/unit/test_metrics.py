@@ -70,6 +70,13 @@ REFERENCES = {
             for name in set(f["response_type"]) - {"chosen", "rejected", "chosen_initial"}
         ]
     ),
+    "other_fluent_logp": lambda f, s: mean(
+        [
+            looped_change(f, name, "logp_mean", s)
+            for name in set(f["response_type"]) - {"chosen", "rejected", "chosen_initial"}
+            if "permuted" not in name and name != "random_words" and not name.startswith("rejected_")
+        ]
+    ),
 }
 
 
@@ -150,6 +157,11 @@ def test_scalars_are_the_last_values(frame):
     assert all(key == key.lower() and key.count("/") <= 2 for key in scalars)
 
 
+def test_other_fluent_answers_are_what_findings_speak_of(frame):
+    found = summarise(frame)
+    assert found.metric("other_fluent_logp").iloc[-1] == pytest.approx(found.changes().bystanders.mean, abs=1e-12)
+
+
 def test_baseline_and_last_step_alone_give_the_same_scalars(frame):
     ends = frame[frame["step"].isin([STEPS[0], STEPS[-1]])]
     assert metrics.scalars(ends) == pytest.approx(metrics.scalars(frame))
@@ -164,8 +176,13 @@ def test_a_single_step_has_levels_and_zero_changes():
 
 def test_metrics_without_their_types_are_left_out():
     frame = records(types=["good", "bad"], num_probes=3)
-    assert set(summarise(frame).metric_table()["metric"]) == {"third_party_logp"}
-    assert set(metrics.scalars(frame)) == {"probe/good/logp_mean", "probe/bad/logp_mean", "squeeze/third_party_logp"}
+    changes = {"third_party_logp", "other_fluent_logp"}
+    assert set(summarise(frame).metric_table()["metric"]) == changes
+    assert set(metrics.scalars(frame)) == {
+        "probe/good/logp_mean",
+        "probe/bad/logp_mean",
+        *(f"squeeze/{name}" for name in changes),
+    }
     assert set(summarise(records(types=["chosen"])).metric_table()["metric"]) == {
         "argmax_logp",
         "argmax_minus_chosen",

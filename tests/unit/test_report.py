@@ -184,6 +184,7 @@ def test_custom_types_only(tmp_path):
         "s0-learning_paths",
         "s0-levels",
         "s0-third_party_logp",
+        "s0-other_fluent_logp",
     ]
 
 

@@ -37,6 +37,14 @@ METRIC_TERMS: dict[str, Term] = {
         "nats per token, change since start",
         "about 0; falling means that other answers pay",
     ),
+    "other_fluent_logp": Term(
+        "other fluent answers",
+        "Third parties that are fluent text and that training does not push down by meaning: no shuffled words, no "
+        "paraphrases of rejected. Findings and comparisons speak of these.",
+        "mean over types of the mean over probes of logp_mean(now) − logp_mean(start)",
+        "nats per token, change since start",
+        "about 0; falling means that other answers pay",
+    ),
     "drained_mass": Term(
         "drained mass",
         "Probability that went, along the rejected response, from all other tokens to y− (the rejected token) and y*.",

@@ -11,8 +11,15 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from trl_dynamics.probing.schema import RANDOM, REPHRASE, group_of
-from trl_dynamics.tracking.metrics import PER_TOKEN, argmax_per_token, gap_per_token, mean, third_party_types
+from trl_dynamics.probing.schema import REPHRASE, group_of
+from trl_dynamics.tracking.metrics import (
+    PER_TOKEN,
+    argmax_per_token,
+    bystander_types,
+    gap_per_token,
+    mean,
+    third_party_types,
+)
 from trl_dynamics.tracking.step_table import StepTable
 
 # Smallest changes worth a word, nats per token. Typical runs move by 0.1 to 1; float32 noise is below 1e-4.
@@ -132,7 +139,7 @@ class Changes:
 
     @cached_property
     def bystanders(self) -> Effect:
-        """The third parties that are fluent text and that nothing pushes down by meaning."""
+        """Other fluent answers: what the metric `other_fluent_logp` is the mean of."""
         return self.of_types(bystander_types(self.types))
 
     @property
@@ -189,15 +196,6 @@ def clustered_effect(delta: np.ndarray | pd.DataFrame) -> Effect:
     share = np.where(present, (values - means) / counts, 0.0).sum(axis=1) / len(means)
     correction = num_probes / (num_probes - 1) if num_probes > 1 else np.nan
     return Effect(float(means.mean()), float(np.sqrt(correction * (share**2).sum())), num_probes)
-
-
-def bystander_types(types: Iterable[str]) -> list[str]:
-    """Third-party types that are fluent text and should hold: unrelated answers, paraphrases of chosen, own types.
-
-    Paraphrases of rejected are left out: they fall because training does what it is asked for.
-    """
-    fluent = [name for name in third_party_types(types) if group_of(name) != RANDOM]
-    return [name for name in fluent if not (name.startswith("rejected_") and group_of(name) == REPHRASE)]
 
 
 def paraphrases_of_chosen(types: Iterable[str]) -> list[str]:

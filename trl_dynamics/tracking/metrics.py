@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 
-from trl_dynamics.probing.schema import order_types
+from trl_dynamics.probing.schema import RANDOM, REPHRASE, group_of, order_types
 from trl_dynamics.tracking.step_table import StepTable, split_frame
 
 # Third parties are what training neither pushes up nor down by name. The model's own first answer is left out: it is
@@ -26,6 +26,15 @@ PER_TOKEN, PER_SEQUENCE = "logp_mean", "logp_sum"
 def third_party_types(types: Iterable[str]) -> list[str]:
     """The response types that training does not touch by name: all but chosen, rejected and chosen_initial."""
     return [name for name in order_types(types) if name not in NOT_THIRD_PARTY]
+
+
+def bystander_types(types: Iterable[str]) -> list[str]:
+    """Other fluent answers: third-party types that are fluent text and that nothing pushes down by meaning.
+
+    Shuffled words are left out, and paraphrases of rejected: they fall because training does what it is asked for.
+    """
+    fluent = [name for name in third_party_types(types) if group_of(name) != RANDOM]
+    return [name for name in fluent if not (name.startswith("rejected_") and group_of(name) == REPHRASE)]
 
 
 def mean(values: np.ndarray) -> float:
@@ -74,8 +83,17 @@ def third_party_logp(start: StepTable, now: StepTable) -> float:
 
     Unit: nats per token. Healthy: about 0, or rising a little with chosen. Falling: side effects on other answers.
     """
-    changes = [mean(now.row(name, PER_TOKEN) - start.row(name, PER_TOKEN)) for name in third_party_types(now.types)]
-    return mean(np.array(changes))
+    return _mean_change(start, now, third_party_types(now.types))
+
+
+def other_fluent_logp(start: StepTable, now: StepTable) -> float:
+    """What happened to the other fluent answers, of which findings and comparisons speak: their mean change.
+
+    mean over [`bystander_types`] of the mean over probes of logp_mean(now) - logp_mean(start).
+
+    Unit: nats per token. Healthy: about 0, or rising a little with chosen. Falling: side effects on other answers.
+    """
+    return _mean_change(start, now, bystander_types(now.types))
 
 
 def entropy(start: StepTable, now: StepTable) -> float:
@@ -185,6 +203,11 @@ def gap_per_token(step: StepTable) -> np.ndarray:
     return gap / step.row("chosen", "num_tokens")
 
 
+def _mean_change(start: StepTable, now: StepTable, types: Iterable[str]) -> float:
+    """Mean over types of the mean over probes of the change since the start, nats per token."""
+    return mean(np.array([mean(now.row(name, PER_TOKEN) - start.row(name, PER_TOKEN)) for name in types]))
+
+
 def _residual(step: StepTable, response_type: str) -> np.ndarray:
     """Per probe, the root mean square of ||pi - e_y||; rounding may take a zero below 0."""
     prob, sum_sq = (step.row(response_type, column) for column in ("prob_mean", "sum_sq_mean"))
@@ -224,6 +247,7 @@ METRICS: dict[str, Callable[[StepTable, StepTable], float]] = {
     "argmax_minus_chosen": argmax_minus_chosen,
     "argmax_logp": argmax_logp,
     "third_party_logp": third_party_logp,
+    "other_fluent_logp": other_fluent_logp,
     "drained_mass": drained_mass,
     "entropy": entropy,
     "margin": margin,

@@ -115,13 +115,14 @@ def test_types_look_the_same_whatever_else_is_there():
 def test_scalar_curves_leave_out_what_is_not_a_curve():
     log = [
         {"step": 1, "loss": 2.0, "epoch": 0.1, "note": "text"},
-        {"step": 2, "loss": float("nan"), "grad_norm": 1.0},
+        {"step": 2, "loss": float("nan"), "grad_norm": 1.0, "eval_loss": None, "kl": float("inf")},
         {"step": 3, "loss": 1.0},
         {"step": 3, "train_runtime": 9.0, "train_loss": 1.5},
         {"total": 3},
     ]
     curves = gallery.scalar_curves(log)
-    assert set(curves) == {"loss", "grad_norm"} and curves["loss"].to_dict() == {1: 2.0, 3: 1.0}
+    assert set(curves) == {"loss", "grad_norm"} and curves["loss"].dropna().to_dict() == {1: 2.0, 3: 1.0}
+    assert list(curves["loss"].index) == [1, 2, 3], "a gap where the loss is not finite"
 
 
 def test_known_scalars_come_first(run):

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 import pandas as pd
 
 from trl_dynamics.report import style
+from trl_dynamics.report.gaps import remark
 from trl_dynamics.report.glossary import METRIC_TERMS, SAMPLE_TERMS
-from trl_dynamics.report.spec import chart, data_rows, rounded, tooltip, zero_line
+from trl_dynamics.report.spec import chart, data_rows, finite, name_tip, rounded, tooltip, zero_line
 from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin, titled
+from trl_dynamics.report.style import ALONE, Looks
 from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.metrics import PER_SEQUENCE, PER_TOKEN
 
@@ -40,14 +42,21 @@ def drawn_steps(summary: Summary) -> list[int]:
     return thin(summary.steps, MAX_POINTS // len(summary.types))
 
 
-def learning_paths(summary: Summary) -> dict:
-    """Mean per response type over the steps; the band (chosen, rejected, the one in focus) is 10-90 % of probes."""
+def learning_paths(summary: Summary, looks: Looks = ALONE) -> dict | None:
+    """Mean per response type over the steps; the band (chosen, rejected, the one in focus) is 10-90 % of probes.
+
+    A line has a gap where no value of its type is finite. None if nothing is finite.
+    """
     types, steps = summary.types, drawn_steps(summary)
     data = _all_measures(summary)
+    if data[[*MEASURES]].isna().all(axis=None):
+        return None
     data = data[data["step"].isin(steps)]
+    has_gaps = bool(data[[*MEASURES]].isna().any(axis=None))
+    title = "Learning paths: mean log-probability per response type"
     return chart(
         data_rows(data),
-        titled("Learning paths: mean log-probability per response type", len(steps), len(summary.steps)),
+        titled(title, len(steps), len(summary.steps)) + remark(summary),
         height=400,
         params=[
             {"name": "measure", "value": "change_token"},
@@ -59,22 +68,26 @@ def learning_paths(summary: Summary) -> dict:
             {"calculate": "datum[measure + '_lo']", "as": "lo"},
             {"calculate": "datum[measure + '_hi']", "as": "hi"},
             *step_transform(),
-            {"filter": "isValid(datum.value)"},
         ],
-        encoding={"x": step_axis(steps), "color": type_color(types)},
-        layer=[_path_bands(), _path_lines(types, steps), _path_tooltips()],
+        encoding={"x": step_axis(steps), "color": type_color(types, looks)},
+        layer=[_path_bands(), _path_lines(types, dots(steps, gaps=has_gaps)), _path_tooltips()],
     )
 
 
 def _all_measures(summary: Summary) -> pd.DataFrame:
-    """A row per step and response type; per measure its mean and, as `_lo` and `_hi`, its 10-90 % band."""
+    """A row per step and response type scored there; per measure its mean and, as `_lo` and `_hi`, its 10-90 % band.
+
+    What is not finite is NaN.
+    """
     parts = []
     for name, (_, column, since_start) in MEASURES.items():
         bands = summary.bands(column, since_start=since_start).set_index(["step", "response_type"])
         parts.append(
             bands[["mean", "q10", "q90"]].rename(columns={"mean": name, "q10": f"{name}_lo", "q90": f"{name}_hi"})
         )
-    return pd.concat(parts, axis=1).reset_index()
+    scored = [(part.step, name) for part in summary.parts for name in part.types]
+    index = pd.MultiIndex.from_tuples(scored, names=["step", "response_type"])
+    return finite(pd.concat(parts, axis=1).reindex(index)).reset_index()
 
 
 def _spans(data: pd.DataFrame) -> dict[str, list[float]]:
@@ -83,7 +96,7 @@ def _spans(data: pd.DataFrame) -> dict[str, list[float]]:
     spans = {}
     for name in MEASURES:
         seen = pd.concat([data[name], *(data.loc[main, f"{name}_{end}"] for end in ("lo", "hi"))]).dropna()
-        low, high = float(seen.min()), float(seen.max())
+        low, high = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 0.0)
         spans[name] = _widened([low, high], MIN_SPAN).get("domain", [rounded(low), rounded(high)])
     return spans
 
@@ -106,12 +119,12 @@ def _path_bands() -> dict:
     }
 
 
-def _path_lines(types: list[str], steps: list[int]) -> dict:
+def _path_lines(types: list[str], points: bool | dict) -> dict:
     """The lines; a click into the legend sets `pick`, which dims the other types."""
     pick = {"name": "pick", "select": {"type": "point", "fields": ["response_type"]}, "bind": "legend"}
     dashes = {"domain": types, "range": [style.type_dash(name) for name in types]}
     return {
-        "mark": {"type": "line", "point": dots(steps)},
+        "mark": {"type": "line", "point": points},
         "encoding": {
             "y": {
                 "field": "value",
@@ -145,16 +158,17 @@ def _path_tooltips() -> dict:
         "nearest": True,
     }
     return {
+        "transform": [{"filter": "isValid(datum.value)"}],
         "mark": {"type": "point", "opacity": 0, "size": 60},
         "params": [{"name": "focus", "select": select}],
         "encoding": {
             "y": {"field": "value", "type": "quantitative"},
             "tooltip": [
-                {"field": "response_type", "type": "nominal", "title": "response"},
+                name_tip("response_type", "response"),
                 {"field": "step", "type": "quantitative"},
-                {"field": "value", "type": "quantitative", "format": "+.3f", "title": "mean (nats)"},
-                {"field": "lo", "type": "quantitative", "format": "+.3f", "title": "10 %"},
-                {"field": "hi", "type": "quantitative", "format": "+.3f", "title": "90 %"},
+                {"field": "value", "type": "quantitative", "format": "+.4~g", "title": "mean (nats)"},
+                {"field": "lo", "type": "quantitative", "format": "+.4~g", "title": "10 %"},
+                {"field": "hi", "type": "quantitative", "format": "+.4~g", "title": "90 %"},
             ],
         },
     }
@@ -162,14 +176,10 @@ def _path_tooltips() -> dict:
 
 def argmax_and_chosen(summary: Summary) -> dict | None:
     """Along chosen: the likeliest token and the chosen token; the area between is the gap. None without chosen."""
-    top = summary.metric("argmax_logp")
-    if top.empty:
+    top, gap = curve(summary, "argmax_logp"), curve(summary, "argmax_minus_chosen")
+    if top.isna().all():
         return None
-    data = (
-        pd.DataFrame({"argmax": top, "chosen": top - summary.metric("argmax_minus_chosen")})
-        .rename_axis("step")
-        .reset_index()
-    )
+    data = pd.DataFrame({"argmax": top, "chosen": top - gap}).rename_axis("step").reset_index()
     steps = thin(data["step"], MAX_POINTS // 2)
     data = data[data["step"].isin(steps)]
     names = {"argmax": "#7d7d7d", "chosen": style.TYPE_COLORS["chosen"]}
@@ -194,7 +204,7 @@ def argmax_and_chosen(summary: Summary) -> dict | None:
             },
             {
                 "transform": [{"fold": list(names), "as": ["curve", "value"]}],
-                "mark": {"type": "line", "strokeWidth": 2.2, "point": dots(steps)},
+                "mark": {"type": "line", "strokeWidth": 2.2, "point": dots(steps, gaps=bool(top.isna().any()))},
                 "encoding": {"y": {"field": "value"} | y, "color": color, "tooltip": tooltip("curve")},
             },
         ],
@@ -204,11 +214,12 @@ def argmax_and_chosen(summary: Summary) -> dict | None:
 def rejected_path(summary: Summary) -> dict | None:
     """Change of rejected since the start with its 10-90 % band, nats per token. None without rejected."""
     bands = summary.bands(since_start=True)
-    bands = bands[bands["response_type"] == "rejected"]
-    if bands.empty:
+    bands = bands[bands["response_type"] == "rejected"].set_index("step")[["mean", "q10", "q90"]]
+    bands = finite(bands.reindex(summary.steps))
+    if bands["mean"].isna().all():
         return None
-    steps = thin(bands["step"], MAX_POINTS)
-    data = bands.loc[bands["step"].isin(steps), ["step", "mean", "q10", "q90"]].rename(columns={"mean": "value"})
+    gaps, steps = bool(bands["mean"].isna().any()), thin(summary.steps, MAX_POINTS)
+    data = bands.loc[steps].rename(columns={"mean": "value"}).rename_axis("step").reset_index()
     y = {"type": "quantitative", "axis": {"title": "nats per token"} | zero_line()}
     color = style.TYPE_COLORS["rejected"]
     return chart(
@@ -224,33 +235,40 @@ def rejected_path(summary: Summary) -> dict | None:
                 "encoding": {"y": {"field": "q10"} | y, "y2": {"field": "q90"}},
             },
             {
-                "mark": {"type": "line", "strokeWidth": 2.2, "color": color, "point": dots(steps, color)},
+                "mark": {"type": "line", "strokeWidth": 2.2, "color": color, "point": dots(steps, color, gaps=gaps)},
                 "encoding": {"y": {"field": "value"} | y, "tooltip": tooltip()},
             },
         ],
     )
 
 
-def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, min_span: float = 0.0) -> dict | None:
-    """One line per run of any value over the steps; a single run gets no legend. None if no run has the value.
+def metric_by_run(
+    curves: Mapping[str, pd.Series], title: str, unit: str, *, min_span: float = 0.0, looks: Looks = ALONE
+) -> dict | None:
+    """One line per run of any value over the steps; a single run gets no legend. None if no run has a finite value.
 
     Args:
-        curves (`Mapping[str, pandas.Series]`): Run label to values indexed by step.
+        curves (`Mapping[str, pandas.Series]`): Run label to values indexed by step; a line has a gap where its value
+            is not finite.
         min_span (`float`, *optional*): The least that the y axis covers.
+        looks ([`Looks`], *optional*): Of the page that the chart is on.
     """
-    curves = {label: curve.dropna() for label, curve in curves.items()}
-    if all(curve.empty for curve in curves.values()):
+    curves = {label: finite(values) for label, values in curves.items()}
+    curves = {label: values for label, values in curves.items() if values.notna().any()}
+    if not curves:
         return None
     per_run = MAX_POINTS // len(curves)
-    kept = {label: curve[curve.index.isin(thin(curve.index, per_run))] for label, curve in curves.items()}
+    kept = {label: values[values.index.isin(thin(values.index, per_run))] for label, values in curves.items()}
     rows = [
         {"run": label, "step": int(step), "value": rounded(value)}
-        for label, curve in kept.items()
-        for step, value in curve.items()
+        for label, values in kept.items()
+        for step, value in values.items()
     ]
     steps = sorted({row["step"] for row in rows})
-    styles = style.run_styles(curves)
-    scale = {"domain": list(styles)}
+    gaps = any(values.isna().any() for values in curves.values())
+    known = [row["value"] for row in rows if row["value"] is not None]
+    drawn = looks.of_runs([*curves])
+    scale = {"domain": list(drawn)}
     channel = {"field": "run", "type": "nominal"}
     legend = (
         {"title": None, "orient": "bottom", "symbolType": "stroke", "columns": 2, "labelLimit": 260}
@@ -263,53 +281,60 @@ def metric_by_run(curves: Mapping[str, pd.Series], title: str, unit: str, *, min
         height=190,
         params=[log_steps(steps)],
         transform=step_transform(),
-        mark={"type": "line", "strokeWidth": 2.2, "point": dots(steps)},
+        mark={"type": "line", "strokeWidth": 2.2, "point": dots(steps, gaps=gaps)},
         encoding={
             "x": step_axis(steps),
             "y": {
                 "field": "value",
                 "type": "quantitative",
-                "scale": {"zero": False} | _widened([row["value"] for row in rows], min_span),
+                "scale": {"zero": False} | _widened(known, min_span),
                 "axis": {"title": unit, "format": ".4~g"} | zero_line(),
             },
-            "color": channel | {"scale": scale | {"range": [color for color, _ in styles.values()]}, "legend": legend},
+            "color": channel | {"scale": scale | {"range": [look.color for look in drawn.values()]}, "legend": legend},
             "strokeDash": channel
-            | {"scale": scale | {"range": [dash for _, dash in styles.values()]}, "legend": legend},
+            | {"scale": scale | {"range": [look.dash for look in drawn.values()]}, "legend": legend},
             "tooltip": tooltip("run" if len(curves) > 1 else None),
         },
     )
 
 
-def metric(summaries: Mapping[str, Summary], name: str) -> dict | None:
+def curve(summary: Summary, name: str) -> pd.Series:
+    """One metric of [`tracking.metrics.METRICS`] at every recorded step; NaN where it is not finite."""
+    return finite(summary.metric(name).reindex(summary.steps))
+
+
+def metric(summaries: Mapping[str, Summary], name: str, looks: Looks = ALONE) -> dict | None:
     """One metric of [`tracking.metrics.METRICS`], a line per run."""
     term = METRIC_TERMS[name]
     span = MIN_SPAN_MASS if name == "drained_mass" else MIN_SPAN
-    curves = {label: summary.metric(name) for label, summary in summaries.items()}
-    return metric_by_run(curves, _capital(term.title), re.split("[,;]", term.unit)[0], min_span=span)
+    curves = {label: curve(summary, name) for label, summary in summaries.items()}
+    return metric_by_run(curves, _capital(term.title), re.split("[,;]", term.unit)[0], min_span=span, looks=looks)
 
 
-def sample_metric(summaries: Mapping[str, Summary], name: str) -> dict | None:
+def sample_metric(summaries: Mapping[str, Summary], name: str, looks: Looks = ALONE) -> dict | None:
     """One metric of [`tracking.samples.SAMPLE_METRICS`], a line per run that was asked for greedy answers."""
     term, answers = SAMPLE_TERMS[name], {label: summary.samples for label, summary in summaries.items()}
-    curves = {label: samples.metric(name) for label, samples in answers.items() if samples is not None}
-    return metric_by_run(curves, _capital(term.title), term.unit.split(",")[0], min_span=MIN_SPAN) if curves else None
+    curves = {label: found.metric(name).reindex(found.steps) for label, found in answers.items() if found is not None}
+    unit = term.unit.split(",")[0]
+    return metric_by_run(curves, _capital(term.title), unit, min_span=MIN_SPAN, looks=looks)
 
 
-def type_change(summaries: Mapping[str, Summary], response_type: str) -> dict | None:
+def type_change(summaries: Mapping[str, Summary], response_type: str, looks: Looks = ALONE) -> dict | None:
     """Change of one response type since the start, nats per token, a line per run."""
     curves = {}
     for label, summary in summaries.items():
         change = summary.change_since_start()
         curves[label] = change[response_type] if response_type in change else pd.Series(dtype=float)
-    return metric_by_run(curves, f"{response_type}: change since start", "nats per token", min_span=MIN_SPAN)
+    title = f"{response_type}: change since start"
+    return metric_by_run(curves, title, "nats per token", min_span=MIN_SPAN, looks=looks)
 
 
-def type_color(types: list[str], *, legend: bool = True) -> dict:
+def type_color(types: list[str], looks: Looks = ALONE, *, legend: bool = True) -> dict:
     """The colour channel by response type."""
     return {
         "field": "response_type",
         "type": "nominal",
-        "scale": {"domain": types, "range": list(style.type_colors(types).values())},
+        "scale": {"domain": types, "range": list(looks.of_types(types).values())},
         "legend": _TYPE_LEGEND if legend else None,
     }
 

@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trl_dynamics.probing.schema import Probe, Prompt, order_types
+from trl_dynamics.probing.schema import Probe, Prompt
 from trl_dynamics.report.load import Series
 from trl_dynamics.report.steps import thin
-from trl_dynamics.report.style import type_colors
+from trl_dynamics.report.style import ALONE, Looks, type_colors
 from trl_dynamics.tracking.metrics import PER_TOKEN
 
 # Over all series together; texts and paths of one probe are about 10 kB.
@@ -16,18 +16,18 @@ MAX_TEXT = 4000
 MAX_STEPS = 40
 
 
-def explorer(series: list[Series]) -> dict:
-    """The explorer's data: one entry per series with its probes, in the order of the probe set.
+def explorer(series: list[Series], looks: Looks = ALONE) -> dict:
+    """The explorer's data: one entry per series with its probes, in the order of the probe set, and `colors` of types.
 
     Every probe has `id`, `prompt` (list of role and text) and `responses`: type, text, number of tokens, whether the
-    response was cut, and `path` (logp_mean in nats per token at `steps`, null where not scored). Its `answers` are the
-    greedy ones of the first, the middle and the last step that have any: step, text, tokens, whether it ended by
-    itself, log-probability per token (null for an empty one) and the longest repeat. Probes with answers are the
-    first to be kept.
+    response was cut, and `path` (logp_mean in nats per token at `steps`, null where not scored or not finite). Its
+    `answers` are the greedy ones of the first, the middle and the last step that have any: step, text, tokens, whether
+    it ended by itself, log-probability per token (null for an empty one) and the longest repeat. Probes with answers
+    are the first to be kept.
     """
     share = max(MAX_PROBES // max(len(series), 1), 5)
-    types = order_types(name for one in series for name in one.summary.types)
-    return {"colors": type_colors(types), "series": [_one(one, share) for one in series]}
+    colors = looks.types or type_colors(name for one in series for name in one.summary.types)
+    return {"colors": colors, "series": [_one(one, share) for one in series]}
 
 
 def _one(series: Series, limit: int) -> dict:
@@ -71,7 +71,7 @@ def _answers(series: Series) -> dict[str, list[dict]]:
             "text": _cut(row["text"]),
             "tokens": int(row["num_tokens"]),
             "ended": bool(row["ended"]),
-            "logp": None if np.isnan(row["logp_mean"]) else round(float(row["logp_mean"]), 3),
+            "logp": _short(row["logp_mean"]),
             "repeat": int(row["longest_repeat"]),
         }
         found.setdefault(row["probe_id"], []).append(answer)
@@ -90,13 +90,15 @@ def _probe(probe_id: str, probe: Probe | None, types: list[str], columns: dict[s
                 "text": _cut(probe.responses.get(name, "")) if probe else "",
                 "tokens": int(_last(columns["num_tokens"][:, index])),
                 "cut": bool(_last(columns["truncated"][:, index])),
-                "path": [
-                    None if np.isnan(value) else round(float(value), 3) for value in columns[PER_TOKEN][:, index]
-                ],
+                "path": [_short(value) for value in columns[PER_TOKEN][:, index]],
             }
             for name, index in scored
         ],
     }
+
+
+def _short(value: float) -> float | None:
+    return round(float(value), 3) if np.isfinite(value) else None
 
 
 def _last(values: np.ndarray) -> float:

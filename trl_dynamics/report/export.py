@@ -25,15 +25,15 @@ def export_png(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     renderer = extra.vl_convert()
     runs = load_runs(run_dirs)
     series = split_series(runs)
-    specs = {}
+    looks, specs = gallery.page_looks(series), {}
     for one in series:
-        charts = gallery.influence_charts_of(one)
+        charts = gallery.influence_charts_of(one, looks)
         if one.summary is not None:
             scored = (gallery.path_charts, gallery.squeezing_charts, gallery.force_charts, gallery.sample_charts)
-            charts = {name: spec for draw in scored for name, spec in draw(one).items()} | charts
+            charts = {name: spec for draw in scored for name, spec in draw(one, looks).items()} | charts
         specs |= {f"{one.label}-{name}": _titled(spec, one.label) for name, spec in charts.items()}
-    specs |= {f"training-{name}": spec for name, spec in gallery.scalar_charts(runs).items()}
-    specs |= {f"comparison-{name}": spec for name, spec in gallery.comparison_charts(series).items()}
+    specs |= {f"training-{name}": spec for name, spec in gallery.scalar_charts(runs, looks).items()}
+    specs |= {f"comparison-{name}": spec for name, spec in gallery.comparison_charts(series, looks).items()}
     written = []
     for path, spec in zip(_paths(folder, list(specs), ".png"), specs.values(), strict=True):
         width = WIDE if path.stem.endswith(("learning_paths", "levels")) else NARROW

@@ -1,11 +1,14 @@
 """Which charts a report shows, by name and in order; the page and the PNG export draw the same ones."""
 
 import math
+from functools import partial
 
 import pandas as pd
 
 from trl_dynamics.report import charts, influence_charts, influence_maps, levels
 from trl_dynamics.report.load import Run, Series
+from trl_dynamics.report.spec import finite
+from trl_dynamics.report.style import ALONE, Looks
 from trl_dynamics.tracking.effects import bystander_types
 from trl_dynamics.tracking.influence_findings import MAX_ROUNDING, judged_steps
 from trl_dynamics.tracking.influence_store import BATCH
@@ -44,13 +47,21 @@ _PANEL_METRICS = tuple(name for name in METRICS if name not in ("argmax_logp", "
 _COMPARED_TYPES = ("chosen", "rejected", "other_train")
 
 
-def path_charts(series: Series) -> dict[str, dict]:
+def page_looks(series: list[Series]) -> Looks:
+    """One look per run and per response type, for all charts of these series, of their runs and of their influence."""
+    labels = dict.fromkeys([*(one.label for one in series), *(one.run.name for one in series)])
+    summaries = [part for one in series for part in (one.summary, one.influence) if part is not None]
+    return Looks.of(labels, {name for summary in summaries for name in summary.types})
+
+
+def path_charts(series: Series, looks: Looks = ALONE) -> dict[str, dict]:
     """Learning paths and the start and end of every type; a single step has levels only."""
-    found = {"learning_paths": charts.learning_paths(series.summary)} if len(series.steps) > 1 else {}
-    return found | {"levels": levels.levels(series.summary)}
+    drawn = {"learning_paths": charts.learning_paths(series.summary, looks)} if len(series.steps) > 1 else {}
+    drawn |= {"levels": levels.levels(series.summary, looks)}
+    return {name: spec for name, spec in drawn.items() if spec}
 
 
-def squeezing_charts(series: Series) -> dict[str, dict]:
+def squeezing_charts(series: Series, looks: Looks = ALONE) -> dict[str, dict]:
     """The squeezing panel; charts whose response types are missing are left out, a single step has none."""
     if len(series.steps) < 2:
         return {}
@@ -59,38 +70,39 @@ def squeezing_charts(series: Series) -> dict[str, dict]:
         "argmax_and_chosen": charts.argmax_and_chosen(series.summary),
         "rejected": charts.rejected_path(series.summary),
     }
-    drawn |= {name: charts.metric(summaries, name) for name in _PANEL_METRICS}
+    drawn |= {name: charts.metric(summaries, name, looks) for name in _PANEL_METRICS}
     return {name: spec for name, spec in drawn.items() if spec}
 
 
-def force_charts(series: Series) -> dict[str, dict]:
+def force_charts(series: Series, looks: Looks = ALONE) -> dict[str, dict]:
     """Sizes of the residual and of the softmax normalisation; a single step has none."""
     if len(series.steps) < 2:
         return {}
-    drawn = {name: charts.metric({series.label: series.summary}, name) for name in _FORCES}
+    drawn = {name: charts.metric({series.label: series.summary}, name, looks) for name in _FORCES}
     return {name: spec for name, spec in drawn.items() if spec}
 
 
-def sample_charts(series: Series) -> dict[str, dict]:
+def sample_charts(series: Series, looks: Looks = ALONE) -> dict[str, dict]:
     """What the greedy answers are like; none without any, or with those of a single step."""
     samples = series.summary.samples
     if samples is None or len(samples.steps) < 2:
         return {}
-    drawn = {f"answers_{name}": charts.sample_metric({series.label: series.summary}, name) for name in SAMPLE_METRICS}
+    own = {series.label: series.summary}
+    drawn = {f"answers_{name}": charts.sample_metric(own, name, looks) for name in SAMPLE_METRICS}
     return {name: spec for name, spec in drawn.items() if spec}
 
 
-def influence_charts_of(series: Series) -> dict[str, dict]:
+def influence_charts_of(series: Series, looks: Looks = ALONE) -> dict[str, dict]:
     """What single steps did to the answers, and how far that was foreseen; none without `akg_every`."""
     if series.influence is None:
         return {}
     drawn = {
         "force_map": influence_maps.force_map,
         "force_change": influence_maps.force_change,
-        "predicted_and_true": influence_charts.predicted_and_true,
-        "first_order_error": influence_charts.first_order_error,
+        "predicted_and_true": partial(influence_charts.predicted_and_true, looks=looks),
+        "first_order_error": partial(influence_charts.first_order_error, looks=looks),
         "step_parts": influence_charts.step_parts,
-        "accumulated": influence_charts.accumulated,
+        "accumulated": partial(influence_charts.accumulated, looks=looks),
         "rank_matrix": influence_maps.rank_matrix,
         "rank_line": influence_charts.rank_line,
     }
@@ -114,7 +126,7 @@ def influence_note(series: Series) -> str:
     ) + (hidden if lost else "")
 
 
-def scalar_charts(runs: list[Run]) -> dict[str, dict]:
+def scalar_charts(runs: list[Run], looks: Looks = ALONE) -> dict[str, dict]:
     """What the trainer logged, a line per run, at most [`MAX_SCALARS`] charts."""
     logs = {run.name: scalar_curves(run.trainer_log) for run in runs if run.trainer_log}
     keys = list(dict.fromkeys(key for curves in logs.values() for key in curves))
@@ -122,35 +134,39 @@ def scalar_charts(runs: list[Run]) -> dict[str, dict]:
     found = {}
     for key in ordered[:MAX_SCALARS]:
         curves = {name: curves[key] for name, curves in logs.items() if key in curves}
-        spec = charts.metric_by_run(curves, key, "")
+        spec = charts.metric_by_run(curves, key, "", looks=looks)
         if spec:
             found[key] = spec
     return found
 
 
 def scalar_curves(trainer_log: list[dict]) -> dict[str, pd.Series]:
-    """Finite numbers of a trainer's log by key, indexed by step; the summary line of the end does not count."""
+    """Numbers of a trainer's log by key, indexed by step, NaN for what is not finite.
+
+    A key without any finite number is left out, and so is the summary line of the end.
+    """
     values: dict[str, dict[int, float]] = {}
     for line in trainer_log:
         if "step" not in line or "train_runtime" in line:
             continue
         for key, value in line.items():
-            if key not in _NOT_SCALARS and isinstance(value, int | float) and math.isfinite(value):
-                values.setdefault(key, {})[int(line["step"])] = float(value)
-    return {key: pd.Series(by_step).sort_index() for key, by_step in values.items()}
+            if key not in _NOT_SCALARS and (value is None or isinstance(value, int | float)):
+                values.setdefault(key, {})[int(line["step"])] = math.nan if value is None else float(value)
+    curves = {key: finite(pd.Series(by_step, dtype=float).sort_index()) for key, by_step in values.items()}
+    return {key: curve for key, curve in curves.items() if curve.notna().any()}
 
 
-def comparison_charts(series: list[Series]) -> dict[str, dict]:
+def comparison_charts(series: list[Series], looks: Looks = ALONE) -> dict[str, dict]:
     """Every metric and the main response types with a line per run; nothing for a single series that was scored."""
     series = [one for one in series if one.summary is not None]
     if len(series) < 2:
         return {}
     summaries = {one.label: one.summary for one in series}
-    drawn: dict[str, dict | None] = {"levels_at_end": levels.levels_by_run(summaries)}
+    drawn: dict[str, dict | None] = {"levels_at_end": levels.levels_by_run(summaries, looks)}
     if any(len(one.steps) > 1 for one in series):
-        drawn |= {f"change_{name}": charts.type_change(summaries, name) for name in _COMPARED_TYPES}
-        drawn |= {name: charts.metric(summaries, name) for name in METRICS}
-        drawn |= {f"answers_{name}": charts.sample_metric(summaries, name) for name in SAMPLE_METRICS}
+        drawn |= {f"change_{name}": charts.type_change(summaries, name, looks) for name in _COMPARED_TYPES}
+        drawn |= {name: charts.metric(summaries, name, looks) for name in METRICS}
+        drawn |= {f"answers_{name}": charts.sample_metric(summaries, name, looks) for name in SAMPLE_METRICS}
     return {name: spec for name, spec in drawn.items() if spec}
 
 

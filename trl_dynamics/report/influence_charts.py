@@ -11,8 +11,9 @@ import pandas as pd
 from trl_dynamics.ranking import STABLE
 from trl_dynamics.report import style
 from trl_dynamics.report.charts import type_color
-from trl_dynamics.report.spec import chart, data_rows, rounded, tooltip, zero_line
+from trl_dynamics.report.spec import chart, data_rows, name_tip, rounded, tooltip, zero_line
 from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin, titled
+from trl_dynamics.report.style import ALONE, Looks
 from trl_dynamics.tracking.influence_findings import LARGE_ERROR
 from trl_dynamics.tracking.influence_series import SAMPLED, accumulated_influence
 from trl_dynamics.tracking.influence_store import BATCH
@@ -29,7 +30,7 @@ WHOLE = "the whole step"
 PART_COLORS = {WHOLE: "#8c8c8c", "gradient": "#1a7fc4", "momentum": "#d55e00", "decay": "#009e73"}
 
 
-def predicted_and_true(influence: InfluenceSummary) -> dict | None:
+def predicted_and_true(influence: InfluenceSummary, looks: Looks = ALONE) -> dict | None:
     """A dot per answer: predicted against measured change in the batch's step, at one of a few steps."""
     known = influence.errors
     if known.empty:
@@ -71,10 +72,10 @@ def predicted_and_true(influence: InfluenceSummary) -> dict | None:
                 "encoding": {
                     "x": {"field": "predicted"} | axis | {"axis": _small("predicted, nats per token")},
                     "y": {"field": "true"} | axis | {"axis": _small("measured, nats per token")},
-                    "color": _type_color(influence.types, "circle"),
+                    "color": _type_color(influence.types, looks, "circle"),
                     "tooltip": [
-                        {"field": "probe_id", "type": "nominal", "title": "probe"},
-                        {"field": "response_type", "type": "nominal", "title": "answer"},
+                        name_tip("probe_id", "probe"),
+                        name_tip("response_type", "answer"),
                         {"field": "predicted"} | number,
                         {"field": "true", "title": "measured"} | number,
                     ],
@@ -105,7 +106,7 @@ def _limits(cloud: pd.DataFrame) -> list[float]:
     return [rounded(low - margin), rounded(high + margin)]
 
 
-def first_order_error(influence: InfluenceSummary) -> dict | None:
+def first_order_error(influence: InfluenceSummary, looks: Looks = ALONE) -> dict | None:
     """Relative error of the first order over the steps, per type and together; dotted, what rounding makes of it."""
     errors = influence.errors
     if errors.empty:
@@ -134,7 +135,7 @@ def first_order_error(influence: InfluenceSummary) -> dict | None:
             _over_steps(errors[errors["response_type"] != ALL], ["value", "response_type"], line)
             | {
                 "encoding": line["encoding"]
-                | {"color": _type_color(influence.types), "tooltip": tooltip("response_type")}
+                | {"color": _type_color(influence.types, looks), "tooltip": tooltip("response_type")}
             },
             _over_steps(
                 together,
@@ -196,7 +197,7 @@ def step_parts(influence: InfluenceSummary) -> dict | None:
     )
 
 
-def accumulated(influence: InfluenceSummary) -> dict | None:
+def accumulated(influence: InfluenceSummary, looks: Looks = ALONE) -> dict | None:
     """Predicted changes added up over the recorded steps (dashed) beside the measured ones (solid), per type."""
     means = influence.means.query("update == @BATCH").dropna(subset=["predicted", "true"])
     if means["step"].nunique() < 2:
@@ -219,7 +220,7 @@ def accumulated(influence: InfluenceSummary) -> dict | None:
         encoding={
             "x": step_axis(steps),
             "y": {"field": "value", "type": "quantitative", "axis": _small("nats per token") | zero_line()},
-            "color": _type_color(influence.types),
+            "color": _type_color(influence.types, looks),
             "opacity": {"condition": {"param": "pick", "value": 1}, "value": 0.12},
             "strokeDash": {
                 "field": "curve",
@@ -227,7 +228,7 @@ def accumulated(influence: InfluenceSummary) -> dict | None:
                 "scale": {"domain": ["observed", "predicted"], "range": [[1, 0], [5, 3]]},
                 "legend": None,
             },
-            "tooltip": [{"field": "response_type", "type": "nominal", "title": "answer"}, *tooltip("curve")],
+            "tooltip": [name_tip("response_type", "answer"), *tooltip("curve")],
         },
     )
 
@@ -287,11 +288,11 @@ def _small(title: str) -> dict:
     return {"title": title, "format": ".3~g", "tickCount": 6}
 
 
-def _type_color(types: list[str], symbol: str = "stroke") -> dict:
+def _type_color(types: list[str], looks: Looks, symbol: str = "stroke") -> dict:
     """The colour channel by response type, its names below the chart."""
     legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 200, "symbolOpacity": 1}
     sizes = {"symbolType": symbol, "symbolSize": 60 if symbol == "circle" else 150}
-    return type_color(types) | {"legend": legend | sizes}
+    return type_color(types, looks) | {"legend": legend | sizes}
 
 
 def _js(by_step: dict) -> str:

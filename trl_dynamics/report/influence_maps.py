@@ -9,7 +9,7 @@ import math
 import pandas as pd
 
 from trl_dynamics.report import style
-from trl_dynamics.report.spec import chart, rounded
+from trl_dynamics.report.spec import chart, name_tip, rounded
 from trl_dynamics.report.steps import thin, titled
 from trl_dynamics.tracking.influence_findings import judged_steps
 from trl_dynamics.tracking.influence_summary import InfluenceSummary
@@ -87,8 +87,8 @@ def _map(values: pd.DataFrame, influence: InfluenceSummary, title: str | dict) -
             },
             "y": {"field": "observed", "type": "nominal", "sort": influence.types} | position | {"axis": labels},
             "tooltip": [
-                {"field": "update", "type": "nominal"},
-                {"field": "observed", "type": "nominal"},
+                name_tip("update"),
+                name_tip("observed"),
                 {"field": "value", "type": "quantitative", "format": "+.3~e", "title": "nats per token"},
             ],
         },

@@ -5,19 +5,24 @@ from collections.abc import Mapping
 import pandas as pd
 
 from trl_dynamics.probing.schema import order_types
-from trl_dynamics.report import style
 from trl_dynamics.report.charts import type_color
-from trl_dynamics.report.spec import chart, data_rows, rounded, tooltip
+from trl_dynamics.report.spec import chart, data_rows, finite, name_tip, rounded, tooltip
+from trl_dynamics.report.style import ALONE, Looks
 from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.metrics import PER_SEQUENCE, PER_TOKEN
 
 
-def levels(summary: Summary) -> dict:
-    """Start (ring) and end (dot) per response type, joined by a line: per token or per sequence, as `measure` says."""
-    paths = {PER_TOKEN: summary.path(), PER_SEQUENCE: summary.path(PER_SEQUENCE)}
+def levels(summary: Summary, looks: Looks = ALONE) -> dict | None:
+    """Start (ring) and end (dot) per response type, joined by a line: per token or per sequence, as `measure` says.
+
+    An end that is not finite has no mark. None where no end of any type is finite.
+    """
+    paths = {PER_TOKEN: finite(summary.path()), PER_SEQUENCE: finite(summary.path(PER_SEQUENCE))}
     parts = {f"{column}_start": path.iloc[0] for column, path in paths.items()}
     parts |= {f"{column}_end": path.iloc[-1] for column, path in paths.items()}
-    ends = pd.DataFrame(parts).dropna().rename_axis("response_type").reset_index()
+    ends = pd.DataFrame(parts).dropna(how="all").rename_axis("response_type").reset_index()
+    if ends.empty:
+        return None
     types = list(ends["response_type"])
     what = "Start (ring) and end (dot)" if len(paths[PER_TOKEN]) > 1 else "Level"
     y = {
@@ -31,8 +36,8 @@ def levels(summary: Summary) -> dict:
         "scale": {"zero": False},
         "axis": {"title": "log-probability, nats", "tickCount": 8},
     }
-    numbers = [{"field": name, "type": "quantitative", "format": ".3f"} for name in ("start", "end")]
-    shown = [{"field": "response_type", "type": "nominal", "title": "response"}, *numbers]
+    shown = [name_tip("response_type", "response"), *(name_tip(f"{end}_text", end) for end in ("start", "end"))]
+    texts = {end: f"isValid(datum.{end}) ? format(datum.{end}, '.4~g') : 'not finite'" for end in ("start", "end")}
     return chart(
         data_rows(ends),
         {"expr": f"'{what} of every response type, per ' + (column == '{PER_TOKEN}' ? 'token' : 'sequence')"},
@@ -42,10 +47,14 @@ def levels(summary: Summary) -> dict:
             {"name": "measure", "value": "change_token"},
             {"name": "column", "expr": f"test(/token$/, measure) ? '{PER_TOKEN}' : '{PER_SEQUENCE}'"},
         ],
-        transform=[{"calculate": f"datum[column + '_{end}']", "as": end} for end in ("start", "end")],
-        encoding={"y": y, "color": type_color(types, legend=False), "tooltip": shown},
+        transform=[
+            *({"calculate": f"datum[column + '_{end}']", "as": end} for end in ("start", "end")),
+            *({"calculate": text, "as": f"{end}_text"} for end, text in texts.items()),
+        ],
+        encoding={"y": y, "color": type_color(types, looks, legend=False), "tooltip": shown},
         layer=[
             {
+                "transform": [{"filter": "isValid(datum.start) && isValid(datum.end)"}],
                 "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
                 "encoding": {"x": {"field": "start"} | x, "x2": {"field": "end"}},
             },
@@ -61,16 +70,23 @@ def levels(summary: Summary) -> dict:
     )
 
 
-def levels_by_run(summaries: Mapping[str, Summary]) -> dict:
-    """Level of every response type at each run's last step, nats per token, a mark per run."""
+def levels_by_run(summaries: Mapping[str, Summary], looks: Looks = ALONE) -> dict | None:
+    """Level of every response type at each run's last step, nats per token, a mark per run.
+
+    A level that is not finite has no mark. None where none is finite.
+    """
     rows = [
         {"run": label, "response_type": name, "value": rounded(float(value)), "step": int(path.index[-1])}
-        for label, path in ((label, summary.path()) for label, summary in summaries.items())
+        for label, path in ((label, finite(summary.path())) for label, summary in summaries.items())
         for name, value in path.iloc[-1].dropna().items()
     ]
+    if not rows:
+        return None
     types = order_types(row["response_type"] for row in rows)
-    styles = style.run_styles(summaries)
-    colors = {"domain": list(styles), "range": [color for color, _ in styles.values()]}
+    drawn = looks.of_runs([*summaries])
+    domain = {"domain": list(drawn)}
+    colors = domain | {"range": [look.color for look in drawn.values()]}
+    shapes = domain | {"range": [look.shape for look in drawn.values()]}
     legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 260}
     return chart(
         rows,
@@ -91,7 +107,7 @@ def levels_by_run(summaries: Mapping[str, Summary]) -> dict:
                 "axis": {"title": "log-probability, nats per token", "grid": False, "tickCount": 8},
             },
             "color": {"field": "run", "type": "nominal", "scale": colors, "legend": legend},
-            "shape": {"field": "run", "type": "nominal", "scale": {"domain": list(styles)}, "legend": legend},
-            "tooltip": [{"field": "response_type", "type": "nominal", "title": "response"}, *tooltip("run")],
+            "shape": {"field": "run", "type": "nominal", "scale": shapes, "legend": legend},
+            "tooltip": [name_tip("response_type", "response"), *tooltip("run")],
         },
     )

@@ -14,6 +14,7 @@ from trl_dynamics.report.influence_tokens import token_strips
 from trl_dynamics.report.load import Run, Series, load_runs, split_series
 from trl_dynamics.report.spec import VEGA_LITE
 from trl_dynamics.report.steps import is_log_spaced
+from trl_dynamics.report.style import Looks
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.comparison import compare
 from trl_dynamics.tracking.influence_findings import INFLUENCE_RULES, find_in_influence
@@ -41,8 +42,9 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
     runs = load_runs(run_dirs)
     series = split_series(runs)
     scored = [one for one in series if one.summary is not None]
-    sections = [_section(index, one) for index, one in enumerate(series)]
-    scalars, comparison = gallery.scalar_charts(runs), gallery.comparison_charts(series)
+    looks = gallery.page_looks(series)
+    sections = [_section(index, one, looks) for index, one in enumerate(series)]
+    scalars, comparison = gallery.scalar_charts(runs, looks), gallery.comparison_charts(series, looks)
     drawn = [section[panel] for section in sections for panel in (*PANELS, "influence")]
     specs = {key: spec for charts in drawn for key, spec in charts.items()}
     specs |= _keyed("scalar", scalars) | _keyed("compare", comparison)
@@ -63,7 +65,7 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
         how_to_read=HOW_TO_READ,
         strips=bool(strips),
         static_chart=_svg_uri(renderer, main_chart) if main_chart else "",
-        data_json=inline_json({"charts": specs, "explorer": explorer(scored), "strips": strips}),
+        data_json=inline_json({"charts": specs, "explorer": explorer(scored, looks), "strips": strips}),
         vega=renderer.javascript_bundle(vl_version=VEGA_LITE),
     )
     output = Path(output)
@@ -88,10 +90,10 @@ def _run_view(run: Run) -> dict:
     }
 
 
-def _section(index: int, series: Series) -> dict:
+def _section(index: int, series: Series, looks: Looks) -> dict:
     influence = {
         "label": series.label,
-        "influence": _keyed(f"s{index}", gallery.influence_charts_of(series)),
+        "influence": _keyed(f"s{index}", gallery.influence_charts_of(series, looks)),
         "influence_note": gallery.influence_note(series),
     }
     if series.summary is None:
@@ -109,10 +111,10 @@ def _section(index: int, series: Series) -> dict:
         "single": single,
         "findings": found,
         "nothing": nothing or (None if found else findings.summary_text(found, series.label)),
-        "paths": _keyed(f"s{index}", gallery.path_charts(series)),
-        "squeezing": _keyed(f"s{index}", gallery.squeezing_charts(series)),
-        "forces": _keyed(f"s{index}", gallery.force_charts(series)),
-        "answers": _keyed(f"s{index}", gallery.sample_charts(series)),
+        "paths": _keyed(f"s{index}", gallery.path_charts(series, looks)),
+        "squeezing": _keyed(f"s{index}", gallery.squeezing_charts(series, looks)),
+        "forces": _keyed(f"s{index}", gallery.force_charts(series, looks)),
+        "answers": _keyed(f"s{index}", gallery.sample_charts(series, looks)),
         "asked": series.run.meta.get("samples"),
         "thinned": gallery.thinned_note(series),
         "third_parties": gallery.third_party_note(series),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 
 from trl_dynamics.report import style
@@ -47,7 +48,7 @@ def zero_line() -> dict:
 
 def tooltip(series: str | None = None) -> list[dict]:
     """Step and value, and the name of the line if there are several."""
-    own = [{"field": series, "type": "nominal"}] if series else []
+    own = [name_tip(series)] if series else []
     numbers = [
         {"field": "step", "type": "quantitative"},
         {"field": "value", "type": "quantitative", "format": ".4~g"},
@@ -55,14 +56,30 @@ def tooltip(series: str | None = None) -> list[dict]:
     return own + numbers
 
 
+def name_tip(field: str, title: str | None = None) -> dict:
+    """The tooltip entry of a text field.
+
+    The empty format is needed: without one, Vega-Lite 6.4 reads a text field of the nearest point from the wrong
+    object, and the tooltip says "undefined".
+    """
+    return {"field": field, "type": "nominal", "format": ""} | ({"title": title} if title else {})
+
+
 def data_rows(data: pd.DataFrame) -> list[dict]:
-    """Rows of a frame with five significant digits; a value that is missing is left out."""
-    return [
-        {name: rounded(value) for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
-        for row in data.to_dict("records")
-    ]
+    """Rows of a frame as [`rounded`] values."""
+    return [{name: rounded(value) for name, value in row.items()} for row in data.to_dict("records")]
 
 
 def rounded(value):
-    """Floats to five significant digits, everything else as it is."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    """Floats to five significant digits, None where one is not finite; everything else as it is.
+
+    A line has a gap where its value is None, and no mark is drawn there.
+    """
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def finite(values):
+    """A Series or a frame of numbers with NaN for what is infinite."""
+    return values.where(np.isfinite(values))

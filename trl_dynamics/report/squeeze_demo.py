@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trl_dynamics.report import extra, style
 from trl_dynamics.report.page import inline_json
-from trl_dynamics.report.spec import VEGA_LITE, chart, rounded
+from trl_dynamics.report.spec import VEGA_LITE, chart, name_tip, rounded
 
 TEMPLATE = "squeeze.html.j2"
 ROLES = {
@@ -250,7 +250,7 @@ def _color() -> dict:
 
 def _tooltip() -> list[dict]:
     numbers = [{"field": name, "type": "quantitative", "format": ".3~g"} for name in ("before", "after", "factor")]
-    return [{"field": "role", "type": "nominal"}, *numbers]
+    return [name_tip("role"), *numbers]
 
 
 def _top(case: StepCase) -> float:

@@ -73,8 +73,8 @@ def _log_ticks(first: int, last: int) -> list[int]:
     return [tick for tick in [0, *inner] if first <= tick <= last] or [first]
 
 
-def dots(steps: Sequence[int], color: str | None = None) -> bool | dict:
-    """Marks on a line at its points, as long as they are few."""
-    if len(steps) > _MAX_DOTS:
+def dots(steps: Sequence[int], color: str | None = None, *, gaps: bool = False) -> bool | dict:
+    """Marks on a line at its points, as long as they are few; with gaps always, for a point alone has no line."""
+    if len(steps) > _MAX_DOTS and not gaps:
         return False
     return {"size": 22, "filled": True} | ({"color": color} if color else {})

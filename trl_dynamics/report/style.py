@@ -1,6 +1,8 @@
 """How response types and runs look, the same in every chart: colour-blind-safe colours, and a dash per group."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from trl_dynamics.probing.schema import CUSTOM, IN_DISTRIBUTION, IRRELEVANT, RANDOM, REPHRASE, group_of, order_types
 
@@ -35,9 +37,57 @@ RISE, FALL = "#4393c3", "#d6604d"
 MAIN_TYPES = ("chosen", "rejected")
 
 RUN_COLORS = ("#1a7fc4", "#d55e00", "#009e73", "#cc79a7", "#c2a500", "#56b4e9", "#8c8c8c", "#aa4499")
+RUN_SHAPES = (
+    "circle",
+    "square",
+    "cross",
+    "diamond",
+    "triangle-up",
+    "triangle-down",
+    "triangle-right",
+    "triangle-left",
+)
 RUN_DASHES = ([1, 0], [7, 3], [2, 2], [8, 3, 2, 3])
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+class RunLook(NamedTuple):
+    """How a run is drawn: colour and dash of its lines, shape of its marks."""
+
+    color: str
+    dash: list[int]
+    shape: str
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The looks of one page: a run and a response type have the same one in every chart, whatever a chart leaves out.
+
+    Args:
+        runs (`dict[str, RunLook]`, *optional*): Label of a run or series -> its look.
+        types (`dict[str, str]`, *optional*): Response type -> its colour.
+    """
+
+    runs: dict[str, RunLook] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, labels: Iterable[str], types: Iterable[str]) -> "Looks":
+        """Of all runs of a page, in its order, and of all its response types."""
+        return cls(run_looks(labels), type_colors(types))
+
+    def of_runs(self, labels: Sequence[str]) -> dict[str, RunLook]:
+        """Look of each of these runs; by their position where the page does not know one of them."""
+        return {label: self.runs[label] for label in labels} if {*labels} <= {*self.runs} else run_looks(labels)
+
+    def of_types(self, types: Sequence[str]) -> dict[str, str]:
+        """Colour of each of these types; by their names where the page does not know one of them."""
+        return {name: self.types[name] for name in types} if {*types} <= {*self.types} else type_colors(types)
+
+
+# A chart without a page: its own subset decides.
+ALONE = Looks()
 
 
 def type_colors(types: Iterable[str]) -> dict[str, str]:
@@ -53,9 +103,13 @@ def type_dash(name: str) -> list[int]:
     return GROUP_DASHES[group_of(name)]
 
 
-def run_styles(labels: Iterable[str]) -> dict[str, tuple[str, list[int]]]:
-    """Run label to (colour, dash), by position."""
+def run_looks(labels: Iterable[str]) -> dict[str, RunLook]:
+    """Run label to look, by position."""
     return {
-        label: (RUN_COLORS[index % len(RUN_COLORS)], RUN_DASHES[index // len(RUN_COLORS) % len(RUN_DASHES)])
+        label: RunLook(
+            RUN_COLORS[index % len(RUN_COLORS)],
+            RUN_DASHES[index // len(RUN_COLORS) % len(RUN_DASHES)],
+            RUN_SHAPES[index % len(RUN_SHAPES)],
+        )
         for index, label in enumerate(labels)
     }

@@ -1,0 +1,57 @@
+"""Values that are not finite: at which steps, of how many answers, and how the page and its charts say so."""
+
+import numpy as np
+
+from trl_dynamics.report.load import Series
+from trl_dynamics.tracking.aggregate import MEASURES, STATISTICS, StepSummary, Summary
+from trl_dynamics.tracking.metrics import PER_TOKEN
+
+_MEASURE, _MEAN, _COUNT = list(MEASURES).index(PER_TOKEN), STATISTICS.index("mean"), STATISTICS.index("num_probes")
+
+
+def lost_answers(summary: Summary) -> dict[int, int]:
+    """Steps at which answers have no finite log-probability -> how many of them.
+
+    Every step scores the same answers, so that what the start scored is what there should be.
+    """
+    first = summary.first
+    scored = dict(zip(first.types, (~np.isnan(first.values("num_tokens"))).sum(axis=1).tolist(), strict=True))
+    lost = {part.step: _lost(part, scored) for part in summary.parts}
+    return {step: count for step, count in lost.items() if count}
+
+
+def remark(summary: Summary) -> str:
+    """What a chart's title adds where values are not finite: from which step on, or at how many steps; else empty."""
+    lost = list(lost_answers(summary))
+    return f"; {_where(summary, lost)} not all values are finite" if lost else ""
+
+
+def note(series: Series) -> str:
+    """The same in sentences, for the page; empty where every value is finite."""
+    lost = lost_answers(series.summary)
+    if not lost:
+        return ""
+    summary, steps = series.summary, list(lost)
+    most, of = max(lost.values()), int((~np.isnan(summary.first.values("num_tokens"))).sum())
+    text = f"Not finite: {_where(summary, steps)}, up to {most:,} of {of:,} answers have no finite log-probability. "
+    text += "Means are over the finite values; charts have a gap where there is none."
+    if steps[0] == summary.steps[0]:
+        text += " An answer that is not finite at the start has no change since the start."
+    return text
+
+
+def _lost(part: StepSummary, scored: dict[str, int]) -> int:
+    means, counts = part.bands[_MEASURE, _MEAN], part.bands[_MEASURE, _COUNT]
+    finite = np.where(np.isfinite(means), counts, 0)
+    expected = [scored.get(name, count) for name, count in zip(part.types, counts, strict=True)]
+    return int(np.maximum(np.array(expected) - finite, 0).sum())
+
+
+def _where(summary: Summary, lost: list[int]) -> str:
+    """`from step 2 on`, `at step 2` or `at 3 of 9 steps from step 2 on`."""
+    since = [step for step in summary.steps if step >= lost[0]]
+    if len(summary.steps) == 1 or (len(lost) == 1 < len(since)):
+        return f"at step {lost[0]:,}"
+    if lost == since:
+        return f"from step {lost[0]:,} on"
+    return f"at {len(lost):,} of {len(summary.steps):,} steps, the first of them step {lost[0]:,}"

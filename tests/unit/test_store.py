@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from small_stores import PLAN, columns, expected, make_store, probe_set, snapshot
 
 from trl_dynamics import load_records
+from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.records import KEY_COLUMNS, RECORD_SCHEMA, SCHEMA_VERSION, to_table
 from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 
@@ -359,3 +362,18 @@ def test_a_newer_schema_is_refused(name, tmp_path):
         with pytest.raises(ValueError, match=said):
             attempt()
     assert snapshot(tmp_path) == before
+
+
+def test_values_of_numpy_and_torch_are_written_plain(tmp_path):
+    metadata = {"threshold": np.float32(0.5), "dtype": torch.float16}
+    given = ProbeSet(probe_set().probes, metadata=metadata)
+    store = DynamicsStore(tmp_path)
+    config = {"beta": np.float64(0.2), "model_init_kwargs": {"dtype": torch.float16}, "hook": print}
+    with store:
+        store.create(given, {"seed": np.int64(7), "kinds": {"b", "a"}}, config)
+        store.write_trainer_log([{"step": np.int64(1), "loss": torch.tensor(0.5)}])
+    assert store.read_config() == {"beta": 0.2, "model_init_kwargs": {"dtype": "float16"}}
+    assert "hook" in (store.root / "config.yaml").read_text().splitlines()[0]
+    assert store.read_meta() | {"seed": 7, "kinds": ["a", "b"]} == store.read_meta()
+    assert store.read_trainer_log() == [{"step": 1, "loss": 0.5}]
+    assert store.read_probe_set().metadata == {"threshold": 0.5, "dtype": "float16"}

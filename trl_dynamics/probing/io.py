@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from trl_dynamics.plain import plain_or_text
 from trl_dynamics.probing.schema import REQUIRED_TYPES, RESERVED_FIELDS, Probe, ProbeSet, is_blank
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def to_files(probe_set: ProbeSet) -> dict[str, str]:
         "response_types": probe_set.counts,
         "required_types": list(probe_set.required_types),
         "fingerprint": probe_set.fingerprint,
-        "metadata": probe_set.metadata,
+        "metadata": plain_or_text(probe_set.metadata),
     }
     return {DATA_FILE: rows, CARD_FILE: yaml.safe_dump(card, sort_keys=False, allow_unicode=True)}
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import enum
 
 from trl_dynamics import compat
 from trl_dynamics.probing.encode import LengthLimits, encode, encode_prompts
@@ -13,6 +12,8 @@ from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.sampling import GreedySampler, Reading
 
 LIMITS = ("probe_max_prompt_length", "probe_max_length")
+# Never written to a folder that may be shared.
+SECRETS = ("hub_token", "push_to_hub_token")
 CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384
 VERSIONED = ("trl-dynamics", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed")
 
@@ -177,13 +178,31 @@ def describe_origin(model, probe_set: ProbeSet, method: str) -> dict:
 
 
 def changed_fields(*configs) -> dict:
-    """Fields of dataclass configs that differ from their defaults, flat: a YAML that replays the run."""
+    """Fields of dataclass configs that differ from their defaults, flat: what replays the run, once it is plain.
+
+    Values are as they are; [`DynamicsStore.create`] writes them plain. Left out are the hub's access tokens, and what
+    a config made of no value at all, such as accelerate's own defaults.
+    """
     changed = {}
     for config in configs:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            value = value.value if isinstance(value, enum.Enum) else value
             default = field.default_factory() if callable(field.default_factory) else field.default
-            if field.init and value != default and isinstance(value, (str, int, float, bool, list, dict)):
+            if field.init and field.name not in SECRETS and not _same(value, default) and not _is_filled_in(value):
                 changed[field.name] = value
     return changed
+
+
+def _same(value: object, default: object) -> bool:
+    try:
+        return bool(value == default)
+    except (TypeError, ValueError):  # arrays compare element by element
+        return False
+
+
+def _is_filled_in(value: object) -> bool:
+    """Whether this is a dataclass that says nothing, which a config's `__post_init__` puts in the place of None."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return False
+    required = [f for f in dataclasses.fields(value) if f.default is f.default_factory is dataclasses.MISSING]
+    return not required and _same(value, type(value)())

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from trl_dynamics.plain import json_text, plain_or_text, yaml_text
 from trl_dynamics.probing.io import load as load_probe_set
 from trl_dynamics.probing.io import to_files as probe_set_files
 from trl_dynamics.probing.schema import ProbeSet
@@ -110,14 +111,15 @@ class DynamicsStore:
     def create(self, probe_set: ProbeSet, meta: dict, config: dict, why: str = "a new run begins there") -> None:
         """Start a new store; one that is already there is moved aside, never overwritten, and `why` is told.
 
-        The new one is made beside it and takes its place when it is complete.
+        The new one is made beside it and takes its place when it is complete. Values are written
+        plain; what has no plain form is left out of config.yaml and named there in a comment.
 
         Raises:
             OSError: If the place cannot be written, with the path and what to do.
         """
         content = {f"probe_set/{name}": text.encode() for name, text in probe_set_files(probe_set).items()}
         content |= {
-            "config.yaml": yaml.safe_dump(config, sort_keys=True, allow_unicode=True).encode(),
+            "config.yaml": yaml_text(config).encode(),
             MANIFEST_NAME: Manifest().encode(),
             "meta.json": _encode_meta(meta),
         }
@@ -274,7 +276,7 @@ class DynamicsStore:
         """Replace the copy of the trainer's own log lines, which the report draws beside the probes."""
         path = self.root / "trainer_log.json"
         with files.explained(path):
-            files.write(path, json.dumps(log_history).encode())
+            files.write(path, json.dumps(plain_or_text(log_history)).encode())
 
     def read_trainer_log(self) -> list[dict]:
         path = self.root / "trainer_log.json"
@@ -395,4 +397,4 @@ def run_names(stores: list[DynamicsStore]) -> list[str]:
 
 
 def _encode_meta(meta: dict) -> bytes:
-    return json.dumps(meta | {"schema_version": SCHEMA_VERSION}, indent=2, ensure_ascii=False).encode()
+    return json_text(meta | {"schema_version": SCHEMA_VERSION}, indent=2).encode()

@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 from trl_dynamics.trainers.data import (
     SFT_ON,
     check_answers,
-    is_preference,
+    column_names,
     limit_prompts,
     other_rows,
     preference_to_completion,
@@ -98,12 +98,26 @@ def test_another_process_finds_the_prepared_rows_again():
     assert first == second and first.strip()
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_is_preference(streaming):
-    assert is_preference(as_dataset(PAIRS, streaming)) and is_preference(as_dataset(IMPLICIT_CHATS, streaming))
-    assert not is_preference(as_dataset([{"prompt": "?", "completion": "x"}], streaming))
-    assert not is_preference(as_dataset([{"prompt": "?", "chosen": "x"}], streaming))
-    assert not is_preference(as_dataset([PAIRS[0] | {"input_ids": [1]}], streaming))
+def test_chosen_answers_without_rejected_ones():
+    rows = [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in PAIRS]
+    expected = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    assert preference_to_completion(Dataset.from_list(rows), "chosen").to_list() == expected
+    chats = [{"prompt": f"{i}?", "chosen": row["chosen"]} for i, row in enumerate(IMPLICIT_CHATS)]
+    expected = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in CHATS]
+    assert preference_to_completion(Dataset.from_list(chats), "chosen").to_list() == expected
+    with pytest.raises(ValueError, match="needs chosen and rejected"):
+        preference_to_completion(Dataset.from_list(rows), "both")
+
+
+def test_a_prompt_column_without_prompts_is_no_prompt():
+    rows = [row | {"prompt": None} for row in IMPLICIT]
+    assert preference_to_completion(Dataset.from_list(rows), "chosen")["completion"][:] == [" yes"] * 5
+
+
+def test_a_plain_prompt_of_answers_that_are_messages_is_refused():
+    rows = [{"prompt": "?", "chosen": row["chosen"], "rejected": row["rejected"]} for row in CHATS]
+    with pytest.raises(ValueError, match="make both text, or both lists of messages"):
+        preference_to_completion(Dataset.from_list(rows), "chosen")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -196,7 +210,7 @@ def test_looking_at_a_stream_leaves_all_of_it(known):
 
     features = Dataset.from_list(PAIRS).features if known else None
     stream = IterableDataset.from_generator(generate, features=features)
-    assert is_preference(stream) and read == ([] if known else PAIRS[:1])
+    assert set(column_names(stream)) == set(PAIRS[0]) and read == ([] if known else PAIRS[:1])
     assert [row["completion"] for row in preference_to_completion(stream, "chosen")] == [r["chosen"] for r in PAIRS]
 
 

@@ -33,7 +33,7 @@ SHARED = {
     "dataloader_pin_memory": False,
     "probe_every": 0.1,
 }
-SFT = SHARED | {"learning_rate": 1e-3, "num_train_epochs": 5}
+SFT = SHARED | {"sft_on": "chosen", "learning_rate": 1e-3, "num_train_epochs": 5}
 DPO = SHARED | {"learning_rate": 2e-4, "beta": 0.1, "num_train_epochs": 4}
 # Name of the run, command, settings, and the run it starts from.
 STAGES = (

@@ -26,6 +26,7 @@ _ACCEPTED_COLUMNS = {
         {"messages"},
         {"text"},
         {"prompt", "completion"},
+        {"prompt", "chosen"},
         {"chosen", "rejected"},
         {"conversations"},
         {"input_ids"},

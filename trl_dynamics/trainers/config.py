@@ -134,8 +134,9 @@ class SFTConfig(InfluenceArguments, ProbeArguments, trl.SFTConfig):
     """[`trl.SFTConfig`] with probing, the influence of single steps, and extended SFT.
 
     Args:
-        sft_on (`str`, *optional*, defaults to `"chosen"`):
-            What to train on where data has pairs; data without chosen and rejected columns is not touched.
+        sft_on (`str`, *optional*):
+            What to train on where rows have chosen answers. None: the columns that TRL trains on (`text`, `messages`,
+            `prompt` and `completion`), and the chosen answers, with a warning, where TRL cannot train on the data.
             `"chosen"`: the chosen answers. `"both"`: extended SFT (arXiv 2407.10490, section 4.3), chosen and
             rejected, so two rows per pair and twice the steps per epoch. Two controls of `"both"` have as many rows,
             so that more steps do not pass for its effect: `"chosen_twice"` (each chosen row twice) and
@@ -143,20 +144,21 @@ class SFTConfig(InfluenceArguments, ProbeArguments, trl.SFTConfig):
             data). Packing puts rows together by length: compare packed runs at equal `max_steps`.
     """
 
-    sft_on: str = field(
-        default="chosen",
+    sft_on: str | None = field(
+        default=None,
         metadata={
-            "help": "What to train on where data has pairs: 'chosen', or 'both' for extended SFT (chosen and rejected,"
-            " logged apart). Controls with as many rows as 'both': 'chosen_twice', and 'chosen_and_other' (the chosen "
-            "answer, then another prompt's).",
+            "help": "What to train on where rows have chosen answers: 'chosen', or 'both' for extended SFT (chosen "
+            "and rejected, logged apart). Controls with as many rows as 'both': 'chosen_twice', and "
+            "'chosen_and_other' (the chosen answer, then another prompt's). None: what TRL trains on (text, messages, "
+            "prompt and completion), else chosen.",
             "choices": list(SFT_ON),
         },
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sft_on not in SFT_ON:
-            raise ValueError(f"sft_on is {self.sft_on!r}, expected one of {', '.join(SFT_ON)}")
+        if self.sft_on is not None and self.sft_on not in SFT_ON:
+            raise ValueError(f"sft_on is {self.sft_on!r}, expected one of {', '.join(SFT_ON)}, or none")
 
 
 @dataclass

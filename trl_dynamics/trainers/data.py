@@ -14,7 +14,7 @@ from trl_dynamics.trainers.sides import SIDE_COLUMN
 
 logger = get_logger(__name__)
 
-PREFERENCE_COLUMNS = ("chosen", "rejected")
+ANSWER_COLUMNS = ("chosen", "rejected", "completion")
 # What the rows of one pair answer, in order, by the value of `sft_on`.
 SFT_ON = {
     "chosen": ("chosen",),
@@ -34,12 +34,6 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     return list(next(iter(dataset)).keys()) if names is None else names
 
 
-def is_preference(dataset: Dataset | IterableDataset) -> bool:
-    """Whether rows have chosen and rejected and are not tokenised yet."""
-    names = column_names(dataset)
-    return set(PREFERENCE_COLUMNS) <= set(names) and "input_ids" not in names
-
-
 def sides_of(sft_on: str) -> tuple[str, ...]:
     """The sides that SFT tells apart, in order; none where all rows are chosen answers."""
     sides = tuple(dict.fromkeys(SFT_ON[sft_on]))
@@ -47,19 +41,20 @@ def sides_of(sft_on: str) -> tuple[str, ...]:
 
 
 def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) -> Dataset | IterableDataset:
-    """Preference rows as prompt/completion rows, those of one pair next to each other.
+    """Rows with chosen answers as prompt/completion rows, those of one pair next to each other.
 
     Where the rows have several sides, `SIDE_COLUMN` holds which one a row is: 1, 2, ... as in `sides_of`.
 
     Args:
-        dataset: Rows with chosen and rejected, with an explicit or an implicit prompt.
+        dataset: Rows with chosen and rejected, with an explicit or an implicit prompt; without rejected where
+            `sft_on` needs none, with an explicit prompt.
         sft_on (`str`): A key of `SFT_ON`. `"chosen"` gives one row per pair; `"both"` two, chosen first; the others
             are controls of `"both"`, with as many rows: `"chosen_twice"` gives chosen twice, `"chosen_and_other"` the
             chosen answer, then another prompt's chosen answer as `other_rows` says.
 
     Raises:
-        ValueError: If rows have images, or `"chosen_and_other"` is asked for of a stream or of data without enough
-            other prompts.
+        ValueError: If rows have images or lack an answer that `sft_on` needs, a prompt is text and answers are chats
+            without it, or `"chosen_and_other"` is asked for of a stream or of data without enough other prompts.
     """
     names = column_names(dataset)
     if {"image", "images"} & set(names):
@@ -73,6 +68,11 @@ def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) ->
             "the data is a stream; load it without streaming"
         )
     answers, sides = SFT_ON[sft_on], sides_of(sft_on)
+    if "rejected" in answers and "rejected" not in names:
+        raise ValueError(
+            f"sft_on={sft_on!r} needs chosen and rejected answers; found the columns {sorted(names)}. "
+            "sft_on='chosen' trains on the chosen ones"
+        )
     kept = [name for name in _KEPT_COLUMNS if name in names]
 
     def split(batch: dict[str, list]) -> dict[str, list]:
@@ -84,8 +84,11 @@ def preference_to_completion(dataset: Dataset | IterableDataset, sft_on: str) ->
         return rows
 
     with PartialState().main_process_first():
+        if "prompt" in names and next(iter(dataset))["prompt"] is None:
+            dataset = dataset.remove_columns("prompt")
+            names = [name for name in names if name != "prompt"]
         if "prompt" not in names or _repeats_prompt(next(iter(dataset))):
-            dataset = dataset.map(maybe_extract_prompt)
+            dataset = dataset.map(maybe_extract_prompt if "rejected" in names else _split_chat)
         if "other" in answers:
             dataset = _with_other(dataset)
         # Sorted: the fingerprint by which prepared data is found again, also by other processes, holds the order.
@@ -167,13 +170,26 @@ def _with_other(dataset: Dataset) -> Dataset:
 
 
 def _repeats_prompt(row: dict) -> bool:
-    """Whether there is a prompt as text besides chats that begin with it."""
-    return isinstance(row["prompt"], str) and isinstance(row["chosen"], list)
+    """Whether there is a prompt as text besides chats that begin with it.
+
+    Raises:
+        ValueError: If they do not begin with it.
+    """
+    prompt, chosen = row["prompt"], row["chosen"]
+    if isinstance(chosen, list) and isinstance(prompt, str) and len(chosen) < 2:
+        raise ValueError(
+            f"training data has a prompt that is text ({prompt!r:.60}) and chosen answers that are one message; make "
+            "both text, or both lists of messages"
+        )
+    return isinstance(prompt, str) and isinstance(chosen, list)
 
 
-def check_answers(
-    dataset: Dataset, *, drop_invalid_rows: bool, columns: tuple[str, ...] = (*PREFERENCE_COLUMNS, "completion")
-) -> Dataset:
+def _split_chat(row: dict) -> dict:
+    """The prompt and the answer of a whole chat, which is all that `maybe_extract_prompt` finds in two of them."""
+    return {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:]}
+
+
+def check_answers(dataset: Dataset, *, drop_invalid_rows: bool, columns: tuple[str, ...] = ANSWER_COLUMNS) -> Dataset:
     """Refuse rows whose chosen, rejected or completion is blank, or drop them when asked to.
 
     Args:

@@ -1,6 +1,7 @@
 """SFTTrainer: TRL's, with probe tracking, and preference data turned into SFT rows whose sides are told apart."""
 
 import copy
+import inspect
 
 import torch
 import trl
@@ -8,20 +9,22 @@ from accelerate.logging import get_logger
 from transformers.utils import ModelOutput
 
 from trl_dynamics.trainers.config import SFTConfig
-from trl_dynamics.trainers.data import column_names, is_preference, preference_to_completion, sides_of
+from trl_dynamics.trainers.data import column_names, preference_to_completion, sides_of
 from trl_dynamics.trainers.influence.arguments import find_observed
 from trl_dynamics.trainers.mixin import DynamicsMixin
 from trl_dynamics.trainers.probe_checks import find_probes
 from trl_dynamics.trainers.recorder import Recorder
+from trl_dynamics.trainers.sft_columns import first_row, has_answers, left_over_columns, own_columns
 from trl_dynamics.trainers.sides import LABEL_ROW, LABEL_SIDE, SIDE_COLUMN, SideCollator, mark_labels, side_sums
 
 logger = get_logger(__name__)
 
 
 class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
-    """Drop-in replacement for [`trl.SFTTrainer`]; without a probe set and preference data it does what that does.
+    """Drop-in replacement for [`trl.SFTTrainer`]; it trains on what that trains on.
 
-    Rows with chosen and rejected answers are trained on as `args.sft_on` says. With two sides (`"both"`,
+    Data that TRL cannot train on but that has chosen answers is trained on these, with a warning; a value of
+    `args.sft_on` says what to train on wherever rows have chosen answers. With two sides (`"both"`,
     `"chosen_and_other"`) the log has, for training and evaluation, `nll/chosen` and `nll/rejected` (or `nll/other`):
     the mean of -log p over the side's labels, in nats per token, whatever the loss; and `mean_token_accuracy/...`.
     Means are over all tokens since the last log line, or of the whole evaluation, and of all processes. With
@@ -36,7 +39,7 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
         akg_observe (as `probe_set`, *optional*): What `akg_every` observes; takes precedence over `args.akg_observe`.
 
     Raises:
-        ValueError: If `sft_on` cannot be had with `formatting_func` or with the data.
+        ValueError: If `sft_on` cannot be had with `formatting_func` or with the data, or chosen answers are no text.
     """
 
     _tag_names = [*trl.SFTTrainer._tag_names, "trl-dynamics"]
@@ -57,25 +60,33 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
             args = SFTConfig(f"{name.split('/')[-1]}-SFT")
         probe_set = find_probes(probe_set, args)
         observed = find_observed(akg_observe, probe_set, args)
-        self._sft_on = getattr(args, "sft_on", "chosen")
-        self._sides = sides_of(self._sft_on)
+        self._sft_on = getattr(args, "sft_on", None)
+        self._sides = sides_of(self._sft_on or "chosen")
         self._side_sums: dict[str, torch.Tensor] = {}
+        self._text_field = getattr(args, "dataset_text_field", "text")
+        self._told_chosen = False
+        given = inspect.signature(super().__init__).bind_partial(
+            model, args, data_collator, train_dataset, *more, **kwargs
+        )
         skips = bool((getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
-        self._keeps_pairs = skips or kwargs.get("formatting_func") is not None
-        if self._keeps_pairs and self._sft_on != "chosen":
+        self._keeps_pairs = skips or given.arguments.get("formatting_func") is not None
+        if self._keeps_pairs and self._sft_on is not None:
             raise ValueError(
                 f"sft_on={self._sft_on!r} makes rows of preference pairs, but formatting_func or skip_prepare_dataset "
                 "leaves no pairs to it; leave one of the two out"
             )
+        self._made_rows = None
         if train_dataset is not None:
-            train_dataset = self._as_completions(train_dataset, "train")
+            train_dataset = self._made_rows = self._as_completions(train_dataset, "train")
         super().__init__(model, args, data_collator, train_dataset, *more, **kwargs)
+        self._made_rows = None
         if self._sides:
             self.data_collator = SideCollator(self.data_collator)
         self._start_tracking(probe_set, observed, "sft")
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        dataset = self._as_completions(dataset, dataset_name)
+        if dataset is not self._made_rows:
+            dataset = self._as_completions(dataset, dataset_name)
         if self._sides and SIDE_COLUMN in column_names(dataset):
             # First to labels of whole rows; what cuts, packs and shuffles them comes after the sides are in them.
             whole = copy.copy(args)
@@ -85,17 +96,35 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _as_completions(self, dataset, dataset_name: str):
-        if self._keeps_pairs:
+        """The data with the columns that TRL is to train on; left to TRL where it refuses or has prepared it."""
+        row = None if self._keeps_pairs else first_row(dataset)
+        if row is None or SIDE_COLUMN in row:
             return dataset
-        names = column_names(dataset)
-        if is_preference(dataset):
-            logger.info(f"{dataset_name} data holds preference pairs: rows are made as sft_on={self._sft_on!r} says")
-            return preference_to_completion(dataset, self._sft_on)
-        if self._sft_on != "chosen" and not {SIDE_COLUMN, "input_ids"} & set(names):
-            logger.warning_once(
-                f"{dataset_name} data has no pairs of chosen and rejected: sft_on={self._sft_on!r} is idle"
+        own = own_columns(row, self._text_field)
+        if own and (self._sft_on is None or own == ("input_ids",)):
+            foreign = left_over_columns(row, own)
+            return dataset.remove_columns(foreign) if foreign else dataset
+        if has_answers(row):
+            self._tell_chosen(dataset_name, row)
+            return preference_to_completion(dataset, self._sft_on or "chosen")
+        if "chosen" in row:
+            raise ValueError(
+                f"{dataset_name} data has nothing to train on: 'chosen' is {row['chosen']!r:.60} in the first row, "
+                f"expected text or messages, and a prompt; found the columns {sorted(row)}"
             )
+        if self._sft_on is not None:
+            logger.warning(f"{dataset_name} data has no chosen answers: sft_on={self._sft_on!r} is idle")
         return dataset
+
+    def _tell_chosen(self, dataset_name: str, row) -> None:
+        if self._sft_on is not None:
+            logger.info(f"{dataset_name} data holds chosen answers: rows are made as sft_on={self._sft_on!r} says")
+        elif not self._told_chosen:
+            self._told_chosen = True
+            logger.warning(
+                f"{dataset_name} data has columns that TRL's SFTTrainer cannot train on ({', '.join(sorted(row))}): "
+                "training on the chosen answers. sft_on='chosen' (--sft_on chosen) says so without this warning"
+            )
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """TRL's loss; where labels have sides, their means go to the metrics."""

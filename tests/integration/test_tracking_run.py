@@ -75,8 +75,8 @@ def test_probe_sets_come_as_rows_files_and_names(tmp_path):
     assert len(records(tmp_path / "run")) == 2 * 9
     with pytest.raises(ValueError, match="does not exist"):
         make_trainer("sft", tmp_path / "other", max_steps=1, probe_set=str(tmp_path / "missing.jsonl"))
-    with pytest.raises(ValueError, match="no response type 'rejected'"):
-        make_trainer("sft", tmp_path / "other", max_steps=1, probes=[{"prompt": "a", "chosen": " b"}])
+    with pytest.raises(ValueError, match="no response type 'chosen'"):
+        make_trainer("sft", tmp_path / "other", max_steps=1, probes=[{"prompt": "a", "rejected": " b"}])
 
 
 def test_over_long_probe_is_refused_by_name(tmp_path):

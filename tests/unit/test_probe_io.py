@@ -3,21 +3,14 @@
 import json
 import logging
 
+import pandas as pd
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from trl_dynamics import ProbeSet
-from trl_dynamics.probing.io import (
-    CARD_FILE,
-    DATA_FILE,
-    PUBLISHED_NAMES,
-    clean_self_rephrase,
-    from_rows,
-    load,
-    read_jsonl,
-    to_dataset,
-)
+from trl_dynamics.probing.flat_rows import PUBLISHED_NAMES, clean_self_rephrase, from_rows
+from trl_dynamics.probing.io import CARD_FILE, DATA_FILE, load, read_jsonl, to_dataset
 from trl_dynamics.probing.schema import RESPONSE_TYPES, Probe, order_types
 
 ROW = {"prompt": "Why?", "chosen": " Because.", "rejected": " No idea."}
@@ -53,7 +46,7 @@ def write_jsonl(path, rows):
 @pytest.fixture
 def warnings(caplog):
     """Messages of the module so far, as a function."""
-    caplog.set_level(logging.WARNING, logger="trl_dynamics.probing.io")
+    caplog.set_level(logging.WARNING, logger="trl_dynamics.probing")
     return lambda: caplog.messages
 
 
@@ -93,8 +86,10 @@ def test_jsonl_round_trip(tmp_path):
     given = mixed_set()
     given.save(tmp_path)
     path = (tmp_path / DATA_FILE).rename(tmp_path / "probes.jsonl")
-    for back in (read_jsonl(path), ProbeSet.from_jsonl(path), ProbeSet.load(path), load(str(path))):
-        assert (back.probes, back.name) == (given.probes, "probes")
+    for read in (read_jsonl, ProbeSet.from_jsonl, ProbeSet.load, load):
+        back = read(path, types=["my own type"])
+        assert (back.probes, back.name, back.fingerprint) == (given.probes, "probes", given.fingerprint)
+        assert read(path).response_types == ["chosen", "rejected"]
     assert read_jsonl(path, name="mine").name == "mine"
 
 
@@ -113,7 +108,7 @@ def test_datasets_round_trip(make, tmp_path):
     dataset.save_to_disk(str(tmp_path / "disk"))
     sources = (dataset, dataset.to_list(), tmp_path / "set.parquet", tmp_path / "disk")
     for source in sources:
-        assert load(source).probes == given.probes
+        assert load(source, types=["zebra"]).probes == given.probes
     assert load(tmp_path / "set.parquet").name == "set"
 
 
@@ -164,7 +159,7 @@ def test_every_published_name_is_mapped():
 
 def test_our_own_layout_is_not_touched():
     row = ROW | {"chosen": "no space", "chosen_self_rephrase": "@@@ kept", "reject": "  custom "}
-    (probe,) = from_rows([row])
+    (probe,) = from_rows([row], types=["reject"])
     assert probe.responses == {name: text for name, text in row.items() if name != "prompt"}
 
 
@@ -179,7 +174,8 @@ def test_what_is_counted_does_not_depend_on_the_order_of_columns():
 
 
 def test_blank_optional_response_is_dropped_and_counted(warnings):
-    given = from_rows([ROW | {"other_test": " \n", "zebra": ""}, ROW | {"other_test": " Paris."}, ROW], name="mine")
+    given = [ROW | {"other_test": " \n", "zebra": ""}, ROW | {"other_test": " Paris."}, ROW]
+    given = from_rows(given, name="mine", types=["zebra"])
     assert given.counts == {"chosen": 3, "rejected": 3, "other_test": 1}
     assert given.metadata == {"dropped": {"other_test": 1, "zebra": 1}}
     assert warnings() == ["probe set 'mine': blank responses were dropped (other_test: 1, zebra: 1)"]
@@ -199,11 +195,90 @@ def test_blank_rejected_drops_the_row_of_the_published_layout_only(warnings):
         from_rows([ROW, blank])
 
 
-@pytest.mark.parametrize("missing", ["chosen", "rejected"])
-def test_a_missing_column_is_named_with_those_found(missing):
-    row = {name: text for name, text in (ROW | {"zebra": " z"}).items() if name != missing}
-    with pytest.raises(ValueError, match=f"'mine' has no response type {missing!r}; found columns .*zebra.*add that"):
+def test_a_missing_column_is_named_with_those_found():
+    row = {"prompt": "Why?", "rejected": " No idea.", "zebra": " z"}
+    with pytest.raises(ValueError, match="'mine' has no response type 'chosen'; found columns .*zebra.*add that"):
         from_rows([row], name="mine")
+    with pytest.raises(ValueError, match="'mine' has no response type 'greedy'; found columns"):
+        from_rows([ROW], name="mine", required_types=("chosen", "greedy"))
+
+
+def test_rejected_answers_are_in_every_row_or_in_none(warnings, tmp_path):
+    """A set without them says once what it is good for, wherever it comes from."""
+    rows = [{"prompt": "Why?", "chosen": " Because."}, {"prompt": "How?", "chosen": " So.", "rejected": None}]
+    given = load(rows)
+    assert given.required_types == ("chosen",) and given.counts == {"chosen": 2} and len(warnings()) == 1
+    assert "has no rejected answers" in warnings()[0]
+    given.save(tmp_path)
+    assert load(tmp_path) == given
+    assert load(write_jsonl(tmp_path / "p.jsonl", rows)).probes == given.probes
+    with pytest.raises(ValueError, match="row 0.*has no response type 'rejected'"):
+        load([rows[0], ROW])
+
+
+METADATA = {"source": "web", "score": 0.5, "id": 7, "tags": ["a"], "turns": None}
+
+
+@pytest.mark.parametrize("through", ["rows", "dataset", "jsonl", "parquet", "csv"])
+def test_columns_that_are_no_response_type_are_named_once_and_left_out(through, tmp_path, warnings):
+    plain = {name: value for name, value in METADATA.items() if name not in ("tags", "turns")}
+    more = plain if through == "csv" else METADATA
+    rows = [ROW | more | {"sampled_2": " Maybe.", "mine": " Own."}, ROW | more | {"sampled_2": " So.", "mine": " My."}]
+    dataset = Dataset.from_list(rows)
+    if through == "parquet":
+        dataset.to_parquet(str(tmp_path / "p.parquet"))
+    elif through == "csv":
+        dataset.to_csv(str(tmp_path / "p.csv"))
+    sources = {"rows": rows, "dataset": dataset, "jsonl": write_jsonl(tmp_path / "p.jsonl", rows)}
+    given = load(sources.get(through, tmp_path / f"p.{through}"), types=["mine"])
+    assert given.response_types == ["chosen", "rejected", "mine", "sampled_2"]
+    assert given.metadata == {"columns_left_out": sorted(more)}
+    assert len(warnings()) == 1 and all(name in warnings()[0] for name in more)
+
+
+def test_a_set_is_the_same_with_and_without_metadata_columns():
+    assert load([ROW | METADATA]).fingerprint == load([ROW]).fingerprint
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, ["a"], [{"role": "assistant", "content": "x"}]])
+@pytest.mark.parametrize("column", ["chosen", "rejected", "greedy", "mine"])
+def test_what_is_no_text_under_a_column_of_answers_is_refused(column, value):
+    with pytest.raises(ValueError, match=rf"row 1: response '{column}' is .*expected text.*--columns"):
+        load([ROW, ROW | {column: value}], types=["mine"])
+
+
+def test_a_card_declares_the_types_of_its_folder(tmp_path, warnings):
+    given = ProbeSet((Probe("0", "Why?", {"chosen": " c", "rejected": " r", "mine": " m"}),))
+    given.save(tmp_path / "set")
+    with open(tmp_path / "set" / DATA_FILE, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(ROW | {"probe_id": "1", "source": "web"}) + "\n")
+    back = load(tmp_path / "set")
+    assert back.counts == {"chosen": 2, "rejected": 2, "mine": 1} and len(warnings()) == 1
+    (tmp_path / "set" / CARD_FILE).write_text("name: [")
+    with pytest.raises(ValueError, match="probe.yaml is not YAML"):
+        load(tmp_path / "set")
+
+
+def test_a_card_on_the_hub_declares_types_too(tmp_path, monkeypatch):
+    given = ProbeSet((Probe("0", "Why?", {"chosen": " c", "rejected": " r", "mine": " m"}),))
+    given.save(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: to_dataset(given))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, repo_type: str(tmp_path / file))
+    assert load("someone/probes").fingerprint == given.fingerprint
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, repo_type: str(tmp_path / "absent"))
+    assert load("someone/probes").response_types == ["chosen", "rejected"]
+
+
+def test_what_is_no_list_of_rows_is_refused():
+    rows = Dataset.from_list([ROW])
+    for wrong, said in (
+        (DatasetDict({"train": rows, "test": rows}), "give one split of it, such as probe_set.'train'."),
+        ({"prompt": ["a"], "chosen": ["b"]}, "or a list of rows"),
+        (pd.DataFrame([ROW]), "to_dict"),
+        (["prompt"], "row 0 is 'prompt'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load(wrong)
 
 
 def test_missing_prompt_column_and_no_rows():

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import trl
@@ -88,13 +88,16 @@ def end_ids(model: str) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def find_probe_set(source: str | None, num_probes: int | None) -> ProbeSet | None:
-    """The probe set of that name, its first `num_probes` probes; None where none is named."""
+def find_probe_set(source: str | None, num_probes: int | None, types: Sequence[str] = ()) -> ProbeSet | None:
+    """The probe set of that name, its first `num_probes` probes; None where none is named.
+
+    `types` are columns that hold answers besides those named like a response type.
+    """
     if source is None:
         return None
     if source == EMBEDDED:
         return embedded.probe_set(num_probes or EMBEDDED_PROBES)
-    probe_set = probe_io.load(source)
+    probe_set = probe_io.load(source, types=types)
     return probe_set if num_probes is None else probe_set.select(num_probes)
 
 

@@ -26,7 +26,7 @@ from trl_dynamics.tracking.run import LIMITS, build_engine, build_sampler, chang
 from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ScoringArguments
 from trl_dynamics.trainers.parallelism import refuse_lone_processes
-from trl_dynamics.trainers.probe_checks import narrow
+from trl_dynamics.trainers.probe_checks import narrow, require_types
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,8 @@ def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
         setattr(args, name, value)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(0)
-    probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes)
+    probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes, args.probe_types)
+    require_types(probe_set, args.probe_types)
     probe_set = narrow(probe_set, args.probe_max_probes, args.probe_subset, tells=state.is_main_process)
     sources.require_writable(args.output_dir)
     store = DynamicsStore(args.output_dir)

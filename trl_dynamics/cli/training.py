@@ -99,8 +99,9 @@ class TrainingCommand:
             "dtype": model_args.dtype,
             **(training_args.model_init_kwargs or {}),
         }
-        probe_set = sources.find_probe_set(training_args.probe_set, training_args.probe_max_probes)
-        observed = sources.find_probe_set(training_args.akg_observe, training_args.akg_max_probes)
+        types = training_args.probe_types
+        probe_set = sources.find_probe_set(training_args.probe_set, training_args.probe_max_probes, types)
+        observed = sources.find_probe_set(training_args.akg_observe, training_args.akg_max_probes, types)
         splits = sources.load_splits(script_args, dataset_args)
         tokenizer = AutoTokenizer.from_pretrained(
             model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code

@@ -1,71 +1,56 @@
 """Probe sets to and from jsonl files, folders, `datasets` objects and the hub.
 
 One flat row per probe: `probe_id`, `prompt` and one column per response type; a type that a probe lacks is absent
-or null. The published layout of "Learning Dynamics of LLM Finetuning" is recognised by its column names.
+or null. [`flat_rows`] says which columns are read.
 """
 
 import json
-import logging
 import os
-import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 from trl_dynamics.plain import plain_or_text
-from trl_dynamics.probing.schema import REQUIRED_TYPES, RESERVED_FIELDS, Probe, ProbeSet, is_blank
-
-logger = logging.getLogger(__name__)
+from trl_dynamics.probing.flat_rows import from_rows
+from trl_dynamics.probing.schema import ProbeSet
 
 DATA_FILE, CARD_FILE = "data.jsonl", "probe.yaml"
 
-# Column names of the published helpful-base and UltraFeedback probing files, and ours.
-PUBLISHED_NAMES = {
-    "chosen": "chosen",
-    "rejected": "rejected",
-    "chosen_initial": "chosen_initial",
-    "chosen_selfr": "chosen_self_rephrase",
-    "chosen_gptsemantic": "chosen_rephrase_semantic",
-    "chosen_gptformat": "chosen_rephrase_format",
-    "reject_gptsemantic": "rejected_rephrase_semantic",
-    "reject_gptformat": "rejected_rephrase_format",
-    "irr_train": "other_train",
-    "irr_test": "other_test",
-    "irr_hum": "human_unrelated",
-    "random_permute": "chosen_permuted",
-    "random_nonhum": "other_test_permuted",
-}
-_PUBLISHED_ONLY = frozenset(PUBLISHED_NAMES) - frozenset(PUBLISHED_NAMES.values())
-_SELF_REPHRASE_LABEL = re.compile(
-    r"^(original sentence|rephras\w*|rewritten sentence)[ \t]*(:\s*|\n\s*|$)", re.IGNORECASE
-)
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_NEXT_TURN = re.compile(r"\n\n(?:A|Human|Assistant):")
 
 
-def load(source, *, name: str | None = None) -> ProbeSet:
+def load(source, *, name: str | None = None, types: Sequence[str] = ()) -> ProbeSet:
     """Read a probe set.
 
     Args:
         source: A `ProbeSet` (returned as it is), a folder written by [`save`], a .jsonl or .parquet file, a
             `datasets.Dataset`, a list of rows, or the name of a dataset on the hub.
         name (`str`, *optional*): Name of the set; by default taken from the source.
+        types (`Sequence[str]`, *optional*): Columns that hold answers besides those named like a response type; what
+            a card of ours lists needs no naming.
 
     Raises:
         ValueError: If the source does not exist or its rows are not a valid probe set.
     """
     if isinstance(source, ProbeSet):
         return source
+    if isinstance(source, Mapping):
+        raise ValueError(
+            f"a probe set cannot be a {type(source).__name__} with {list(source)}; give one split of it, such as "
+            f"probe_set[{next(iter(source), 'test')!r}], or a list of rows"
+        )
     if not isinstance(source, (str, Path)):
-        return from_rows(list(source), name=name or "probes")
+        return from_rows(list(source), name=name or "probes", types=types)
     path = Path(source)
     if path.is_dir() and (path / DATA_FILE).is_file():
-        return _read_folder(path, name)
-    return from_rows(read_rows(source), name=name or (path.stem if path.exists() else str(source)))
+        return _read_folder(path, name, types)
+    rows = read_rows(source)
+    card = {} if path.exists() else _hub_card(str(source))
+    types = [*types, *card.get("response_types", ())]
+    return from_rows(rows, name=name or (path.stem if path.exists() else str(source)), types=types)
 
 
 def read_rows(source: str | Path) -> list[dict]:
@@ -88,12 +73,13 @@ def read_rows(source: str | Path) -> list[dict]:
 
 
 def read_jsonl(
-    path: str | Path, *, name: str | None = None, required_types: tuple[str, ...] = REQUIRED_TYPES
+    path: str | Path,
+    *,
+    name: str | None = None,
+    required_types: tuple[str, ...] | None = None,
+    types: Sequence[str] = (),
 ) -> ProbeSet:
-    """Read a .jsonl probe set, in this package's layout or the published one.
-
-    A blank optional response drops that response; a row whose chosen or rejected is blank is dropped when the file
-    is in the published layout. Both are counted in `metadata["dropped"]` and reported by one warning.
+    """Read a .jsonl probe set, in this package's layout or the published one; see [`flat_rows.from_rows`].
 
     Raises:
         ValueError: If the file does not exist, a line is not JSON or the rows are not a valid probe set.
@@ -101,36 +87,7 @@ def read_jsonl(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"probe set file {str(path)!r} does not exist")
-    return from_rows(_read_lines(path), name=name or path.stem, required_types=required_types)
-
-
-def from_rows(rows: list[dict], *, name: str = "probes", required_types: tuple[str, ...] = REQUIRED_TYPES) -> ProbeSet:
-    """Flat rows as a probe set; see [`read_jsonl`] for what is dropped.
-
-    Raises:
-        ValueError: If the rows are not a valid probe set.
-    """
-    columns = {column for row in rows for column in row}
-    if rows and "prompt" not in columns:
-        raise ValueError(f"probe set {name!r} has no column 'prompt'; found {sorted(columns)}")
-    for required in required_types:
-        if rows and required not in columns:
-            raise ValueError(
-                f"probe set {name!r} has no response type {required!r}; found columns {sorted(columns)}. The "
-                f"squeezing metrics need {' and '.join(required_types)}: add that column to the probe data."
-            )
-    published = bool(columns & _PUBLISHED_ONLY)
-    dropped: Counter[str] = Counter()
-    probes = []
-    for index, row in enumerate(rows):
-        probe = _probe_from_row(index, row, published, dropped)
-        if probe is not None:
-            probes.append(probe)
-    if dropped:
-        listed = ", ".join(f"{what}: {count}" for what, count in sorted(dropped.items()))
-        logger.warning("probe set %r: blank responses were dropped (%s)", name, listed)
-    metadata = {"dropped": dict(sorted(dropped.items()))} if dropped else {}
-    return ProbeSet(tuple(probes), name, metadata, required_types)
+    return from_rows(_read_lines(path), name=name or path.stem, required_types=required_types, types=types)
 
 
 def save(probe_set: ProbeSet, folder: str | Path) -> None:
@@ -269,46 +226,6 @@ def _hub_refusal(repo_id: str, error) -> str:
     return f"the hub refused to take {repo_id!r} (status {status}): {advice}"
 
 
-def clean_self_rephrase(text: str) -> str:
-    """The rephrase inside the raw output of the published self-rephrase prompt; empty if there is none.
-
-    That output separates attempts by `@@@`, may label them, and may run on into an invented next turn.
-    """
-    for part in re.split(r"@{3,}", text):
-        part = _NEXT_TURN.split(part)[0].strip()
-        part = _SELF_REPHRASE_LABEL.sub("", part).strip()
-        if part:
-            return part
-    return ""
-
-
-def _probe_from_row(index: int, row: dict, published: bool, dropped: Counter) -> Probe | None:
-    responses, blank = {}, []
-    for column, text in row.items():
-        if column in RESERVED_FIELDS or text is None:
-            continue
-        response_type = PUBLISHED_NAMES.get(column, column) if published else column
-        if published and isinstance(text, str):
-            text = _clean_published(column, text)
-        if isinstance(text, str) and is_blank(text) and (published or response_type not in REQUIRED_TYPES):
-            blank.append(response_type)
-        else:
-            responses[response_type] = text
-    unusable = [name for name in REQUIRED_TYPES if name in blank]
-    if unusable:
-        dropped[f"rows with a blank {unusable[0]}"] += 1
-        return None
-    dropped.update(blank)
-    probe_id = row.get("probe_id")
-    return Probe(str(index if probe_id is None else probe_id), row.get("prompt"), responses)
-
-
-def _clean_published(column: str, text: str) -> str:
-    # Some published columns start with the space that follows "Assistant:", others do not: all get exactly one.
-    text = (clean_self_rephrase(text) if column == "chosen_selfr" else text).strip()
-    return f" {text}" if text else ""
-
-
 def _read_lines(path: Path) -> list[dict]:
     with open(path, encoding="utf-8") as lines:
         return [_parse_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -324,12 +241,38 @@ def _parse_line(path: Path, number: int, line: str) -> dict:
     return row
 
 
-def _read_folder(path: Path, name: str | None) -> ProbeSet:
+def _read_folder(path: Path, name: str | None, types: Sequence[str]) -> ProbeSet:
     card_path = path / CARD_FILE
-    card = yaml.safe_load(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
-    required = tuple(card.get("required_types", REQUIRED_TYPES))
-    probe_set = read_jsonl(path / DATA_FILE, name=name or card.get("name", path.name), required_types=required)
-    return ProbeSet(probe_set.probes, probe_set.name, {**card.get("metadata", {}), **probe_set.metadata}, required)
+    card = _parse_card(card_path) if card_path.is_file() else {}
+    required = tuple(card["required_types"]) if "required_types" in card else None
+    probe_set = read_jsonl(
+        path / DATA_FILE,
+        name=name or card.get("name", path.name),
+        required_types=required,
+        types=[*types, *card.get("response_types", ())],
+    )
+    metadata = {**card.get("metadata", {}), **probe_set.metadata}
+    return ProbeSet(probe_set.probes, probe_set.name, metadata, probe_set.required_types)
+
+
+def _parse_card(path: Path) -> dict:
+    try:
+        card = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} holds {card!r:.40}; expected the fields of a probe set's card, such as name")
+    return card
+
+
+def _hub_card(name: str) -> dict:
+    """What `probe.yaml` of a set on the hub says; nothing where a dataset has no such file."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _parse_card(Path(hf_hub_download(name, CARD_FILE, repo_type="dataset")))
+    except Exception:  # no such file, or no way to the hub; its HTTP library has errors of its own
+        return {}
 
 
 def _read_with_datasets(path: Path) -> list[dict]:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 IN_DISTRIBUTION, REPHRASE, IRRELEVANT, RANDOM, CUSTOM = "in_distribution", "rephrase", "irrelevant", "random", "custom"
@@ -48,6 +48,11 @@ RESPONSE_TYPES: dict[str, ResponseType] = {
 # Several answers that the model sampled: sampled_1, sampled_2, ...
 SAMPLED = re.compile(r"sampled_[1-9]\d*")
 REQUIRED_TYPES = ("chosen", "rejected")
+# What a set whose prompts have no rejected answer is good for.
+WITHOUT_REJECTED = (
+    "enough for SFT and GRPO; a DPO run is tracked, but for its margin, drained mass and whatever else is read off "
+    "rejected answers"
+)
 # Names of columns that are not responses; a custom response type may not take one of them.
 RESERVED_FIELDS = ("probe_id", "prompt", "metadata")
 
@@ -60,6 +65,11 @@ def group_of(response_type: str) -> str:
     if known:
         return known.group
     return IN_DISTRIBUTION if SAMPLED.fullmatch(response_type) else CUSTOM
+
+
+def is_known_type(name: str) -> bool:
+    """Whether a column of this name holds answers without being declared: our types, `sampled_1`, ... included."""
+    return name in RESPONSE_TYPES or SAMPLED.fullmatch(name) is not None
 
 
 def order_types(names: Iterable[str]) -> list[str]:
@@ -197,18 +207,22 @@ class ProbeSet:
         return self.metadata.get("selection", {})
 
     @classmethod
-    def from_jsonl(cls, path, name: str | None = None) -> "ProbeSet":
+    def from_jsonl(cls, path, name: str | None = None, types: Sequence[str] = ()) -> "ProbeSet":
         """Read a .jsonl file, in this package's layout or the published one; see [`probing.io.read_jsonl`]."""
         from trl_dynamics.probing.io import read_jsonl
 
-        return read_jsonl(path, name=name)
+        return read_jsonl(path, name=name, types=types)
 
     @classmethod
-    def load(cls, source) -> "ProbeSet":
-        """Read a probe set from a folder, a file, a `datasets.Dataset` or a hub name; see [`probing.io.load`]."""
+    def load(cls, source, types: Sequence[str] = ()) -> "ProbeSet":
+        """Read a probe set from a folder, a file, a `datasets.Dataset`, a list of rows or a hub name.
+
+        Columns of answers are those named like a response type, and the `types` that you name; see
+        [`probing.io.load`].
+        """
         from trl_dynamics.probing.io import load
 
-        return load(source)
+        return load(source, types=types)
 
     def save(self, folder) -> None:
         """Write `data.jsonl` and `probe.yaml` into `folder`; see [`probing.io.save`]."""
@@ -231,7 +245,8 @@ class ProbeSet:
         if missing:
             raise ValueError(
                 f"{where} has no response type {missing[0]!r}; found {order_types(probe.responses)}. The squeezing "
-                f"metrics need {' and '.join(self.required_types)}: add that column to the probe data."
+                f"metrics need {' and '.join(self.required_types)}: add that column to the probe data, for every "
+                "row; a set without any rejected answers has required_types=('chosen',)"
             )
         for name, text in probe.responses.items():
             if name in RESERVED_FIELDS:

@@ -21,6 +21,14 @@ class ScoringArguments:
             "the trainer is TRL's own."
         },
     )
+    probe_types: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Columns of the probe set that hold answers besides those named like a response type (chosen, "
+            "rejected, other_test, ...); other columns are left out. Sets made by `probes build` and `probes import` "
+            "name their own."
+        },
+    )
     probe_layout: str = field(
         default="auto",
         metadata={

@@ -2,13 +2,14 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.encode import LengthLimits
-from trl_dynamics.probing.schema import ProbeSet, check_amount
+from trl_dynamics.probing.schema import RESERVED_FIELDS, ProbeSet, check_amount
 from trl_dynamics.tracking.budget import check_budget
 from trl_dynamics.tracking.schedule import check_every
 
@@ -44,6 +45,8 @@ def check_probe_options(options) -> None:
             raise ValueError(f"{name} is {value}, expected at least {least}, as a whole number")
     if options.probe_subset is not None:
         check_amount(options.probe_subset)
+    if isinstance(options.probe_types, str) or set(options.probe_types) & set(RESERVED_FIELDS):
+        raise ValueError(f"probe_types is {options.probe_types!r}, expected a list of columns that hold answers")
     LengthLimits(options.probe_max_prompt_length, options.probe_max_length)
     if hasattr(options, "probe_every"):
         check_every(options.probe_every)
@@ -68,7 +71,23 @@ def find_probes(probe_set, args: TrainingArguments) -> ProbeSet | None:
     if source is None:
         return None
     options = (getattr(args, name, None) for name in ("probe_max_probes", "probe_subset"))
-    return narrow(probe_io.load(source), *options, tells=args.process_index == 0)
+    types = getattr(args, "probe_types", [])
+    probe_set = probe_io.load(source, types=types)
+    require_types(probe_set, types)
+    return narrow(probe_set, *options, tells=args.process_index == 0)
+
+
+def require_types(probe_set: ProbeSet, types: Sequence[str]) -> None:
+    """Refuse types that were asked for by name and that no probe has.
+
+    Raises:
+        ValueError: If there is one, with the types that there are.
+    """
+    if missing := [name for name in types if name not in probe_set.response_types]:
+        raise ValueError(
+            f"probe_types has {missing[0]!r}, which no probe of {probe_set.name!r} has; found "
+            f"{', '.join(probe_set.response_types)}"
+        )
 
 
 def narrow(probe_set: ProbeSet, max_probes: int | None, subset: float | None, *, tells: bool) -> ProbeSet:

@@ -7,7 +7,8 @@ from trl_dynamics.cli.probes.build import parse_columns, summary
 from trl_dynamics.probing import card
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.build import Built
-from trl_dynamics.probing.schema import REQUIRED_TYPES, RESERVED_FIELDS, RESPONSE_TYPES, ProbeSet
+from trl_dynamics.probing.flat_rows import from_rows
+from trl_dynamics.probing.schema import RESERVED_FIELDS, ProbeSet, is_known_type
 
 
 def run(argv: list[str]) -> int:
@@ -53,15 +54,15 @@ def run(argv: list[str]) -> int:
 def read(source: str, columns: dict[str, str], name: str) -> tuple[ProbeSet, list[str]]:
     """The source as a probe set under our names, and the columns that were left out."""
     if not columns:
-        return probe_io.load(source, name=name), []
+        probe_set = probe_io.load(source, name=name)
+        return probe_set, probe_set.metadata.get("columns_left_out", [])
     rows = probe_io.read_rows(source)
     present = {column for row in rows for column in row}
     absent = [column for column in columns if column not in present]
     if absent:
         raise ValueError(f"{source!r} has no column {absent[0]!r}; found {sorted(present)}")
-    kept = {column: column for column in present if column in RESPONSE_TYPES or column in RESERVED_FIELDS}
+    kept = {column: column for column in present if is_known_type(column) or column in RESERVED_FIELDS}
     # A column given to a name takes the place of one that has the name already.
     kept = {column: ours for column, ours in kept.items() if ours not in columns.values()} | columns
     renamed = [{ours: row[column] for column, ours in kept.items() if row.get(column) is not None} for row in rows]
-    required = tuple(name for name in REQUIRED_TYPES if name in kept.values())
-    return probe_io.from_rows(renamed, name=name, required_types=required), sorted(present - set(kept))
+    return from_rows(renamed, name=name, types=tuple(columns.values())), sorted(present - set(kept))

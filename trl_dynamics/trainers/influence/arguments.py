@@ -79,7 +79,7 @@ def find_observed(source, tracked: ProbeSet | None, args: TrainingArguments) -> 
         if idle and args.process_index == 0:
             logger.warning(f"{' and '.join(idle)} without effect: akg_every says how often, and is not given")
         return None
-    probe_set = tracked if source is None else probe_io.load(source)
+    probe_set = tracked if source is None else probe_io.load(source, types=getattr(args, "probe_types", ()))
     if probe_set is None:
         raise ValueError(
             f"akg_every={args.akg_every} has nothing to observe: give akg_observe, or a probe_set that is tracked"

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "trl_dynamics"
 # Who may import whom: unit -> units or modules of this package. A unit may always import itself.
 ALLOWED: dict[str, set[str]] = {
     "ops": set(),
-    "compat": set(),
+    "versions": set(),
+    "compat": {"versions"},
     "ranking": set(),
     "plain": set(),
     "probing": {"plain"},
@@ -21,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "stats_head": {"ops", "compat"},
     "akg": {"ranking", "stats_head", "ops", "compat"},
     "tokens": {"akg", "stats_head", "ops", "compat"},
-    "tracking": {"ranking", "plain", "probing", "stats_head", "ops", "compat"},
+    "tracking": {"ranking", "plain", "probing", "stats_head", "ops", "compat", "versions"},
     "classification": {"akg", "ops", "tracking.store"},
     "adaptation": {"akg", "ops", "tracking.store"},
     "simplicity": {"akg", "ops", "tracking.store"},
@@ -56,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
         "stats_head",
         "ops",
         "compat",
+        "versions",
         "classification",
         "adaptation",
         "simplicity",
@@ -205,7 +207,8 @@ def test_no_catch_all_modules():
 
 @pytest.mark.parametrize(
     "module",
-    ["trl_dynamics", "trl_dynamics.report.page", "trl_dynamics.tracking.store", "trl_dynamics.embedded.world"],
+    ["trl_dynamics", "trl_dynamics.report.page", "trl_dynamics.tracking.store", "trl_dynamics.embedded.world"]
+    + ["trl_dynamics.versions", "trl_dynamics.cli.env"],
 )
 def test_light_modules_load_neither_torch_nor_trl(module):
     code = f"import {module}, sys; print(sorted({{'torch', 'trl', 'transformers'}} & set(sys.modules)))"

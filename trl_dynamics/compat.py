@@ -1,50 +1,18 @@
-"""Every name of TRL, transformers and accelerate that is not public API, in one place, with the versions it holds for.
+"""Every name of TRL, transformers and accelerate that is not public API, in one place (versions.py lists them).
 
 Each name has a contract test in tests/integration/test_compat.py. Nothing else in the package may import such names.
 """
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
-from packaging.specifiers import SpecifierSet
+from trl_dynamics import versions
 
-SUPPORTED = {"trl": ">=1.16,<1.17", "transformers": ">=5.23,<5.24", "torch": ">=2.13"}
-
-
-def check_versions(installed: dict[str, str | None]) -> None:
-    """Refuse versions outside the tested ranges, all of them named in one message.
-
-    Args:
-        installed (`dict[str, str | None]`): Version per package, None where it is not installed.
-
-    Raises:
-        ImportError: If a package is missing or outside its range.
-    """
-    wrong = [
-        f"{name}{wanted} (found {installed.get(name) or 'none'})"
-        for name, wanted in SUPPORTED.items()
-        if not installed.get(name) or not SpecifierSet(wanted, prereleases=True).contains(installed[name])
-    ]
-    if wrong:
-        raise ImportError(
-            f"trl-dynamics needs {', '.join(wrong)}. Install the tested versions: pip install -c constraints.txt "
-            "trl-dynamics, or " + " ".join(f"pip install '{name}{wanted}'" for name, wanted in SUPPORTED.items())
-        )
-
-
-def installed_versions(names: tuple[str, ...]) -> dict[str, str | None]:
-    """Installed version of each package, None where it is missing."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-check_versions(installed_versions(tuple(SUPPORTED)))
+INSTALLED = versions.installed_versions(tuple(versions.ACCEPTED))
+versions.check_versions(INSTALLED)
+versions.check_private_names(INSTALLED)
 
 import torch  # noqa: E402
 from accelerate import Accelerator, DistributedType  # noqa: E402
@@ -59,6 +27,10 @@ from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx  # noq
 # What TRL's DPO asks its fused head for, and what its loss and metrics read.
 DPO_HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 DISPLAYS = (PrinterCallback, ProgressCallback, RichProgressCallback)
+
+# The main process alone: every process imports this.
+if os.environ.get("RANK", "0") == "0" and (untested := versions.untested(INSTALLED)):
+    logging.getLogger(__name__).warning(untested)
 
 
 class _PromptLayer(DynamicLayer):

@@ -11,28 +11,6 @@ from tiny_runs import make_trainer
 from trl_dynamics import compat
 
 
-def test_installed_versions_are_supported():
-    compat.check_versions(compat.installed_versions(tuple(compat.SUPPORTED)))
-
-
-@pytest.mark.parametrize("found", ["1.15.0", "1.17.0", None])
-def test_other_versions_are_refused(found):
-    with pytest.raises(ImportError, match=rf"trl>=1.16,<1.17 \(found {found or 'none'}\)"):
-        compat.check_versions({"trl": found, "transformers": "5.23.1", "torch": "2.13.0+cpu"})
-
-
-def test_importing_the_trainers_checks_the_versions(monkeypatch):
-    import importlib
-    import importlib.metadata
-
-    real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.22.0" if name == "transformers" else real(name))
-    with pytest.raises(ImportError, match="transformers"):
-        importlib.reload(compat)
-    monkeypatch.undo()
-    importlib.reload(compat)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_full_head_weights(bias):
     head = nn.Linear(4, 7, bias=bias)

@@ -7,8 +7,6 @@ Python would end in silence unless something is wrong.
 import logging
 import sys
 
-from tqdm import tqdm
-
 OUR_LOGGER = "trl_dynamics"
 
 
@@ -17,6 +15,8 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            from tqdm import tqdm  # here, so that `trl-dynamics env` can say that it is missing
+
             tqdm.write(self.format(record), file=sys.stderr)
         except Exception:  # as in logging's own handlers
             self.handleError(record)

@@ -10,12 +10,12 @@ from trl_dynamics.probing.layouts import Layout, PaddedLayout, SharedPrefixLayou
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.sampling import GreedySampler, Reading
+from trl_dynamics.versions import VERSIONED, installed_versions
 
 LIMITS = ("probe_max_prompt_length", "probe_max_length")
 # Never written to a folder that may be shared.
 SECRETS = ("hub_token", "push_to_hub_token")
 CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384
-VERSIONED = ("trl-dynamics", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed")
 
 
 def build_engine(
@@ -158,7 +158,7 @@ def describe_origin(model, probe_set: ProbeSet, method: str) -> dict:
         "kind": "track" if method == "track" else "train",
         "method": method,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: found for name, found in compat.installed_versions(VERSIONED).items() if found},
+        "versions": {name: found for name, found in installed_versions(VERSIONED).items() if found},
         "model": {
             "name_or_path": model.config.name_or_path,
             "architecture": model.config.model_type,

@@ -183,8 +183,8 @@ def test_custom_types_only(tmp_path):
     assert [key for key in page.data["charts"] if key.startswith("s0")] == [
         "s0-learning_paths",
         "s0-levels",
-        "s0-third_party_logp",
         "s0-other_fluent_logp",
+        "s0-third_party_logp",
     ]
 
 

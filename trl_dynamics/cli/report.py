@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trl_dynamics.tracking.store import open_store
+from trl_dynamics.report.load import open_run
 
 
 def run(argv: list[str]) -> int:
@@ -24,11 +24,11 @@ def run(argv: list[str]) -> int:
     if args.format == "html":
         from trl_dynamics.report.page import build_page
 
-        written = [build_page(args.runs, args.output or open_store(args.runs[0]).root / "report.html")]
+        written = [build_page(args.runs, args.output or open_run(args.runs[0]).root / "report.html")]
     else:
         from trl_dynamics.report import export
 
-        folder = Path(args.output or open_store(args.runs[0]).root / args.format)
+        folder = Path(args.output or open_run(args.runs[0]).root / args.format)
         written = (export.export_png if args.format == "png" else export.export_csv)(args.runs, folder)
     for path in written:
         print(path)

@@ -2,9 +2,14 @@
 
 import json
 
+import pandas as pd
+
 from trl_dynamics.probing.schema import group_of, order_types
+from trl_dynamics.report.glossary import METRIC_TERMS
 from trl_dynamics.report.load import Run, Series
-from trl_dynamics.tracking.metrics import PER_SEQUENCE
+from trl_dynamics.report.text import number, with_error
+from trl_dynamics.tracking.effects import Changes
+from trl_dynamics.tracking.metrics import PER_SEQUENCE, bystander_types
 
 NOT_RECORDED = "not recorded"
 # Arguments worth reading before the rest; the card shows those that config.yaml holds.
@@ -85,25 +90,27 @@ def dropped_rows(run: Run) -> list[str]:
 
 
 def change_rows(series: Series) -> list[dict]:
-    """Per response type: start, end and paired change, formatted; nats."""
-    paths, changes = series.summary.path(), series.summary.changes()
-    rows = []
-    for name in paths.columns:
-        token, sequence = changes.of_types([name]), changes.of_types([name], PER_SEQUENCE)
-        paired = token.known and len(series.steps) > 1
-        rows.append(
-            {
-                "name": name,
-                "group": group_of(name).replace("_", " "),
-                "start": f"{paths[name].iloc[0]:.3f}",
-                "end": f"{paths[name].iloc[-1]:.3f}",
-                "change": f"{token.mean:+.3f} ± {token.se:.3f}" if paired else "–",
-                "sequence": f"{sequence.mean:+.1f} ± {sequence.se:.1f}" if paired else "–",
-                "direction": ("up" if token.up() else "down" if token.down() else "") if paired else "",
-                "probes": token.num_probes,
-            }
-        )
-    return rows
+    """Per response type, and of other fluent answers: start, end and paired change, formatted; nats."""
+    types, fluent = series.summary.types, bystander_types(series.summary.types)
+    ends, changes = series.summary.path().iloc[[0, -1]], series.summary.changes()
+    named = [(name, group_of(name).replace("_", " "), [name]) for name in types]
+    if fluent:
+        named.append((METRIC_TERMS["other_fluent_logp"].title, f"mean of {len(fluent)} types", fluent))
+    return [{"name": name, "group": group} | _change(ends, changes, own) for name, group, own in named]
+
+
+def _change(ends: pd.DataFrame, changes: Changes, types: list[str]) -> dict:
+    """Start, end and paired change of the mean over `types`; a single step has no change."""
+    levels, several = ends[types].mean(axis=1), changes.start != changes.end
+    token, sequence = changes.of_types(types), changes.of_types(types, PER_SEQUENCE)
+    return {
+        "start": number(levels.iloc[0], ".3f"),
+        "end": number(levels.iloc[-1], ".3f"),
+        "change": with_error(token.mean, token.se, "+.3f") if several else "–",
+        "sequence": with_error(sequence.mean, sequence.se, "+.1f") if several else "–",
+        "direction": ("up" if token.up() else "down" if token.down() else "") if several else "",
+        "probes": token.num_probes,
+    }
 
 
 def config_text(run: Run) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from trl_dynamics.report import style
-from trl_dynamics.report.gaps import remark
+from trl_dynamics.report.gaps import bands, curve, remark
 from trl_dynamics.report.glossary import METRIC_TERMS, SAMPLE_TERMS
 from trl_dynamics.report.spec import chart, data_rows, finite, name_tip, rounded, tooltip, zero_line
 from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin, titled
@@ -81,13 +81,9 @@ def _all_measures(summary: Summary) -> pd.DataFrame:
     """
     parts = []
     for name, (_, column, since_start) in MEASURES.items():
-        bands = summary.bands(column, since_start=since_start).set_index(["step", "response_type"])
-        parts.append(
-            bands[["mean", "q10", "q90"]].rename(columns={"mean": name, "q10": f"{name}_lo", "q90": f"{name}_hi"})
-        )
-    scored = [(part.step, name) for part in summary.parts for name in part.types]
-    index = pd.MultiIndex.from_tuples(scored, names=["step", "response_type"])
-    return finite(pd.concat(parts, axis=1).reindex(index)).reset_index()
+        found = bands(summary, column, since_start=since_start)[["mean", "q10", "q90"]]
+        parts.append(found.rename(columns={"mean": name, "q10": f"{name}_lo", "q90": f"{name}_hi"}))
+    return pd.concat(parts, axis=1).reset_index()
 
 
 def _spans(data: pd.DataFrame) -> dict[str, list[float]]:
@@ -213,18 +209,19 @@ def argmax_and_chosen(summary: Summary) -> dict | None:
 
 def rejected_path(summary: Summary) -> dict | None:
     """Change of rejected since the start with its 10-90 % band, nats per token. None without rejected."""
-    bands = summary.bands(since_start=True)
-    bands = bands[bands["response_type"] == "rejected"].set_index("step")[["mean", "q10", "q90"]]
-    bands = finite(bands.reindex(summary.steps))
-    if bands["mean"].isna().all():
+    found = bands(summary, since_start=True).reset_index()
+    found = found.loc[found["response_type"] == "rejected", ["step", "mean", "q10", "q90"]]
+    missing = found["mean"].isna()
+    if missing.all():
         return None
-    gaps, steps = bool(bands["mean"].isna().any()), thin(summary.steps, MAX_POINTS)
-    data = bands.loc[steps].rename(columns={"mean": "value"}).rename_axis("step").reset_index()
+    steps = thin(found["step"], MAX_POINTS)
+    data = found[found["step"].isin(steps)].rename(columns={"mean": "value"})
     y = {"type": "quantitative", "axis": {"title": "nats per token"} | zero_line()}
     color = style.TYPE_COLORS["rejected"]
+    points = dots(steps, color, gaps=bool(missing.any()))
     return chart(
         data_rows(data),
-        titled("Rejected: change since start", len(steps), len(bands)),
+        titled("Rejected: change since start", len(steps), len(found)),
         height=190,
         params=[log_steps(steps)],
         transform=step_transform(),
@@ -235,7 +232,7 @@ def rejected_path(summary: Summary) -> dict | None:
                 "encoding": {"y": {"field": "q10"} | y, "y2": {"field": "q90"}},
             },
             {
-                "mark": {"type": "line", "strokeWidth": 2.2, "color": color, "point": dots(steps, color, gaps=gaps)},
+                "mark": {"type": "line", "strokeWidth": 2.2, "color": color, "point": points},
                 "encoding": {"y": {"field": "value"} | y, "tooltip": tooltip()},
             },
         ],
@@ -296,11 +293,6 @@ def metric_by_run(
             "tooltip": tooltip("run" if len(curves) > 1 else None),
         },
     )
-
-
-def curve(summary: Summary, name: str) -> pd.Series:
-    """One metric of [`tracking.metrics.METRICS`] at every recorded step; NaN where it is not finite."""
-    return finite(summary.metric(name).reindex(summary.steps))
 
 
 def metric(summaries: Mapping[str, Summary], name: str, looks: Looks = ALONE) -> dict | None:

@@ -1,13 +1,15 @@
 """Runs -> pictures and tables: PNG per chart without a browser, CSV without any extra package."""
 
+import math
 import re
 from pathlib import Path
 
 import pandas as pd
 
-from trl_dynamics.report import extra, gallery
+from trl_dynamics.report import extra, gallery, gaps
 from trl_dynamics.report.load import load_runs, split_series
 from trl_dynamics.report.spec import VEGA_LITE
+from trl_dynamics.report.text import page_value
 from trl_dynamics.tracking.aggregate import MEASURES
 
 # Pixels: the learning paths, and the smaller charts of a panel.
@@ -37,7 +39,7 @@ def export_png(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     written = []
     for path, spec in zip(_paths(folder, list(specs), ".png"), specs.values(), strict=True):
         width = WIDE if path.stem.endswith(("learning_paths", "levels")) else NARROW
-        printed = spec | {"width": width, "config": spec["config"] | {"background": "white"}}
+        printed = page_value(spec) | {"width": width, "config": spec["config"] | {"background": "white"}}
         path.write_bytes(renderer.vegalite_to_png(printed, vl_version=VEGA_LITE, scale=SCALE))
         written.append(path)
     return written
@@ -50,7 +52,8 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     logp_mean, logp_sum, or one of them with `_change` for the paired change since the start. Columns of metrics.csv:
     run, model, metric, step, value; metrics of greedy answers are called `samples/...`. Columns of influence.csv,
     which has means over answers, per token: run, model, step, update, response_type, predicted, true (empty for
-    updates that were not taken), logp before the step, num_answers. All values are in nats.
+    updates that were not taken), logp before the step, num_answers. All values are in nats; a field is empty where
+    a value is not finite.
 
     Raises:
         ValueError: If a folder holds no records.
@@ -63,8 +66,9 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
         if series.summary is None:
             continue
         for measure, (column, since_start) in MEASURES.items():
-            paths.append(series.summary.bands(column, since_start=since_start).assign(**keys, measure=measure))
-        values.append(series.summary.metric_table().assign(**keys))
+            found = gaps.bands(series.summary, column, since_start=since_start).reset_index()
+            paths.append(found.assign(**keys, measure=measure))
+        values.append(gaps.metric_table(series.summary).assign(**keys))
         if series.summary.samples is not None:
             values.append(series.summary.samples.metric_table().assign(**keys))
     first = ["run", "model"]
@@ -72,7 +76,7 @@ def export_csv(run_dirs: list[str | Path], folder: str | Path) -> list[Path]:
     tables = {name: _with_first(pd.concat(parts), columns) for name, (parts, columns) in found.items() if parts}
     written = _paths(folder, list(tables), ".csv")
     for path, table in zip(written, tables.values(), strict=True):
-        table.to_csv(path, index=False)
+        table.replace([math.inf, -math.inf], math.nan).to_csv(path, index=False)
     return written
 
 

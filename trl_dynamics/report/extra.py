@@ -4,6 +4,8 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+from trl_dynamics.report.text import number, shown
+
 
 class ReportExtraMissing(ImportError):
     """A package of the `report` extra is not installed."""
@@ -22,7 +24,7 @@ def vl_convert() -> ModuleType:
 
 
 def template(name: str):
-    """A page's template, which escapes whatever it is given and refuses names that it is not given.
+    """A page's template, which escapes what it is given, shows control characters, and refuses unknown names.
 
     Raises:
         ReportExtraMissing: If the template engine is not installed.
@@ -35,6 +37,8 @@ def template(name: str):
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.finalize = lambda value: shown(value) if type(value) is str else value
+    environment.filters |= {"number": number}
     return environment.get_template(name)
 
 

@@ -5,14 +5,15 @@ from functools import partial
 
 import pandas as pd
 
-from trl_dynamics.report import charts, influence_charts, influence_maps, levels
+from trl_dynamics.report import charts, gaps, influence_charts, influence_maps, levels
+from trl_dynamics.report.glossary import METRIC_TERMS
 from trl_dynamics.report.load import Run, Series
 from trl_dynamics.report.spec import finite
 from trl_dynamics.report.style import ALONE, Looks
-from trl_dynamics.tracking.effects import bystander_types
+from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.influence_findings import MAX_ROUNDING, judged_steps
 from trl_dynamics.tracking.influence_store import BATCH
-from trl_dynamics.tracking.metrics import METRICS, third_party_types
+from trl_dynamics.tracking.metrics import bystander_types, third_party_types
 from trl_dynamics.tracking.samples import SAMPLE_METRICS
 
 # Keys of the trainer's log that are drawn first, in this order; then whatever else it logged.
@@ -42,8 +43,10 @@ _FORCES = (
     "normalizer_rejected",
     "miss_chosen",
 )
-# argmax along chosen is drawn together with chosen, and displacement is chosen's own learning path.
-_PANEL_METRICS = tuple(name for name in METRICS if name not in ("argmax_logp", "displacement", *_FORCES))
+# In the glossary's order. argmax along chosen is drawn with chosen, and displacement is chosen's own learning path.
+_PANEL_METRICS = tuple(name for name in METRIC_TERMS if name not in ("argmax_logp", "displacement", *_FORCES))
+# From here on the drained mass counts as a rise or a fall, probability per position.
+_DRAINS = 0.005
 _COMPARED_TYPES = ("chosen", "rejected", "other_train")
 
 
@@ -165,7 +168,7 @@ def comparison_charts(series: list[Series], looks: Looks = ALONE) -> dict[str, d
     drawn: dict[str, dict | None] = {"levels_at_end": levels.levels_by_run(summaries, looks)}
     if any(len(one.steps) > 1 for one in series):
         drawn |= {f"change_{name}": charts.type_change(summaries, name, looks) for name in _COMPARED_TYPES}
-        drawn |= {name: charts.metric(summaries, name, looks) for name in METRICS}
+        drawn |= {name: charts.metric(summaries, name, looks) for name in METRIC_TERMS}
         drawn |= {f"answers_{name}": charts.sample_metric(summaries, name, looks) for name in SAMPLE_METRICS}
     return {name: spec for name, spec in drawn.items() if spec}
 
@@ -181,11 +184,35 @@ def thinned_note(series: Series) -> str:
     )
 
 
-def third_party_note(series: Series) -> str:
-    """Which response types count as third parties in this series, and which of them as other fluent answers."""
-    third, fluent = third_party_types(series.summary.types), bystander_types(series.summary.types)
+def panel_notes(series: Series) -> list[str]:
+    """What the squeezing panel shows of this series: which types are meant, and whether mass drained."""
+    return [text for text in (_other_answers_note(series.summary), _drained_note(series.summary)) if text]
+
+
+def _other_answers_note(summary: Summary) -> str:
+    fluent, every = bystander_types(summary.types), third_party_types(summary.types)
+    left_out = [name for name in every if name not in fluent]
+    text = f"Other fluent answers here: {', '.join(fluent) or 'none in this probe set'}."
+    if not left_out:
+        return text
     return (
-        f"Third parties here: {', '.join(third) or 'none in this probe set'}. Other fluent answers, of which findings "
-        f"and comparisons speak: {', '.join(fluent) or 'none'}; shuffled words and paraphrases of rejected, which "
-        "training means to push down, are left out."
+        f"{text} Left out are shuffled words, and paraphrases of rejected, which training means to push down: "
+        f"{', '.join(left_out)}."
     )
+
+
+def _drained_note(summary: Summary) -> str:
+    """In words, which way the curve of the drained mass went by the last step that has one."""
+    curve = gaps.curve(summary, "drained_mass").dropna()
+    if len(curve) < 2:
+        return ""
+    step, value = int(curve.index[-1]), float(curve.iloc[-1])
+    found = f"Drained mass at step {step:,}: {value:+.3f}".replace("-", "−") + " of probability per position. "
+    if value >= _DRAINS:
+        return found + "Along rejected, all tokens but y− and y* lost it."
+    if value <= -_DRAINS:
+        return found + (
+            "Along rejected, the other tokens gained it: y− was likely at many positions and gave it up. Squeezing "
+            "along chosen is not ruled out."
+        )
+    return found + "Along rejected, the other tokens kept what they had."

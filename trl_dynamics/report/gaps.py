@@ -1,12 +1,35 @@
 """Values that are not finite: at which steps, of how many answers, and how the page and its charts say so."""
 
 import numpy as np
+import pandas as pd
 
 from trl_dynamics.report.load import Series
+from trl_dynamics.report.spec import finite
 from trl_dynamics.tracking.aggregate import MEASURES, STATISTICS, StepSummary, Summary
-from trl_dynamics.tracking.metrics import PER_TOKEN
+from trl_dynamics.tracking.metrics import METRICS, PER_TOKEN
 
 _MEASURE, _MEAN, _COUNT = list(MEASURES).index(PER_TOKEN), STATISTICS.index("mean"), STATISTICS.index("num_probes")
+
+
+def bands(summary: Summary, column: str = PER_TOKEN, *, since_start: bool = False) -> pd.DataFrame:
+    """[`Summary.bands`] by step and type, with a row wherever a type was scored; NaN where nothing is finite."""
+    scored = [(part.step, name) for name in summary.types for part in summary.parts if name in part.types]
+    found = summary.bands(column, since_start=since_start).set_index(["step", "response_type"])
+    found = finite(found.reindex(pd.MultiIndex.from_tuples(scored, names=found.index.names)))
+    return found.assign(num_probes=found["num_probes"].fillna(0).astype(int))
+
+
+def curve(summary: Summary, name: str) -> pd.Series:
+    """One metric of [`tracking.metrics.METRICS`] at every recorded step; NaN where it is not finite."""
+    return finite(summary.metric(name).reindex(summary.steps))
+
+
+def metric_table(summary: Summary) -> pd.DataFrame:
+    """Every metric that has a value, tidy: columns metric, step, value, the latter NaN where it is not finite."""
+    curves = {name: curve(summary, name) for name in METRICS}
+    known = {name: values for name, values in curves.items() if values.notna().any()}
+    tables = [pd.DataFrame({"metric": n, "step": v.index, "value": v.to_numpy()}) for n, v in known.items()]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["metric", "step", "value"])
 
 
 def lost_answers(summary: Summary) -> dict[int, int]:
@@ -23,7 +46,7 @@ def lost_answers(summary: Summary) -> dict[int, int]:
 def remark(summary: Summary) -> str:
     """What a chart's title adds where values are not finite: from which step on, or at how many steps; else empty."""
     lost = list(lost_answers(summary))
-    return f"; {_where(summary, lost)} not all values are finite" if lost else ""
+    return f"; values not all finite {_where(summary, lost)}" if lost else ""
 
 
 def note(series: Series) -> str:

@@ -30,20 +30,21 @@ METRIC_TERMS: dict[str, Term] = {
         "nats per token",
         "rises together with chosen; rising alone is the squeezing effect",
     ),
-    "third_party_logp": Term(
-        "third parties",
-        "Answers that training neither pushes up nor down by name: everything but chosen, rejected, chosen_initial.",
-        "mean over types of the mean over probes of logp_mean(now) − logp_mean(start)",
-        "nats per token, change since start",
-        "about 0; falling means that other answers pay",
-    ),
     "other_fluent_logp": Term(
         "other fluent answers",
-        "Third parties that are fluent text and that training does not push down by meaning: no shuffled words, no "
-        "paraphrases of rejected. Findings and comparisons speak of these.",
-        "mean over types of the mean over probes of logp_mean(now) − logp_mean(start)",
+        "Change of the fluent answers that training pushes neither up nor down: unrelated answers, paraphrases of "
+        "chosen, types of your own. Findings and comparisons speak of these.",
+        "mean over these types of the mean over probes of logp_mean(now) − logp_mean(start)",
         "nats per token, change since start",
-        "about 0; falling means that other answers pay",
+        "about 0; falling means that these answers pay",
+    ),
+    "third_party_logp": Term(
+        "all types but chosen and rejected",
+        "Change of every type but chosen, rejected and chosen_initial: other fluent answers, and with them shuffled "
+        "words and paraphrases of rejected. Logged as squeeze/third_party_logp.",
+        "mean over these types of the mean over probes of logp_mean(now) − logp_mean(start)",
+        "nats per token, change since start",
+        "about 0; shuffled words may fall far without harm, so read other fluent answers first",
     ),
     "drained_mass": Term(
         "drained mass",

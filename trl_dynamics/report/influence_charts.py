@@ -114,6 +114,7 @@ def first_order_error(influence: InfluenceSummary, looks: Looks = ALONE) -> dict
     errors = errors[np.isfinite(errors["error"]) & (errors["error"] > 0)]
     if errors["step"].nunique() < 2:
         return None
+    errors = with_gaps(errors, influence.steps)
     steps = thin(errors["step"], MAX_POINTS // (len(influence.types) + 1))
     errors = errors[errors["step"].isin(steps)].rename(columns={"error": "value"})
     together = errors[errors["response_type"] == ALL].assign(response_type=TOGETHER)
@@ -166,8 +167,8 @@ def step_parts(influence: InfluenceSummary) -> dict | None:
     steps = thin(parts["step"], MAX_POINTS // 4)
     parts = parts[parts["step"].isin(steps)].rename(columns=PART_NAMES | {"whole": WHOLE})
     names = [WHOLE, *PART_NAMES.values()]
-    data = parts.melt("step", names, "part", "value").dropna()
-    if data["step"].nunique() < 2:
+    data = parts.melt("step", names, "part", "value")
+    if data.dropna()["step"].nunique() < 2:
         return None
     present = [name for name in names if (data.loc[data["part"] == name, "value"] > 0).any()]
     colors = dict(zip(names, PART_COLORS.values(), strict=True))
@@ -205,10 +206,11 @@ def accumulated(influence: InfluenceSummary, looks: Looks = ALONE) -> dict | Non
     # Means over probes, as if they were one answer of one token: what is added up stays the same.
     sums = {"predicted_sum": means["predicted"], "true_sum": means["true"], "logp_sum": means["logp"]}
     found = accumulated_influence(means.assign(model="", probe_id="", num_tokens=1, **sums))
+    sampled = " (sampled: the recorded steps alone)" if SAMPLED in set(found["coverage"]) else ""
+    found = with_gaps(found, [step + 1 for step in influence.steps])
     steps = thin(found["step"], MAX_POINTS // (2 * len(influence.types)))
     found = found[found["step"].isin(steps)]
     data = found.melt(["response_type", "step"], ["predicted", "observed"], "curve", "value")
-    sampled = " (sampled: the recorded steps alone)" if SAMPLED in set(found["coverage"]) else ""
     pick = {"name": "pick", "select": {"type": "point", "fields": ["response_type"]}, "bind": "legend"}
     return chart(
         data_rows(data),
@@ -270,6 +272,12 @@ def rank_line(influence: InfluenceSummary) -> dict | None:
             _rule(STABLE, y),
         ],
     )
+
+
+def with_gaps(data: pd.DataFrame, steps: list[int]) -> pd.DataFrame:
+    """Rows by response type and step, with a row of missing values where a type lacks one of these steps."""
+    every = pd.MultiIndex.from_product([data["response_type"].unique(), steps], names=["response_type", "step"])
+    return data.set_index(["response_type", "step"]).reindex(every).reset_index()
 
 
 def _over_steps(data: pd.DataFrame, columns: list[str], layer: dict) -> dict:

@@ -8,6 +8,9 @@ from trl_dynamics.tracking.aggregate import Summary, summarise_store
 from trl_dynamics.tracking.influence_summary import InfluenceSummary, open_influence
 from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 
+# What `trl-dynamics akg` leaves in its folder, which is not a run.
+AKG_FILES = ("influence.parquet", "summary.json")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -68,18 +71,47 @@ def load_runs(run_dirs: list[str | Path]) -> list[Run]:
     Raises:
         ValueError: If a folder is no run, holds neither records nor influence, or is given twice.
     """
-    stores = [open_store(path) for path in run_dirs]
+    stores = [open_run(path) for path in run_dirs]
     return [_load(name, store) for name, store in zip(run_names(stores), stores, strict=True)]
 
 
+def open_run(path: str | Path) -> DynamicsStore:
+    """The store of a run, given its output directory or the `dynamics/` folder in it.
+
+    Raises:
+        ValueError: If there is none; says what to do where the folder is of `trl-dynamics akg`.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"{path} does not exist, expected the output_dir of a run with probe_set set")
+    if all((folder / name).is_file() for name in AKG_FILES) and not DynamicsStore(folder).exists:
+        raise ValueError(
+            f"{path} was written by `trl-dynamics akg`, expected a run; read {folder / AKG_FILES[1]} or the table "
+            f"{folder / AKG_FILES[0]}, or train with --akg_every and report the run's output_dir"
+        )
+    return open_store(path)
+
+
 def split_series(runs: list[Run]) -> list[Series]:
-    """Every (run, model) of `runs`, labelled by the run and, where a run has several models, the model."""
-    return [
-        Series(run.name if len(models) == 1 else f"{run.name}: {model}", run, model, run.summaries.get(model))
-        for run in runs
-        for models in [run.summaries or run.influences]
-        for model in models
-    ]
+    """Every (run, model) of `runs`, labelled by the run and, where a run has several models, the model.
+
+    Labels are unique: a run may be called like the model of another one, and then a number follows.
+    """
+    series: list[Series] = []
+    for run in runs:
+        models = run.summaries or run.influences
+        for model in models:
+            label = run.name if len(models) == 1 else f"{run.name}: {model}"
+            series.append(Series(_unused(label, {one.label for one in series}), run, model, run.summaries.get(model)))
+    return series
+
+
+def _unused(label: str, taken: set[str]) -> str:
+    number = 2
+    free = label
+    while free in taken:
+        free, number = f"{label} ({number})", number + 1
+    return free
 
 
 def _load(name: str, store: DynamicsStore) -> Run:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_dynamics.report import cards, extra, gallery
+from trl_dynamics.report import cards, extra, gallery, gaps
 from trl_dynamics.report.charts import MEASURES
 from trl_dynamics.report.explorer import explorer
 from trl_dynamics.report.glossary import HOW_TO_READ, TERMS
@@ -15,6 +15,7 @@ from trl_dynamics.report.load import Run, Series, load_runs, split_series
 from trl_dynamics.report.spec import VEGA_LITE
 from trl_dynamics.report.steps import is_log_spaced
 from trl_dynamics.report.style import Looks
+from trl_dynamics.report.text import page_value
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.comparison import compare
 from trl_dynamics.tracking.influence_findings import INFLUENCE_RULES, find_in_influence
@@ -65,7 +66,7 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
         how_to_read=HOW_TO_READ,
         strips=bool(strips),
         static_chart=_svg_uri(renderer, main_chart) if main_chart else "",
-        data_json=inline_json({"charts": specs, "explorer": explorer(scored, looks), "strips": strips}),
+        data_json=inline_json(page_value({"charts": specs, "explorer": explorer(scored, looks), "strips": strips})),
         vega=renderer.javascript_bundle(vl_version=VEGA_LITE),
     )
     output = Path(output)
@@ -117,7 +118,8 @@ def _section(index: int, series: Series, looks: Looks) -> dict:
         "answers": _keyed(f"s{index}", gallery.sample_charts(series, looks)),
         "asked": series.run.meta.get("samples"),
         "thinned": gallery.thinned_note(series),
-        "third_parties": gallery.third_party_note(series),
+        "not_finite": gaps.note(series),
+        "panel_notes": gallery.panel_notes(series),
         "changes": cards.change_rows(series),
         "start": series.steps[0],
         "end": series.steps[-1],
@@ -161,5 +163,5 @@ def _keyed(prefix: str, charts: dict[str, dict]) -> dict[str, dict]:
 
 
 def _svg_uri(renderer, spec: dict) -> str:
-    svg = renderer.vegalite_to_svg(spec | {"width": 720}, vl_version=VEGA_LITE)
+    svg = renderer.vegalite_to_svg(page_value(spec) | {"width": 720}, vl_version=VEGA_LITE)
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

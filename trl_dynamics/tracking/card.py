@@ -1,5 +1,7 @@
 """The model card's section on training dynamics: what moved between the first and the last probe."""
 
+import math
+
 import pandas as pd
 
 from trl_dynamics.tracking.aggregate import Summary, summarise
@@ -8,6 +10,8 @@ from trl_dynamics.tracking.aggregate import Summary, summarise
 def model_card_section(records: pd.DataFrame | Summary) -> str:
     """Markdown table per response type: log-probability per token at the first and last step, and the paired change.
 
+    A mean over no finite value says so.
+
     Args:
         records (`pandas.DataFrame` or [`Summary`]): Records of one run and one model.
     """
@@ -15,8 +19,9 @@ def model_card_section(records: pd.DataFrame | Summary) -> str:
     path, change = summary.path(), summary.change_since_start()
     first, last = path.index[0], path.index[-1]
     rows = [
-        f"| {name} | {path[name].iloc[0]:.3f} | {path[name].iloc[-1]:.3f} | {change[name].iloc[-1]:+.3f} |"
-        for name in change.columns
+        f"| {name} | {_number(path[name].iloc[0], '.3f')} | {_number(path[name].iloc[-1], '.3f')} | "
+        f"{_number(change[name].iloc[-1] if name in change else math.nan, '+.3f')} |"
+        for name in path.columns
     ]
     return "\n".join(
         [
@@ -31,3 +36,7 @@ def model_card_section(records: pd.DataFrame | Summary) -> str:
             "",
         ]
     )
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "not finite"

@@ -6,6 +6,7 @@ folder. Whoever is killed in between leaves the earlier file, or none, and a `.t
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -119,3 +120,11 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def without_nan(entries: dict) -> dict:
+    """The same with None for floats that are not finite, for which JSON has no number."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in entries.items()
+    }

@@ -273,10 +273,11 @@ class DynamicsStore:
         return meta
 
     def write_trainer_log(self, log_history: list[dict]) -> None:
-        """Replace the copy of the trainer's own log lines, which the report draws beside the probes."""
+        """Replace the copy of the trainer's own log lines, which the report draws; null for what is not finite."""
         path = self.root / "trainer_log.json"
         with files.explained(path):
-            files.write(path, json.dumps(plain_or_text(log_history)).encode())
+            lines = [files.without_nan(plain_or_text(line)) for line in log_history]
+            files.write(path, json.dumps(lines).encode())
 
     def read_trainer_log(self) -> list[dict]:
         path = self.root / "trainer_log.json"

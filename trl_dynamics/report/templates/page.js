@@ -69,8 +69,7 @@
   }
 
   function ends(response) {
-    const known = response.path.filter((value) => value !== null);
-    return known.length ? [known[0], known[known.length - 1]] : [NaN, NaN];
+    return [response.path[0], response.path[response.path.length - 1]].map((value) => (value === null ? NaN : value));
   }
 
   function change(probe, type) {
@@ -85,24 +84,34 @@
   }
 
   function plain(value) {
-    return value.toFixed(2).replace("-", "−");
+    if (!Number.isFinite(value)) return "not finite";
+    return (Math.abs(value) < 1e6 ? value.toFixed(2) : value.toExponential(2)).replace(/-/g, "−");
+  }
+
+  // Runs of known values, each a line of its own.
+  function pieces(path) {
+    const found = [[]];
+    path.forEach((value, index) => (value === null ? found.push([]) : found[found.length - 1].push([index, value])));
+    return found.filter((piece) => piece.length);
   }
 
   function spark(path, color) {
     const ns = "http://www.w3.org/2000/svg";
     const svg = document.createElementNS(ns, "svg");
-    const points = path.map((value, index) => [index, value]).filter((point) => point[1] !== null);
+    const lines = pieces(path), points = lines.flat();
     const values = points.map((point) => point[1]);
     const low = Math.min(...values), span = Math.max(Math.max(...values) - low, 0.1);
     const x = (index) => 3 + (114 * index) / Math.max(path.length - 1, 1);
     const y = (value) => 39 - (36 * (value - low)) / span;
     svg.setAttribute("viewBox", "0 0 120 42");
-    const line = document.createElementNS(ns, "polyline");
-    line.setAttribute("points", points.map((p) => x(p[0]).toFixed(1) + "," + y(p[1]).toFixed(1)).join(" "));
-    line.setAttribute("fill", "none");
-    line.setAttribute("stroke", color);
-    line.setAttribute("stroke-width", "1.8");
-    svg.append(line);
+    lines.forEach((piece) => {
+      const line = document.createElementNS(ns, "polyline");
+      line.setAttribute("points", piece.map((p) => x(p[0]).toFixed(1) + "," + y(p[1]).toFixed(1)).join(" "));
+      line.setAttribute("fill", "none");
+      line.setAttribute("stroke", color);
+      line.setAttribute("stroke-width", "1.8");
+      svg.append(line);
+    });
     points.slice(-1).forEach((p) => {
       const dot = document.createElementNS(ns, "circle");
       dot.setAttribute("cx", x(p[0]));
@@ -128,7 +137,7 @@
     const numbers = make("div", "numbers");
     if (steps.length > 1) {
       numbers.append(document.createTextNode(plain(start) + " → " + plain(end) + "  "));
-      numbers.append(make("b", end > start ? "up" : end < start ? "down" : "", signed(end - start)));
+      if (Number.isFinite(end - start)) numbers.append(make("b", end > start ? "up" : end < start ? "down" : "", signed(end - start)));
     } else {
       numbers.textContent = plain(end);
     }

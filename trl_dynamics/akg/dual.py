@@ -5,15 +5,14 @@ n positions of one tile   V labels
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from trl_dynamics.akg.operations import Nestable, Unhooked
 from trl_dynamics.akg.task import Task, refuse_split
 
 HALF = (torch.float16, torch.bfloat16)
@@ -70,7 +69,7 @@ def _first_order(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, vi
                 logits_nV, change_nV = forward_ad.unpack_dual(tile_nV)
                 visit(logits_nV, torch.zeros_like(logits_nV) if change_nV is None else change_nV, None)
 
-        with _Unhooked():
+        with Unhooked():
             _with_values(task.model, values, run)
 
 
@@ -112,7 +111,7 @@ def push_forward_together(
     def along(*change: torch.Tensor) -> tuple[tuple, tuple]:
         return torch.func.jvp(at, tuple(fixed[name] for name in names), change)
 
-    with evaluated(task.model), _explained(), torch.no_grad(), _Unhooked():
+    with evaluated(task.model), _explained(), torch.no_grad(), Unhooked():
         values, derivatives = torch.func.vmap(along, out_dims=(None, 0))(*stacked)
     return values, tuple(
         d * d.new_tensor(lengths).view(-1, *[1] * (d.dim() - 1)) if any(x != 1.0 for x in lengths) else d
@@ -168,56 +167,10 @@ def _second_order(task: Task, changes: Mapping[str, torch.Tensor], batch: Any, v
     def slope_at(distance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.func.jvp(logits_at, (distance,), (one.to(distance),))
 
-    with torch.no_grad(), _Nestable():
+    with torch.no_grad(), Nestable():
         zero = torch.zeros((), dtype=torch.float64)
         (logits_NV, first_NV), (_, second_NV) = torch.func.jvp(slope_at, (zero,), (one,))
     visit(logits_NV, first_NV, second_NV)
-
-
-def _silu(value: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-    return value * value.sigmoid()
-
-
-def _gelu(value: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
-    if approximate == "tanh":
-        return 0.5 * value * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (value + 0.044715 * value**3)))
-    return 0.5 * value * (1 + torch.erf(value / 2**0.5))
-
-
-def _layer_norm(value, normalized_shape, weight=None, bias=None, eps=1e-5):
-    axes = tuple(range(-len(normalized_shape), 0))
-    centred = value - value.mean(dim=axes, keepdim=True)
-    normed = centred * (centred.square().mean(dim=axes, keepdim=True) + eps).rsqrt()
-    normed = normed if weight is None else normed * weight
-    return normed if bias is None else normed + bias
-
-
-class _Unhooked(TorchFunctionMode):
-    """Takes away what is there for backwards alone, and would be in the way of a derivative of forward mode.
-
-    Hooks may call requires_grad_, as transformers' do for checkpointing, which transformed functions refuse. What a
-    model detaches, as DoRA does norms of weights, moves all the same when the weights do.
-    """
-
-    WRITTEN_OUT: ClassVar[dict] = {
-        torch.Tensor.requires_grad_: lambda value, requires_grad=True: value,
-        torch.Tensor.detach: lambda value: value,
-    }
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return self.WRITTEN_OUT.get(function, function)(*args, **(kwargs or {}))
-
-
-class _Nestable(_Unhooked):
-    """Some operations as sums and products, whose derivatives of forward mode can be taken twice."""
-
-    # The second derivative of torch's layer norm is wrong without a word, those of the activations are missing.
-    WRITTEN_OUT: ClassVar[dict] = {
-        **_Unhooked.WRITTEN_OUT,
-        F.silu: _silu,
-        F.gelu: _gelu,
-        F.layer_norm: _layer_norm,
-    }
 
 
 def _in_half(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import sys
 
 import pytest
@@ -76,7 +77,12 @@ def test_a_message_does_not_continue_the_line_of_a_progress_bar(monkeypatch):
 
 
 def test_a_probing_step_is_one_line_that_speaks_of_other_fluent_answers():
-    scalars = {"probe/chosen/logp_mean": -1.0, "squeeze/third_party_logp": -2.0}
-    line = console_line(5, scalars, -0.125)
+    chosen = {"probe/chosen/logp_mean": -1.0, "squeeze/third_party_logp": -2.0}
+    line = console_line(5, chosen | {"squeeze/other_fluent_logp": -0.125})
     assert line == "probe at step 5: chosen -1.000, other fluent answers since start -0.125 (nats per token)"
-    assert console_line(5, scalars, float("nan")) == "probe at step 5: chosen -1.000 (nats per token)"
+    assert console_line(5, chosen | {"probe/not_finite": 0.0}) == "probe at step 5: chosen -1.000 (nats per token)"
+
+
+def test_a_probing_step_says_what_is_not_finite():
+    line = console_line(5, {"probe/chosen/logp_mean": math.nan, "probe/not_finite": 0.875})
+    assert line == "probe at step 5: chosen not finite (nats per token); 88% of the scored answers are NaN or infinite"

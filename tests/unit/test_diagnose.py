@@ -71,7 +71,37 @@ def test_json_holds_all_of_it_and_nothing_else_is_printed(make_run, capsys):
     assert (first["method"], first["status"], first["steps"][-1]) == ("dpo", "finished", 320)
     assert second["findings"] == [] and shown["worst"] == "alert"
     assert [entry["path"] for entry in shown["not_judged"]] == ["nowhere"]
-    assert status == shown["exit_status"] == diagnose.NOT_JUDGED
+    assert status == shown["exit_status"] == 30, "an alert outweighs a run that could not be judged"
+
+
+@pytest.mark.parametrize(
+    ("fail_on", "statuses"),
+    [
+        ("info", {"alert": 30, "warning": 20, "info": 10, "none": 3}),
+        ("warning", {"alert": 30, "warning": 20, "info": 3, "none": 3}),
+        ("alert", {"alert": 30, "warning": 3, "info": 3, "none": 3}),
+        ("never", {"alert": 0, "warning": 0, "info": 0, "none": 0}),
+    ],
+)
+def test_a_run_that_could_not_be_judged_hides_no_finding_and_is_told_in_text_and_json(
+    make_run, fail_on, statuses, capsys
+):
+    for name, status in statuses.items():
+        given = ["diagnose", "nowhere", make_run(name, FRAMES[name]), "--fail_on", fail_on]
+        assert main(given) == main([*given, "--format", "json"]) == status
+        out = capsys.readouterr().out
+        text, data = out.split("{", 1)
+        assert "not judged: nowhere" in text and f"{name} (dpo, finished)" in text
+        data = json.loads("{" + data)
+        assert [entry["path"] for entry in data["not_judged"]] == ["nowhere"]
+        assert [entry["run"] for entry in data["runs"]] == [name] and data["exit_status"] == status
+
+
+def test_a_run_with_nothing_wrong_is_one_sentence(make_run, capsys):
+    main(["diagnose", make_run("calm", FRAMES["none"])])
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.endswith("No finding: what moved is too little to count, or is as it should be.")
+    assert not [name for name in findings.RULES if name in told]
 
 
 def test_a_run_that_trains_is_judged_as_of_now(make_run, capsys):
@@ -112,8 +142,9 @@ def test_a_run_that_cannot_be_judged_is_one_line_with_a_status_of_its_own(make_r
     path = make_run("broken")
     harm(path)
     good = make_run("good", FRAMES["info"])
-    assert main(["diagnose", path, good, "--fail_on", "never"]) == diagnose.NOT_JUDGED
+    assert main(["diagnose", path, good]) == diagnose.NOT_JUDGED
     shown = capsys.readouterr()
+    assert re.search(f"not judged: .*{reason}", shown.out)
     assert "chosen rose" in shown.out, "the others are judged all the same"
     assert re.search(reason, shown.err)
     assert len(shown.err.strip().splitlines()) == 1 and path in shown.err

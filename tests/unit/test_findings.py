@@ -36,7 +36,7 @@ def test_squeezing_has_its_numbers_and_its_onset():
     assert found.severity == "alert"
     assert found.evidence["argmax_change"] == pytest.approx(0.5, abs=0.02)
     assert found.evidence["gap_change"] == pytest.approx(0.65, abs=0.02)
-    assert found.evidence["bystander_change"] == pytest.approx(-0.8, abs=0.02)
+    assert found.evidence["other_fluent_answers_change"] == pytest.approx(-0.8, abs=0.02)
     # Bystanders lose 0.05 at 1/16 of the run, the gap gains it at 1/13, argmax 0.02 at 1/25: step 40 of 320 is first.
     assert found.evidence["since_step"] == 40
     assert (
@@ -182,10 +182,24 @@ def test_remedies_name_options_that_exist():
 
 def test_displacement_from_a_peak_inside_the_run():
     frame = records(lambda name, t: 2.0 * t * (1 - t) + 0.2 * t if name == "chosen" else 0.0)
-    found = only(frame, "displacement_benign")
+    found = only(frame, "fall_from_peak")
+    assert found.severity == "info" and found.title.endswith("still above its start")
     assert found.evidence["from_step"] == 160
     assert found.evidence["chosen_change"] == pytest.approx(0.2 - 0.6, abs=0.02)
-    assert "improvement" not in names(frame)
+    assert found.evidence["chosen_change_since_start"] == pytest.approx(0.2, abs=0.02)
+    assert names(frame) == {"fall_from_peak"}
+
+
+def test_a_fall_from_a_peak_is_no_alert_whoever_falls_along():
+    """Chosen and rejected rose since the start, both fell from their peak: that is a warning about checkpoints."""
+    along = ("chosen", "rejected", "other_test", "human_unrelated", "chosen_rephrase_semantic")
+    for rest, title in ((0.2, "still above its start"), (-0.02, "no longer above its start")):
+        frame = records(lambda name, t, rest=rest: 2.0 * t * (1 - t) + rest * t if name in along else 0.0)
+        found = only(frame, "fall_from_peak")
+        assert found.severity == "warning" and found.title.endswith(title)
+        assert not [one for one in findings.find(frame, DPO) if one.severity == "alert"]
+    below = records(lambda name, t: 2.0 * t * (1 - t) - 0.2 * t if name in along else 0.0)
+    assert "displacement_harmful" in names(below) and "fall_from_peak" not in names(below)
 
 
 def test_displacement_without_other_answers_says_that_it_cannot_tell():
@@ -332,7 +346,20 @@ def test_summary_is_one_line_per_finding():
     found = findings.find(records(SQUEEZED, argmax=0.5), DPO)
     lines = findings.summary_text(found, "my-run").splitlines()
     assert len(lines) == len(found) and lines[0].startswith("my-run: alert: squeezing")
-    assert findings.summary_text([], "my-run").startswith("my-run: no finding: no rule fired (squeezing,")
+    calm = findings.summary_text([], "my-run", findings.calm_text(summarise(records())))
+    assert calm == "my-run: no finding: what moved is too little to count, or is as it should be."
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"types": ["good", "bad"]}, "no chosen answer was scored at both ends"),
+        ({"num_probes": 3}, "3 of the 4 probes with chosen answers"),
+        ({"steps": [5]}, "one step was scored"),
+    ],
+)
+def test_what_could_not_be_judged_is_not_called_as_it_should_be(options, said):
+    assert said in findings.calm_text(summarise(records(**options)))
 
 
 def test_comparison_is_paired_at_the_last_common_step():
@@ -340,9 +367,9 @@ def test_comparison_is_paired_at_the_last_common_step():
     half = records({name: value / 2 for name, value in SQUEEZED.items()}, argmax=0.5, noise=0.05, seed=1)
     half = half[half["step"] <= 160]
     found = {f.name: f for f in compare({"base": strong, "mild": half})}
-    others = found["compare_bystanders"]
+    others = found["compare_other_fluent_answers"]
     # At step 160, half of the run: -0.4 against -0.2.
-    assert others.evidence["bystanders_difference"] == pytest.approx(0.2, abs=0.02)
+    assert others.evidence["other_fluent_answers_difference"] == pytest.approx(0.2, abs=0.02)
     assert "mild" in others.title and "higher than in base" in others.title and "step 160" in others.text
     assert compare({"base": strong, "again": records(SQUEEZED, argmax=0.5, noise=0.05, seed=2)}) == []
     assert compare({"base": strong, "other": half[half["step"] == STEPS[0]]}) == []

@@ -181,6 +181,7 @@ def test_metrics_without_their_types_are_left_out():
     assert set(metrics.scalars(frame)) == {
         "probe/good/logp_mean",
         "probe/bad/logp_mean",
+        "probe/not_finite",
         *(f"squeeze/{name}" for name in changes),
     }
     assert set(summarise(records(types=["chosen"])).metric_table()["metric"]) == {

@@ -70,7 +70,7 @@ def page(runs, tmp_path_factory):
 def test_page_says_what_was_found(page):
     assert "squeezing: probability moves" in page.text and "the gap between them +0.65" in page.text
     assert "harmful displacement" in page.text
-    assert "What to do." in page.text and "widens by at least 0.05, and chosen or bystanders" in page.text
+    assert "What to do." in page.text and "widens by at least 0.05, and chosen or other fluent answers" in page.text
 
 
 def test_page_has_its_sections_in_order(page):

@@ -55,6 +55,7 @@ def test_what_no_answer_has_is_left_out():
         "samples/ended",
         "samples/longest_repeat",
         "samples/greedy_logp_sum",
+        "samples/not_finite",
     }
 
 
@@ -192,3 +193,46 @@ def test_every_metric_says_what_it_is():
     for name, metric in SAMPLE_METRICS.items():
         assert "Unit: " in metric.__doc__ and "Healthy: " in metric.__doc__, name
         assert SAMPLE_TERMS[name].formula and SAMPLE_TERMS[name].unit and SAMPLE_TERMS[name].healthy, name
+
+
+def looping(share, steps=STEPS, loops=4, num_probes=8):
+    """So many answers are loops at every step."""
+    rows = answers(steps=steps, num_probes=num_probes)
+    return rows.assign(repeat_share=rows["repeat_share"].where(rows["probe_id"] >= f"p{loops:03d}", share))
+
+
+@pytest.mark.parametrize(
+    ("loops", "severity"), [(1, None), (2, "warning"), (3, "warning"), (4, "alert"), (8, "alert")]
+)
+@pytest.mark.parametrize("method", ["dpo", "sft", "track"])
+def test_answers_that_are_loops_from_the_start_on_are_degenerate(loops, severity, method):
+    summary = summarise(records({"chosen": 0.5}))
+    own = type(summary)(summary.parts, summary.first, summary.read, Samples(looping(0.99, loops=loops)))
+    said = {one.name: one for one in findings.find(own, {"method": method})}
+    assert ("degeneration" in said) == (severity is not None)
+    if severity:
+        told = said["degeneration"]
+        assert told.severity == severity and told.title.endswith("own answers are loops")
+        assert told.evidence["loops_start"] == told.evidence["loops_end"] == loops
+        assert "loops at the start already" in told.remedy and "improvement" not in said
+
+
+def test_loops_count_where_one_step_was_answered_and_need_enough_answers():
+    summary = summarise(records(steps=[0]))
+    for num_probes, told in ((8, {"degeneration"}), (3, set())):
+        rows = looping(0.99, steps=[0], loops=8, num_probes=num_probes)
+        own = type(summary)(summary.parts, summary.first, summary.read, Samples(rows))
+        said = findings.find(own, {"method": "track"})
+        assert {one.name for one in said} == told
+        assert all("At step 0 99%" in one.text for one in said)
+
+
+def test_loops_that_were_there_at_the_start_are_no_reason_to_call_a_fall_harmful():
+    """They are no good answers to have settled on either."""
+    for drift, entropy, name in (
+        ({"chosen": -0.3}, 0.0, "displacement_benign"),
+        (SQUEEZED, -1.2, "displacement_harmful"),
+    ):
+        summary = summarise(records(drift, argmax=0.5 if entropy else 0.0, entropy=entropy))
+        own = type(summary)(summary.parts, summary.first, summary.read, Samples(looping(0.99, loops=8)))
+        assert name in {one.name for one in findings.find(own, {"method": "dpo"})}

@@ -19,13 +19,16 @@ from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 NOT_JUDGED = 3
 STATUS = {"info": 10, "warning": 20, "alert": 30}
 EPILOG = f"""exit status:
-  0   nothing as severe as --fail_on
-  {NOT_JUDGED}   a run could not be judged: no records, one step only and no influence, damaged, or of a newer version
-  {STATUS["info"]}  the worst finding is information (with --fail_on info only)
-  {STATUS["warning"]}  the worst finding is a warning (with --fail_on warning or info)
-  {STATUS["alert"]}  the worst finding is an alert
+  {STATUS["alert"]}  the worst finding of any run is an alert
+  {STATUS["warning"]}  it is a warning (with --fail_on warning or info)
+  {STATUS["info"]}  it is information (with --fail_on info)
+  {NOT_JUDGED}   nothing as severe as --fail_on, but a run could not be judged: no records, one step only and no
+      influence, damaged, or of a newer version
+  0   nothing as severe as --fail_on, and every run was judged; always with --fail_on never
   1 and 2 are errors of the command itself, as everywhere in trl-dynamics.
 
+Step_too_large and kernel_unstable say how far recorded influence explains a run, and nothing against its training:
+they are information.
 A run that is still training is judged as of its last probing step."""
 MAX_WIDTH = 110
 
@@ -45,8 +48,8 @@ class Diagnosis:
 
     @property
     def is_judged(self) -> bool:
-        """Whether there are two steps to compare, or influence of steps."""
-        return self.influence is not None or self.is_compared
+        """Whether there are two steps to compare, influence of steps, or a finding about a level."""
+        return self.influence is not None or self.is_compared or bool(self.findings)
 
     @property
     def is_compared(self) -> bool:
@@ -83,10 +86,10 @@ def run(argv: list[str]) -> int:
     if args.format == "json":
         print(json.dumps(as_json(found, failures, worst, status), indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        sys.stdout.write("\n\n".join(as_text(one, args.verbose) for one in found) + "\n" * bool(found))
+        texts = [as_text(one, args.verbose) for one in found] + [*map(not_judged_text, failures, failures.values())]
+        print("\n\n".join(texts))
     for path, reason in failures.items():
-        where = "" if path in reason else f"{path}: "
-        print(f"trl-dynamics diagnose: not judged: {where}{reason}", file=sys.stderr)
+        print(f"trl-dynamics diagnose: {not_judged_text(path, reason)}", file=sys.stderr)
     return status
 
 
@@ -115,16 +118,17 @@ def diagnose(paths: list[str]) -> tuple[list[Diagnosis], dict[str, str]]:
 
 
 def exit_status(worst: str | None, fail_on: str, failures: dict[str, str]) -> int:
-    """The status that [`EPILOG`] describes; a run that was not judged outweighs what others say."""
-    if failures:
-        return NOT_JUDGED
-    if worst is None or fail_on == "never" or SEVERITIES.index(worst) > SEVERITIES.index(fail_on):
+    """The status that [`EPILOG`] describes; a finding outweighs a run that was not judged."""
+    if fail_on == "never":
         return 0
-    return STATUS[worst]
+    if worst is not None and SEVERITIES.index(worst) <= SEVERITIES.index(fail_on):
+        return STATUS[worst]
+    return NOT_JUDGED if failures else 0
 
 
 def as_json(found: list[Diagnosis], failures: dict[str, str], worst: str | None, status: int) -> dict:
-    """The same as data: `runs` (one entry per run and model), `not_judged`, `worst`, `exit_status`."""
+    """The same as data: `runs` (one entry per run and model), `not_judged` (one per run that could not be), `worst`,
+    `exit_status`; a number that is not finite is null."""
     return {
         "runs": [
             {
@@ -153,22 +157,31 @@ def as_text(one: Diagnosis, verbose: bool = False) -> str:
     head = f"{label} ({one.meta.get('method', 'unknown method')}, {state}): "
     if not one.is_judged:
         return f"{head}one step was scored ({steps[0]}): there is no change to judge"
-    if one.is_compared:
+    if one.influence is None and not one.is_compared:
+        lines = [f"{head}one step was scored ({steps[0]}): there is no change to judge, but what is there is"]
+    elif one.is_compared:
         moved = _filled(_moved(one.summary.changes()))
         lines = [f"{head}{len(steps)} probing steps, {steps[0]} to {steps[-1]}", *moved]
     else:
         scored = f"one step was scored ({steps[0]})" if steps else "no probe was tracked"
         lines = [f"{head}{scored}, but what single steps do was recorded"]
     if not one.findings:
-        calm = "what moved is too little to count, or is as it should be"
-        lines += ["", *_filled(f"No finding: {calm if one.is_compared else calm_text(one.influence)}.")]
+        calm = findings.calm_text(one.summary) if one.is_compared else calm_text(one.influence)
+        lines += ["", *_filled(f"No finding: {calm}.")]
     for finding in one.findings:
         lines += ["", f"{finding.severity.upper()}  {finding.title}", *_filled(finding.text)]
-        evidence = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in finding.evidence.items())
+        known = _finite(finding.evidence).items()
+        evidence = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in known if value is not None)
         lines += _filled(f"Evidence: {evidence}.")
         lines += _filled(f"Rule: {finding.rule}") if verbose else []
         lines += _filled(f"What to do: {finding.remedy}")
     return "\n".join(lines)
+
+
+def not_judged_text(path: str, reason: str) -> str:
+    """A run that could not be judged, in words."""
+    where = "" if path in reason else f"{path}: "
+    return f"not judged: {where}{reason}"
 
 
 def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
@@ -203,7 +216,10 @@ def _moved(changes: Changes) -> str:
         "the likeliest token along chosen": changes.argmax,
     }
     moved = ", ".join(f"{label} {effect}" for label, effect in known.items() if effect.known)
-    return f"Moved since the start, nats per token: {moved or 'nothing that was scored at both ends'}."
+    finite, number = changes.num_finite
+    if finite < number:
+        moved += f"; over {finite} of {number} probes, which are finite at both ends" * bool(moved)
+    return f"Moved since the start, nats per token: {moved or 'nothing that was scored and finite at both ends'}."
 
 
 def _filled(text: str) -> list[str]:

@@ -18,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from trl_dynamics.cli import dpo, sft
 from trl_dynamics.tracking import findings
+from trl_dynamics.tracking.aggregate import summarise_store
+from trl_dynamics.tracking.callback import MODEL_NAME
 from trl_dynamics.tracking.comparison import compare
 from trl_dynamics.tracking.store import open_store
 
@@ -62,13 +64,14 @@ def run(argv: list[str]) -> int:
             train(command.command(), settings, model, output_dir / name, args)
     runs = [output_dir / name for name, *_ in STAGES]
     print("\nWhat the probes found:")
-    frames = {}
+    summaries = {}
     for path in runs:
         store = open_store(path)
-        frames[path.name] = store.read_records()
-        print(findings.summary_text(findings.find(frames[path.name], store.read_meta()), path.name))
+        summary = summaries[path.name] = summarise_store(store)[MODEL_NAME]
+        found = findings.find(summary, store.read_meta())
+        print(findings.summary_text(found, path.name, findings.calm_text(summary)))
     print("\nDPO after SFT on both answers, against DPO after SFT on chosen ones:")
-    compared = compare({name: frames[name] for name in ("dpo", "dpo_after_sft_both")})
+    compared = compare({name: summaries[name] for name in ("dpo", "dpo_after_sft_both")})
     print("\n".join(finding.text for finding in compared) or "no difference beyond two standard errors over probes")
     print(f"\n{cost_text([open_store(path).read_meta() for path in runs])}")
     print(f"The quickstart took {time.perf_counter() - began:.0f} s. Records: {output_dir}/*/dynamics/")

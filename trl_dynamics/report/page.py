@@ -18,7 +18,7 @@ from trl_dynamics.report.style import Looks
 from trl_dynamics.report.text import page_value
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.comparison import compare
-from trl_dynamics.tracking.influence_findings import INFLUENCE_RULES, find_in_influence
+from trl_dynamics.tracking.influence_findings import calm_text, find_in_influence
 
 TEMPLATE = "report.html.j2"
 # Of a section, in order: names of charts to specs.
@@ -100,18 +100,18 @@ def _section(index: int, series: Series, looks: Looks) -> dict:
     if series.summary is None:
         found = find_in_influence(series.influence)
         nothing = (
-            None if found else f"No finding about influence ({', '.join(INFLUENCE_RULES)}); no probe set was tracked."
+            None if found else f"No finding about influence: {calm_text(series.influence)}. No probe set was tracked."
         )
         return influence | {"scored": False, "findings": found, "nothing": nothing} | {name: {} for name in PANELS}
     found = findings.find(series.summary, series.run.meta, series.influence)
-    single = len(series.steps) < 2
+    single, calm = len(series.steps) < 2, findings.calm_text(series.summary)
     nothing = "One step was scored: there is no change to judge." if single else None
     return influence | {
         "scored": True,
         "method": series.run.meta.get("method", ""),
         "single": single,
         "findings": found,
-        "nothing": nothing or (None if found else findings.summary_text(found, series.label)),
+        "nothing": nothing or (None if found else findings.summary_text([], series.label, calm)),
         "paths": _keyed(f"s{index}", gallery.path_charts(series, looks)),
         "squeezing": _keyed(f"s{index}", gallery.squeezing_charts(series, looks)),
         "forces": _keyed(f"s{index}", gallery.force_charts(series, looks)),

@@ -8,7 +8,7 @@ same reduction.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from trl_dynamics.tracking.metrics import METRICS, PER_SEQUENCE, PER_TOKEN
 from trl_dynamics.tracking.samples import Samples, summarise_samples
 from trl_dynamics.tracking.step_table import COLUMNS, StepTable, split, split_frame
 from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.tracking.training import Training, read_training
 
 # What is described per response type: name -> column, and whether it is the paired change since the start.
 MEASURES: dict[str, tuple[str, bool]] = {
@@ -46,6 +47,7 @@ class StepSummary:
         bands (`numpy.ndarray`): measures x statistics x types, in the order of [`MEASURES`] and [`STATISTICS`].
         metrics (`list[float]`): In the order of [`METRICS`]; NaN where the types are missing.
         squeeze ([`Squeeze`]): The changes since the start that a finding dates.
+        not_finite (`tuple[int, int]`): How many of the scored answers are not finite, and how many were scored.
     """
 
     step: int
@@ -53,6 +55,7 @@ class StepSummary:
     bands: np.ndarray
     metrics: list[float]
     squeeze: Squeeze
+    not_finite: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ class Summary:
         first ([`StepTable`]): The start, which changes are paired with.
         read (`Callable[[int], StepTable]`): The records of a recorded step.
         samples ([`Samples`], *optional*): Greedy answers, where any were taken.
+        training ([`Training`], *optional*): What the trainer logged, where it was read.
     """
 
     parts: list[StepSummary]
     first: StepTable
     read: Callable[[int], StepTable]
     samples: Samples | None = None
+    training: Training | None = None
 
     @cached_property
     def steps(self) -> list[int]:
@@ -113,9 +118,11 @@ class Summary:
         """Mean over probes per response type: steps x response_type, in the column's unit (nats)."""
         return self._means(self.bands(column), self.types)
 
-    def levels(self, response_type: str) -> dict[int, float]:
-        """Mean over probes of a response type's `logp_mean` at every step that has it: step -> nats per token."""
-        measure, mean = list(MEASURES).index(PER_TOKEN), STATISTICS.index("mean")
+    def levels(self, response_type: str, *, since_start: bool = False) -> dict[int, float]:
+        """Mean over probes of a response type's `logp_mean`, or of its paired change since the start, at every step
+        that has it: step -> nats per token."""
+        measures, mean = list(MEASURES.values()), STATISTICS.index("mean")
+        measure = measures.index((PER_TOKEN, since_start))
         known = [part for part in self.parts if response_type in part.types]
         values = {p.step: float(p.bands[measure, mean, p.types.index(response_type)]) for p in known}
         return {step: value for step, value in values.items() if not np.isnan(value)}
@@ -201,7 +208,7 @@ def summarise_step(start: StepTable, now: StepTable) -> StepSummary:
         values_TP = now.values(column)
         described.append(describe(values_TP - paired.values(column) if since_start else values_TP))
     metrics = [metric(paired, now) for metric in METRICS.values()]
-    return StepSummary(now.step, now.types, np.stack(described), metrics, Changes(start, now).squeeze)
+    return StepSummary(now.step, now.types, np.stack(described), metrics, Changes(start, now).squeeze, now.not_finite)
 
 
 def describe(values_TP: np.ndarray) -> np.ndarray:
@@ -281,16 +288,14 @@ def _blocks(store: DynamicsStore) -> dict[str, list[Block]]:
 
 
 def _summarise_all(store: DynamicsStore, vocab_size: int | None) -> dict[str, Summary]:
-    answers = summarise_samples(store)
+    answers, training = summarise_samples(store), read_training(store)
     return {
-        model: _summarise(store, model, blocks, vocab_size, answers.get(model))
+        model: replace(_summarise(store, model, blocks, vocab_size), samples=answers.get(model), training=training)
         for model, blocks in _blocks(store).items()
     }
 
 
-def _summarise(
-    store: DynamicsStore, model: str, blocks: list[Block], vocab_size: int | None, samples: Samples | None
-) -> Summary:
+def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size: int | None) -> Summary:
     first = read_block(blocks[0], vocab_size)[0]
 
     def reduce(block: Block) -> list[StepSummary]:
@@ -306,7 +311,7 @@ def _summarise(
         except FileNotFoundError:
             return _read_step(_blocks(store)[model], step, vocab_size)
 
-    return Summary(parts, first, read, samples)
+    return Summary(parts, first, read)
 
 
 def _read_step(blocks: list[Block], step: int, vocab_size: int | None) -> StepTable:

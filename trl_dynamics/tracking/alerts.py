@@ -1,7 +1,8 @@
 """Alerts: a finding that stands while a run is still training is told once, on the console and where trackers can.
 
-A finding stands when its rule fires at two probing steps in a row, each against the start; information alone is never
-an alert. Only what is in memory is looked at: the start, the step before and this one.
+A finding stands when its rule fires at two probing steps in a row, each against the start. What is NaN or infinite
+does not heal, and stands at once. Information alone is never an alert. Only what is in memory is looked at: the start,
+the step before and this one, not the trainer's log.
 """
 
 import importlib
@@ -20,6 +21,8 @@ from trl_dynamics.tracking.step_table import StepTable
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE = ("not_finite",)
+
 
 class Watch:
     """Looks at every probing step as it comes.
@@ -35,7 +38,8 @@ class Watch:
         self._held: set[str] = set()
 
     def add(self, table: StepTable, samples: pd.DataFrame | None = None) -> list[Finding]:
-        """Findings that fire at this step as at the one before and were not told yet, the most severe first.
+        """Findings that fire at this step as at the one before, or at this one where that is enough, and were not told
+        yet, the most severe first.
 
         Args:
             table ([`StepTable`]): The step's records.
@@ -48,7 +52,7 @@ class Watch:
         own = Samples(pd.concat(taken, ignore_index=True)) if taken else None
         summary = Summary(list(parts), start, {kept.step: kept for kept in tables}.__getitem__, own)
         firing = [f for f in findings.find(summary, {"method": self.method}) if f.severity != INFO]
-        standing = [f for f in firing if f.name in self._held - self.told]
+        standing = [f for f in firing if f.name not in self.told and (f.name in self._held or f.name in AT_ONCE)]
         self._held = {finding.name for finding in firing}
         self.told |= {finding.name for finding in standing}
         self._kept = [self._kept[0], *self._kept[1:][-1:]]
@@ -69,7 +73,8 @@ def tell(found: list[Finding], step: int, report_to: Iterable[str]) -> None:
     senders = {name: SENDERS[name] for name in report_to if name in SENDERS} if found else {}
     trackers = {name: module for name in senders if (module := _imported(name)) is not None}
     for finding in found:
-        text = f"At step {step}, as at the probing step before: {finding.title}. {finding.text}"
+        since = "" if finding.name in AT_ONCE else ", as at the probing step before"
+        text = f"At step {step}{since}: {finding.title}. {finding.text}"
         logger.warning(f"{finding.severity}: {text}")
         for name, module in trackers.items():
             try:

@@ -12,7 +12,6 @@ from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking import alerts, metrics
 from trl_dynamics.tracking.budget import check_budget, is_affordable
 from trl_dynamics.tracking.cost import MAX_SHARE
-from trl_dynamics.tracking.effects import Changes
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
@@ -185,7 +184,7 @@ class ProbeCallback(TrainerCallback):
         log_apart(self.trainer, scalars | {"probe/seconds": seconds})
         self._write_progress(state)
         if state.is_world_process_zero:
-            logger.info(console_line(step, scalars, Changes(series.baseline, table).bystanders.mean))
+            logger.info(console_line(step, scalars))
             # After meta.json says so: a run that dies here and comes back does not tell it again.
             if self.trainer.args.probe_alerts:
                 alerts.tell(news, step, self.trainer.args.report_to)
@@ -243,24 +242,25 @@ class ProbeCallback(TrainerCallback):
             )
 
 
-def console_line(step: int, scalars: dict[str, float], bystanders: float) -> str:
-    """One probe in one line: what happens to chosen, rejected, the likeliest tokens and bystanders, in nats.
+def console_line(step: int, scalars: dict[str, float]) -> str:
+    """One probe in one line: what happens to chosen, rejected, likeliest tokens and other fluent answers, in nats.
 
     Args:
         step (`int`): Optimiser steps done.
         scalars (`dict[str, float]`): What [`metrics.step_scalars`] gave.
-        bystanders (`float`): Change of other fluent answers since the start, NaN if the probe set has none.
     """
     shown = {
         "chosen": "probe/chosen/logp_mean",
         "rejected": "probe/rejected/logp_mean",
         "argmax": "squeeze/argmax_logp",
-        "other fluent answers since start": "bystanders",
+        "other fluent answers since start": "squeeze/other_fluent_logp",
         "entropy": "squeeze/entropy",
     }
-    scalars = scalars if math.isnan(bystanders) else scalars | {"bystanders": bystanders}
-    parts = [f"{label} {scalars[key]:+.3f}" for label, key in shown.items() if key in scalars]
-    return f"probe at step {step}: {', '.join(parts)} (nats per token)"
+    known = {label: scalars[key] for label, key in shown.items() if key in scalars}
+    parts = [f"{label} {'not finite' if math.isnan(value) else f'{value:+.3f}'}" for label, value in known.items()]
+    share = scalars.get(metrics.NOT_FINITE, 0.0)
+    lost = f"; {share:.0%} of the scored answers are NaN or infinite" if share else ""
+    return f"probe at step {step}: {', '.join(parts)} (nats per token){lost}"
 
 
 def training_lines(state: TrainerState) -> list[dict]:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from trl_dynamics.tracking.aggregate import Summary, summarise
 from trl_dynamics.tracking.effects import COUNTS, MIN_EFFECT, Changes, bystander_types, clustered_effect
-from trl_dynamics.tracking.findings import INFO, Finding
+from trl_dynamics.tracking.findings import INFO, WARNING, Finding
 
 
 def compare(runs: Mapping[str, pd.DataFrame | Summary]) -> list[Finding]:
@@ -21,15 +21,35 @@ def compare(runs: Mapping[str, pd.DataFrame | Summary]) -> list[Finding]:
     for name, other in others:
         common = sorted(set(base.steps) & set(other.steps))
         if common and common[-1] > max(base.steps[0], other.steps[0]):
+            found += _not_finite({reference: base, name: other}, common[-1])
             found += _differences(name, other.changes(end=common[-1]), reference, base.changes(end=common[-1]))
     return found
+
+
+def _not_finite(runs: Mapping[str, Summary], step: int) -> list[Finding]:
+    """What a comparison at `step` leaves out."""
+    counts = {name: run.table(step).not_finite for name, run in runs.items()}
+    parts = [f"{lost:,} of {number:,} in {name}" for name, (lost, number) in counts.items() if lost]
+    if not parts:
+        return []
+    return [
+        Finding(
+            "compare_not_finite",
+            WARNING,
+            f"answers are NaN or infinite: {' and '.join(parts)}",
+            f"At step {step} scored answers are NaN or infinite: {' and '.join(parts)}. They are left out here, so "
+            "that runs may seem alike that are not.",
+            {"not_finite": float(sum(lost for lost, _ in counts.values()))},
+            "a scored answer is not finite at the last common step.",
+        )
+    ]
 
 
 def _differences(name: str, ours: Changes, reference: str, theirs: Changes) -> list[Finding]:
     quantities = {
         "chosen": ("chosen", ours.delta(["chosen"]), theirs.delta(["chosen"])),
         "rejected": ("rejected", ours.delta(["rejected"]), theirs.delta(["rejected"])),
-        "bystanders": (
+        "other_fluent_answers": (
             "other fluent answers",
             ours.delta(bystander_types(ours.types)),
             theirs.delta(bystander_types(theirs.types)),

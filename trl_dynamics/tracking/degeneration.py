@@ -1,4 +1,7 @@
-"""The finding about the model's own greedy answers: loops, stubs, or one phrase for many prompts."""
+"""The finding about the model's own greedy answers: loops, stubs, or one phrase for many prompts.
+
+Loops count as such; everything else counts as a change, since short or equal answers may be what is wanted.
+"""
 
 from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.effects import COUNTS, MIN_PROBES, Changes
@@ -11,66 +14,125 @@ MIN_DISTINCT_FALL, ALERT_DISTINCT_FALL, MIN_REPEAT_GROWTH = 0.1, 0.3, 3.0
 # An answer of which this share stands in immediate repetitions is a loop, as short as it may be ("Gladly! The...."). A
 # healthy model has none, so that a few more are enough: so many, and so large a share of the answers.
 LOOP, MIN_LOOPS, MIN_LOOP_SHARE = 0.5, 2, 0.1
+# Shares of the answers that are loops at the end, whatever they were at the start.
+LOOPING_SHARE, ALERT_LOOP_SHARE = 0.25, 0.5
 # Share of their length that greedy answers lose when they become stubs; how much likelier two prompts get one answer.
 MIN_SHORTENING, MIN_SAMENESS = 0.5, 0.1
 
 
 def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | None:
-    """The model's own greedy answers become loops, stubs of what they were, or one phrase for many prompts."""
+    """The model's own greedy answers are loops, or become loops, stubs of what they were, or one phrase for many."""
     samples = summary.samples
-    if samples is None or len(samples.steps) < 2:
+    if samples is None:
         return None
-    distinct, repeat = samples.change("distinct_2"), samples.change("longest_repeat")
-    shares, lengths, ends = (samples.value(name) for name in ("repeat_share", "length", "ended"))
-    repeats = distinct.down(MIN_DISTINCT_FALL) and repeat.up(MIN_REPEAT_GROWTH)
-    may_shrink = method == "sft" or ends[0] < 0.5
-    same, alike, loops = samples.change("same_share"), samples.value("same_share"), loops_of(samples)
-    signs = {
-        "repeat themselves": repeats or more_loops(samples),
-        "are the same for different prompts": same.up(MIN_SAMENESS),
-        "shrink to stubs": not may_shrink and samples.change("num_tokens").down(MIN_SHORTENING * lengths[0]),
-    }
+    signs = worse_signs(samples, method) | {"are loops": are_loops(samples)}
+    signs["are loops"] &= not signs["repeat themselves"]
     if not any(signs.values()):
         return None
+    numbers = _numbers(samples)
+    alert = loop_share(samples) >= ALERT_LOOP_SHARE
+    alert = alert or (signs["repeat themselves"] and -numbers["distinct_2_change"] >= ALERT_DISTINCT_FALL)
+    always = numbers["loops_start"] >= LOOPING_SHARE * numbers["num_answers"]
+    remedy = "Read the answers in the probe explorer, and use a checkpoint from before. "
+    if always:
+        remedy = "They were loops at the start already: look at that model, its chat template and end of turn. "
     return Finding(
         "degeneration",
-        ALERT if repeats and -distinct.mean >= ALERT_DISTINCT_FALL else WARNING,
+        ALERT if alert else WARNING,
         f"degeneration: the model's own answers {' and '.join(sign for sign, holds in signs.items() if holds)}",
-        f"From step {samples.steps[0]} to {samples.steps[-1]} the share of distinct token pairs in greedy answers "
-        f"moved {distinct}, the longest run that an answer says twice {repeat} tokens. Of their tokens "
-        f"{shares[0]:.0%} stood in immediate repetitions at the start and {shares[1]:.0%} do now, and {loops[1]} of "
-        f"{distinct.num_probes} answers are loops (before {loops[0]}); answers have {lengths[1]:.0f} tokens "
-        f"(before {lengths[0]:.0f}), and {ends[1]:.0%} end by themselves (before {ends[0]:.0%}). Two different "
-        f"prompts get the same answer in {alike[1]:.0%} of cases (before {alike[0]:.0%}).",
-        {
-            "distinct_2_change": distinct.mean,
-            "longest_repeat_change": repeat.mean,
-            "repeat_share_start": shares[0],
-            "repeat_share_end": shares[1],
-            "loops_start": float(loops[0]),
-            "loops_end": float(loops[1]),
-            "same_share_change": same.mean,
-            "length_start": lengths[0],
-            "length_end": lengths[1],
-            "num_answers": float(distinct.num_probes),
-        },
+        _text(samples, numbers),
+        numbers,
         f"greedy answers, first to last step: distinct-2 falls by at least {MIN_DISTINCT_FALL} and the longest repeat "
         f"grows by at least {MIN_REPEAT_GROWTH:g} tokens; or at least {MIN_LOOPS} more answers, and "
         f"{MIN_LOOP_SHARE:.0%} more of them, have {LOOP:.0%} of their tokens in immediate repetitions; or two prompts "
         f"get the same answer in {MIN_SAMENESS:.0%} more of cases; or their length falls by {MIN_SHORTENING:.0%}, but "
         "not for SFT, which teaches lengths, nor where less than half ended by themselves at the start; "
-        f"{COUNTS}. Alert from {ALERT_DISTINCT_FALL} of distinct-2.",
-        "Read the answers in the probe explorer, and use a checkpoint from before. "
-        f"{REMEDIES.get(method, REMEDIES['track'])} Decoding options (a repetition penalty, sampling) hide it without "
-        "mending it.",
+        f"{COUNTS}. Or, whatever was at the start, {LOOPING_SHARE:.0%} of the answers are loops at the last step. "
+        f"Alert from {ALERT_DISTINCT_FALL} of distinct-2, or where {ALERT_LOOP_SHARE:.0%} of the answers are loops.",
+        f"{remedy}{REMEDIES.get(method, REMEDIES['track'])} Decoding options (a repetition penalty, sampling) hide it "
+        "without mending it.",
     )
+
+
+def _numbers(samples: Samples) -> dict[str, float]:
+    """What the finding is about, as evidence."""
+    shares, lengths, loops = samples.value("repeat_share"), samples.value("length"), loops_of(samples)
+    return {
+        "distinct_2_change": samples.change("distinct_2").mean,
+        "longest_repeat_change": samples.change("longest_repeat").mean,
+        "repeat_share_start": shares[0],
+        "repeat_share_end": shares[1],
+        "loops_start": float(loops[0]),
+        "loops_end": float(loops[1]),
+        "same_share_change": samples.change("same_share").mean,
+        "length_start": lengths[0],
+        "length_end": lengths[1],
+        "num_answers": float(num_finite(samples)),
+    }
+
+
+def _text(samples: Samples, numbers: dict[str, float]) -> str:
+    ends, alike, number = samples.value("ended"), samples.value("same_share"), f"{numbers['num_answers']:.0f}"
+    shares, loops, lengths = (
+        [numbers[f"{name}_{end}"] for end in ("start", "end")] for name in ("repeat_share", "loops", "length")
+    )
+    if len(samples.steps) == 1:
+        return (
+            f"At step {samples.steps[0]} {shares[1]:.0%} of the tokens of greedy answers stand in immediate "
+            f"repetitions, and {loops[1]:.0f} of {number} answers are loops; answers have {lengths[1]:.0f} tokens, "
+            f"and {ends[1]:.0%} end by themselves."
+        )
+    return (
+        f"From step {samples.steps[0]} to {samples.steps[-1]} the share of distinct token pairs in greedy answers "
+        f"moved {samples.change('distinct_2')}, the longest run that an answer says twice "
+        f"{samples.change('longest_repeat')} tokens. Of their tokens {shares[0]:.0%} stood in immediate repetitions "
+        f"at the start and {shares[1]:.0%} do now, and {loops[1]:.0f} of {number} answers are loops (before "
+        f"{loops[0]:.0f}); answers have {lengths[1]:.0f} tokens (before {lengths[0]:.0f}), and {ends[1]:.0%} end by "
+        f"themselves (before {ends[0]:.0%}). Two different prompts get the same answer in {alike[1]:.0%} of cases "
+        f"(before {alike[0]:.0%})."
+    )
+
+
+def worse_signs(samples: Samples, method: str) -> dict[str, bool]:
+    """In which ways greedy answers got worse from the first to the last step."""
+    lengths, ends = samples.value("length"), samples.value("ended")
+    repeats = samples.change("distinct_2").down(MIN_DISTINCT_FALL)
+    repeats = repeats and samples.change("longest_repeat").up(MIN_REPEAT_GROWTH)
+    may_shrink = method == "sft" or ends[0] < 0.5
+    return {
+        "repeat themselves": repeats or more_loops(samples),
+        "are the same for different prompts": samples.change("same_share").up(MIN_SAMENESS),
+        "shrink to stubs": not may_shrink and samples.change("num_tokens").down(MIN_SHORTENING * lengths[0]),
+    }
+
+
+def got_worse(summary: Summary, method: str) -> bool:
+    """Whether greedy answers were taken and got worse since the start."""
+    return summary.samples is not None and any(worse_signs(summary.samples, method).values())
+
+
+def are_loops(samples: Samples, least: float = LOOPING_SHARE) -> bool:
+    """Whether so large a share of the answers at the last step are loops, whatever they were at the start."""
+    return loop_share(samples) >= least
+
+
+def loop_share(samples: Samples) -> float:
+    """Share of the finite answers at the last step that are loops; 0 of too few to judge."""
+    num_answers = num_finite(samples)
+    return loops_of(samples)[1] / num_answers if num_answers >= MIN_PROBES else 0.0
 
 
 def loops_of(samples: Samples) -> tuple[int, int]:
     """How many answers are loops at the first and at the last step."""
-    looping = samples.rows["repeat_share"] >= LOOP
+    looping = samples.finite["repeat_share"] >= LOOP
     start, end = (int(looping[samples.rows["step"] == step].sum()) for step in (samples.steps[0], samples.steps[-1]))
     return start, end
+
+
+def num_finite(samples: Samples) -> int:
+    """How many finite answers the last step has."""
+    lost, number = samples.not_finite[samples.steps[-1]]
+    return number - lost
 
 
 def more_loops(samples: Samples, at_least: float = MIN_LOOPS) -> bool:

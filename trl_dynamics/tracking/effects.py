@@ -41,6 +41,9 @@ COUNTS = (
     f"(more for few probes, by Student's t; at least {MIN_PROBES} probes)"
 )
 
+# How rules name the group whose mean change is `Changes.bystanders`.
+FLUENT = "other fluent answers (all but chosen, rejected, chosen_initial, shuffled words and paraphrases of rejected)"
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -65,6 +68,8 @@ class Effect:
         return Effect(-self.mean, self.se, self.num_probes).up(minimum, standard_errors)
 
     def __str__(self) -> str:
+        if np.isnan(self.se):
+            return f"{self.mean:+.2f} (one probe)" if self.known else "by an unknown amount"
         digits = 2 if self.se >= 0.01 else 3
         return f"{self.mean:+.{digits}f} ± {self.se:.{digits}f}"
 
@@ -141,6 +146,12 @@ class Changes:
     def bystanders(self) -> Effect:
         """Other fluent answers: what the metric `other_fluent_logp` is the mean of."""
         return self.of_types(bystander_types(self.types))
+
+    @cached_property
+    def num_finite(self) -> tuple[int, int]:
+        """How many probes have an answer that is finite at both steps, and how many the later step has."""
+        changed = self._end.values(PER_TOKEN) - self._start.values(PER_TOKEN)
+        return int((~np.isnan(changed)).any(axis=0).sum()), len(self._end.probe_ids)
 
     @property
     def squeeze(self) -> Squeeze:

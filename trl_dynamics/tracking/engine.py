@@ -184,7 +184,9 @@ class ProbeEngine:
             cache.continue_from(send(batch.prompt_B))
             inputs["past_key_values"] = cache
         stats = model(**inputs, stats_request=request)
-        stats["argmax_match"] = stats["argmax_id"] == target_N
+        # Where logits are NaN the argmax is an index like any other, and no match.
+        match_N = (stats["argmax_id"] == target_N).to(stats["argmax_logp"].dtype)
+        stats["argmax_match"] = torch.where(stats["argmax_logp"].isfinite(), match_N, torch.nan)
         stats["star_logp"] = stats["other_logp"] if stars is None else stats["extra_logp"][:, 0]
         dtype = stats["target_logp"].dtype
         values_NS = torch.stack([stats[name].to(dtype) for name in _FROM_DEVICE], dim=1)

@@ -1,4 +1,7 @@
-"""Findings about what recorded influence can explain: whether the first order holds, and whether it holds for long."""
+"""Findings about what recorded influence can explain: whether the first order holds, and whether it holds for long.
+
+How far an explanation reaches says nothing against the training, and is information; steps that are not finite do.
+"""
 
 from collections.abc import Callable
 
@@ -7,7 +10,7 @@ import pandas as pd
 
 from trl_dynamics.ranking import STABLE
 from trl_dynamics.tracking.effects import MIN_PROBES
-from trl_dynamics.tracking.finding import INFO, SEVERITIES, WARNING, Finding
+from trl_dynamics.tracking.finding import ALERT, INFO, SEVERITIES, WARNING, Finding
 from trl_dynamics.tracking.influence_summary import ALL, InfluenceSummary
 
 # Relative error of the first order: from here a tenth, or a quarter, of the squared changes is not explained.
@@ -15,7 +18,7 @@ LARGE_ERROR, SEVERE_ERROR = 0.3, 0.5
 # A step is judged where rounding alone would make less than this.
 MAX_ROUNDING = 0.1
 # Share of the stretches between neighbouring recorded steps whose ranking surely changed.
-MIN_UNSTABLE, SEVERE_UNSTABLE = 0.25, 0.5
+MIN_UNSTABLE = 0.25
 
 
 def find_in_influence(influence: InfluenceSummary) -> list[Finding]:
@@ -50,9 +53,11 @@ def step_not_finite(influence: InfluenceSummary) -> Finding | None:
     if lost.empty:
         return None
     first, most = lost.index[0], lost.max()
+    # A prediction may overflow by itself; where the model gives NaN to answers, the run is lost.
+    diverged = influence.means["logp"].isna().any()
     return Finding(
         "step_not_finite",
-        WARNING,
+        ALERT if diverged else WARNING,
         "steps have changes that are not finite",
         f"In {len(lost)} of {len(influence.steps)} recorded steps, first at step {first}, the predicted or the "
         f"measured change of up to {most} of the probes' answers is NaN or infinite: the run diverged, or its "
@@ -60,7 +65,7 @@ def step_not_finite(influence: InfluenceSummary) -> Finding | None:
         {"steps_not_finite": float(len(lost)), "steps_recorded": float(len(influence.steps))}
         | {"first_step": float(first), "most_answers": float(most)},
         "A change of an answer is NaN or infinite at a recorded step: what is predicted of an update, or what is "
-        "measured of the step itself.",
+        "measured of the step itself. Alert where the log-probabilities of a type are not finite either.",
         f"Look at loss and grad_norm up to step {first}. Go on from a checkpoint before it with a smaller learning "
         "rate, with max_grad_norm set, or with bf16 instead of fp16; where the first step is affected, look for NaN "
         "in the weights that were loaded, and for examples without any label.",
@@ -89,7 +94,7 @@ def step_too_large(influence: InfluenceSummary) -> Finding | None:
     unjudged = f" {further} moved the answers too little to be told from rounding." if left_out else ""
     return Finding(
         "step_too_large",
-        WARNING if severe else INFO,
+        INFO,
         "training steps are too large for their first-order explanation",
         f"What the gradient predicts for the probes' answers misses {missed:.0%} of what the recorded steps did. In "
         f"{len(large)} of {len(judged)} of them, {where}, it misses {LARGE_ERROR:.0%} or more, the most at step "
@@ -104,7 +109,7 @@ def step_too_large(influence: InfluenceSummary) -> Finding | None:
             "steps_lost_in_rounding": float(left_out),
         },
         f"‖predicted − true‖ / ‖true‖ over all observed answers of all recorded steps, in nats per token, is at least "
-        f"{LARGE_ERROR}; warning from {SEVERE_ERROR}. Steps count where rounding alone would make less than "
+        f"{LARGE_ERROR}. Steps count where rounding alone would make less than "
         f"{MAX_ROUNDING}; at least {MIN_PROBES} probes.",
         "At these steps trust measured changes and learning paths before what is predicted. To see what drives "
         "them, take the stretch again from a checkpoint at a tenth of the learning rate (or with warmup_steps, where "
@@ -127,7 +132,7 @@ def kernel_unstable(influence: InfluenceSummary) -> Finding | None:
     gap = float((stretches["after"] - stretches["before"]).median())
     return Finding(
         "kernel_unstable",
-        WARNING if share >= SEVERE_UNSTABLE else INFO,
+        INFO,
         "influence is ranked anew between recorded steps: an explanation holds only near its own step",
         f"Fixed updates were predicted at every recorded step, and their {influence.num_pairs} influences on observed "
         f"answers ranked. In {len(changed)} of {len(stretches)} stretches between neighbouring steps, all of them "
@@ -145,7 +150,7 @@ def kernel_unstable(influence: InfluenceSummary) -> Finding | None:
         },
         f"Spearman's correlation over pairs of a fixed update and an observed answer, between neighbouring recorded "
         f"steps: in at least {MIN_UNSTABLE:.0%} of the stretches the upper end of its 95 % bootstrap interval over "
-        f"probes is below {STABLE}; warning from {SEVERE_UNSTABLE:.0%}. At least {MIN_PROBES} probes. What is "
+        f"probes is below {STABLE}. At least {MIN_PROBES} probes. What is "
         "ranked is influence as a whole, with the optimiser's scaling, not the kernel alone.",
         f"Record more often (a smaller akg_every; now {gap:.0f} steps lie between) and compare neighbouring steps "
         "only. If the ranking still changes, features themselves are being learnt: explain each phase of the run by "

@@ -21,6 +21,7 @@ from trl_dynamics.tracking.step_table import StepTable, split_frame
 NOT_THIRD_PARTY = ("chosen", "rejected", "chosen_initial")
 
 PER_TOKEN, PER_SEQUENCE = "logp_mean", "logp_sum"
+NOT_FINITE = "probe/not_finite"
 
 
 def third_party_types(types: Iterable[str]) -> list[str]:
@@ -223,7 +224,8 @@ def _normalizer(step: StepTable, response_type: str) -> np.ndarray:
 def scalars(frame: pd.DataFrame, vocab_size: int | None = None) -> dict[str, float]:
     """The last step's values for trackers: `probe/<type>/logp_mean` (nats per token) and `squeeze/<metric>`.
 
-    A metric whose response types are missing is left out.
+    A metric whose response types are missing is left out. Means are over finite answers; where none is finite the
+    key stays, with NaN. `probe/not_finite` is the share of scored answers that are not finite.
 
     Args:
         frame (`pandas.DataFrame`): Records of one run and one model; only the first and the last step matter.
@@ -238,9 +240,18 @@ def scalars(frame: pd.DataFrame, vocab_size: int | None = None) -> dict[str, flo
 def step_scalars(start: StepTable, now: StepTable) -> dict[str, float]:
     """[`scalars`] of two steps that are tables already."""
     start = start.like(now)
+    values, (lost, scored) = _values(start, now), now.not_finite
+    applies = values
+    if lost or start.not_finite[0]:
+        applies = _values(start.presence(), now.presence())
+    known = {key: value for key, value in values.items() if not np.isnan(applies[key])}
+    return known | {NOT_FINITE: lost / scored}
+
+
+def _values(start: StepTable, now: StepTable) -> dict[str, float]:
+    """Every scalar by its key; NaN where types are lacking, or nothing is finite."""
     means = {f"probe/{name.lower()}/logp_mean": mean(now.row(name, PER_TOKEN)) for name in now.types}
-    metrics = {f"squeeze/{name}": metric(start, now) for name, metric in METRICS.items()}
-    return {key: value for key, value in (means | metrics).items() if not np.isnan(value)}
+    return means | {f"squeeze/{name}": metric(start, now) for name, metric in METRICS.items()}
 
 
 METRICS: dict[str, Callable[[StepTable, StepTable], float]] = {

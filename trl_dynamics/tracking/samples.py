@@ -126,9 +126,29 @@ SAMPLE_METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
 
 
 def sample_scalars(rows: pd.DataFrame) -> dict[str, float]:
-    """`samples/<metric>` of the answers of one step, for trackers; what no answer has is left out."""
-    values = {f"samples/{name}": metric(rows) for name, metric in SAMPLE_METRICS.items()}
-    return {key: value for key, value in values.items() if not np.isnan(value)}
+    """`samples/<metric>` of the answers of one step, for trackers; what no answer has is left out.
+
+    Means are over finite answers, those whose tokens all have a finite log-probability: another one was not chosen by
+    the model. Where none is finite the keys stay, with NaN. `samples/not_finite` is the share of the others.
+    """
+    lost, finite = not_finite(rows), finite_only(rows)
+    values = {f"samples/{name}": metric(finite) for name, metric in SAMPLE_METRICS.items()}
+    known = {key: value for key, value in values.items() if lost.any() or not np.isnan(value)}
+    return known | {"samples/not_finite": float(lost.mean())}
+
+
+def not_finite(rows: pd.DataFrame) -> pd.Series:
+    """Which answers have a token without a finite log-probability: the model's logits were NaN or infinite there."""
+    ended_at_once = rows["ended"] & (rows["num_tokens"] == 0) & ~np.isfinite(rows["eos_logp"])
+    return ended_at_once | ~np.isfinite(rows["logp_sum"])
+
+
+def finite_only(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same rows, with NaN in all numbers of answers that are not finite."""
+    lost = not_finite(rows)
+    if not lost.any():
+        return rows
+    return rows.assign(**{name: rows[name].astype(float).where(~lost) for name in NUMBERS})
 
 
 @dataclass(frozen=True)
@@ -144,13 +164,24 @@ class Samples:
     read: Callable[[set[int]], pd.DataFrame] | None = None
 
     @cached_property
+    def finite(self) -> pd.DataFrame:
+        """The rows that every number here is computed from: NaN where an answer is not finite."""
+        return finite_only(self.rows)
+
+    @cached_property
+    def not_finite(self) -> dict[int, tuple[int, int]]:
+        """Per step, how many answers are not finite, and how many were taken."""
+        lost = not_finite(self.rows).groupby(self.rows["step"])
+        return {int(step): (int(own.sum()), len(own)) for step, own in lost}
+
+    @cached_property
     def steps(self) -> list[int]:
         """Steps with answers, ascending."""
         return sorted(int(step) for step in self.rows["step"].unique())
 
     def metric(self, name: str) -> pd.Series:
         """One of [`SAMPLE_METRICS`] over the steps that have it."""
-        values = {step: SAMPLE_METRICS[name](rows) for step, rows in self.rows.groupby("step")}
+        values = {step: SAMPLE_METRICS[name](rows) for step, rows in self.finite.groupby("step")}
         return pd.Series(values, dtype=float).dropna()
 
     def metric_table(self) -> pd.DataFrame:
@@ -163,18 +194,21 @@ class Samples:
 
     def change(self, column: str) -> Effect:
         """Change of a column from the first to the last step, paired by probe."""
-        start, end = (self.rows[self.rows["step"] == step].set_index("probe_id")[column] for step in self._ends)
+        start, end = (self._at(step).set_index("probe_id")[column] for step in self._ends)
         return clustered_effect((end - start.reindex(end.index)).to_frame())
 
     def value(self, name: str) -> tuple[float, float]:
         """One of [`SAMPLE_METRICS`] at the first and at the last step."""
-        start, end = (SAMPLE_METRICS[name](self.rows[self.rows["step"] == step]) for step in self._ends)
+        start, end = (SAMPLE_METRICS[name](self._at(step)) for step in self._ends)
         return start, end
 
     @property
     def grew_sure(self) -> bool:
         """Whether -log-probability per token of greedy answers lost [`effects.ENTROPY_COLLAPSE`] of its start."""
         return self.change("logp_mean").up(-ENTROPY_COLLAPSE * self.value("greedy_logp")[0])
+
+    def _at(self, step: int) -> pd.DataFrame:
+        return self.finite[self.finite["step"] == step]
 
     @property
     def _ends(self) -> tuple[int, int]:

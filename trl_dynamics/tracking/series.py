@@ -138,6 +138,8 @@ class Series:
             tables = [self.baseline, *([] if self._latest is None else [self.table(self._latest)])]
             for table in tables:
                 self.watch.add(table, self.store.read_samples({table.step}, NUMBERS))
+            # Looking tells nothing, so that a finding that stands at once is still to be told.
+            self.watch.told = {alert["name"] for alert in self.meta.get("alerts", [])}
         self._latest = None
 
     def table(self, records: pd.DataFrame) -> StepTable:
@@ -278,7 +280,7 @@ class Series:
         model, summary = next(iter(summarise_store(self.store).items()))
         influence = open_influence(self.store.output_dir, self.meta, model)
         found = findings.find(summary, self.meta, influence)
-        self._tell(found, findings.summary_text(found, self.store.output_dir.name))
+        self._tell(found, findings.summary_text(found, self.store.output_dir.name, findings.calm_text(summary)))
 
     def _end_without_records(self) -> None:
         """Of a run that only recorded influence."""

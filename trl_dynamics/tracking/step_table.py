@@ -2,10 +2,13 @@
 
 Two steps are compared pair by pair once they share a layout ([`StepTable.like`]). A suffix names the axes of an array:
 
-    values_TP   T response types, P probes; NaN where a probe lacks the type
+    values_TP   T response types, P probes; NaN where a probe lacks the type, or what was scored is not finite
+
+An answer counts as a whole or not at all: where one measured column is NaN or infinite, so is every other one here.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -29,6 +32,17 @@ COLUMNS = (
     "rest_mass_mean",
     "eos_logp",
 )
+# Finite for every answer that a healthy model scores; `eos_logp` is NaN where an answer was cut.
+ALWAYS_FINITE = (
+    "logp_sum",
+    "logp_mean",
+    "prob_mean",
+    "argmax_logp_sum",
+    "entropy_mean",
+    "sum_sq_mean",
+    "rest_mass_mean",
+)
+MEASURED = (*ALWAYS_FINITE, "eos_logp")
 
 
 class StepTable:
@@ -82,12 +96,37 @@ class StepTable:
         """One column as float64 `values_TP`; not to be written to."""
         if column not in self._values:
             flat_TP = np.full(len(self.types) * len(self.probe_ids), np.nan)
-            flat_TP[self._place] = self._rows[column].to_numpy()
+            values = self._rows[column].to_numpy()
+            lost = self._lost if column in MEASURED else None
+            flat_TP[self._place] = values if lost is None else np.where(lost, np.nan, values)
             self._values[column] = flat_TP.reshape(len(self.types), len(self.probe_ids))
         return self._values[column]
 
+    @property
+    def not_finite(self) -> tuple[int, int]:
+        """How many of the scored answers are not finite, and how many were scored."""
+        return 0 if self._lost is None else int(self._lost.sum()), len(self._place)
+
+    def presence(self) -> "StepTable":
+        """These records with a 0 for everything that was scored and is not finite: tells it from what is lacking."""
+        rows = self._rows
+        for column in MEASURED if self._lost is not None else ():
+            lost = self._lost & ~self._rows["truncated"].to_numpy() if column == "eos_logp" else self._lost
+            filled = pa.array(np.where(lost, 0.0, self._rows[column].to_numpy()))
+            rows = rows.set_column(rows.schema.get_field_index(column), column, filled)
+        return StepTable(self.step, self.types, self.probe_ids, self._place, rows, self.vocab_size)
+
+    @cached_property
+    def _lost(self) -> np.ndarray | None:
+        """Which rows are not finite; None where all are."""
+        lost = np.zeros(len(self._place), dtype=bool)
+        for column in ALWAYS_FINITE:
+            lost |= ~np.isfinite(self._rows[column].to_numpy())
+        lost |= np.isinf(self._rows["eos_logp"].to_numpy())
+        return lost if lost.any() else None
+
     def row(self, response_type: str, column: str) -> np.ndarray:
-        """One column of one response type over the probes; all NaN where nobody has the type."""
+        """One column of one response type over the probes; all NaN where no probe has the type."""
         if response_type not in self.types:
             return np.full(len(self.probe_ids), np.nan)
         return self.values(column)[self.types.index(response_type)]

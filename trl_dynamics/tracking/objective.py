@@ -1,0 +1,91 @@
+"""Findings about DPO's own objective: a training loss above that of the reference, reward accuracy below one half.
+
+They read what the trainer logged while it trained ([`tracking.training`]), so that models which were scored afterwards
+are not judged by it.
+"""
+
+import math
+
+import numpy as np
+
+from trl_dynamics.tracking.aggregate import Summary
+from trl_dynamics.tracking.effects import MIN_PROBES, STANDARD_ERRORS, Changes, Effect
+from trl_dynamics.tracking.finding import ALERT, WARNING, Finding
+from trl_dynamics.tracking.metrics import PER_SEQUENCE
+
+# Nats above ln 2, and share below one half, that count; noise of single lines and rounding are below.
+MIN_LOSS_EXCESS, MIN_ACCURACY_LACK = 0.02, 0.02
+ALERT_LOSS = 2 * math.log(2)
+ACCURACY = "rewards/accuracies"
+
+_BY_NOISE = f"and, from {MIN_PROBES} lines on, more than {STANDARD_ERRORS:g} standard errors over lines"
+_LOOK = (
+    "Lower the learning rate first, or warm it up, or set max_grad_norm. Then check that chosen and rejected are not "
+    "swapped, and that beta is as meant."
+)
+
+
+def loss_above_reference(summary: Summary, changes: Changes, method: str) -> Finding | None:
+    """At the end DPO's loss is above ln 2, which the reference has on any pairs."""
+    training = summary.training
+    if method != "dpo" or training is None or not training.is_plain_sigmoid:
+        return None
+    loss, accuracy = training.late("loss"), training.late(ACCURACY)
+    if not _is_above(loss, math.log(2), MIN_LOSS_EXCESS):
+        return None
+    known = f", with a reward accuracy of {accuracy.mean():.2f}" if len(accuracy) else ""
+    return Finding(
+        "loss_above_reference",
+        ALERT if loss.mean() >= ALERT_LOSS else WARNING,
+        "the training loss ended above that of the reference model",
+        f"Over the last quarter of the log ({len(loss)} lines) the mean training loss is {loss.mean():.2f}{known}. A "
+        "policy equal to the reference has ln 2 = 0.69 on any pairs: training made its own loss worse than none.",
+        {"loss": float(loss.mean()), "lines": float(len(loss))}
+        | ({"reward_accuracy": float(accuracy.mean())} if len(accuracy) else {}),
+        f"DPO with the sigmoid loss alone: the mean of the logged training loss over the last quarter of its lines is "
+        f"at least {MIN_LOSS_EXCESS} above ln 2, {_BY_NOISE}. Alert from 2 ln 2. Not for models scored after "
+        "training.",
+        _LOOK,
+    )
+
+
+def accuracy_below_half(summary: Summary, changes: Changes, method: str) -> Finding | None:
+    """At the end, pairs that a DPO loss got wrong outnumber those it got right."""
+    training = summary.training
+    if method != "dpo" or training is None or training.is_plain_sigmoid:
+        return None
+    strict, ties = training.late(ACCURACY), share_of_ties(changes)
+    accuracy = strict + ties / 2
+    if not _is_above(-accuracy, -0.5, MIN_ACCURACY_LACK):
+        return None
+    counted = f", with {ties:.0%} of ties, as among the probes, counted half" if ties else ""
+    return Finding(
+        "accuracy_below_half",
+        WARNING,
+        "reward accuracy ended below one half",
+        f"Over the last quarter of the log ({len(strict)} lines) the mean reward accuracy is {accuracy.mean():.2f}"
+        f"{counted}: in more training pairs rejected gained on chosen than the other way round.",
+        {"reward_accuracy": float(accuracy.mean()), "ties": ties, "lines": float(len(strict))},
+        f"DPO with another loss than the sigmoid alone: the mean of the logged reward accuracy over the last quarter "
+        f"of its lines is at least {MIN_ACCURACY_LACK} below one half, {_BY_NOISE}. TRL counts ties as misses; the "
+        "share of probes whose margin has not moved at all is taken for that of ties. Not for models scored after "
+        "training.",
+        _LOOK,
+    )
+
+
+def share_of_ties(changes: Changes) -> float:
+    """Share of the probes whose margin is to the bit what it was at the start; 0 where it is not known."""
+    margin = changes.delta(["chosen"], PER_SEQUENCE)["chosen"] - changes.delta(["rejected"], PER_SEQUENCE)["rejected"]
+    margin = margin.dropna()
+    return float((margin == 0).mean()) if len(margin) else 0.0
+
+
+def _is_above(values: np.ndarray, level: float, least: float) -> bool:
+    """Whether a mean over lines exceeds a level by so much; of few lines the noise is not known."""
+    if not len(values) or values.mean() - level < least:
+        return False
+    if len(values) < MIN_PROBES:
+        return True
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Effect(float(values.mean()) - level, error, len(values)).up(least)

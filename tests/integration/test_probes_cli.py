@@ -144,6 +144,34 @@ def test_own_answers_rephrases_and_the_cache(data, capsys):
     assert load(data / "set").fingerprint == built.fingerprint
 
 
+def test_a_set_is_as_large_as_its_data_and_says_what_it_lacks(tmp_path, capsys):
+    rows = [{"prompt": f"{i}?", "chosen": f" answer {i} yes"} for i in range(7)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert probes("build --dataset {0}/t.jsonl -o {0}/set", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "7 probes" in said and "these are all usable rows" in said and "no rejected answers: enough for SFT" in said
+    assert load(tmp_path / "set").required_types == ("chosen",)
+    assert probes("import {0}/t.jsonl -o {0}/imported", tmp_path) == 0
+    assert "no rejected answers" in capsys.readouterr().out
+    assert load(tmp_path / "imported").counts == {"chosen": 7}
+    assert probes("build --dataset {0}/t.jsonl --num_probes 8 -o {0}/more", tmp_path) == 1
+    assert "leave --num_probes out" in capsys.readouterr().err
+
+
+def test_texts_too_long_to_be_rephrased_are_left_out_with_the_reason(tmp_path, capsys):
+    tiny_model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "long? " * 200, "chosen": f" {i} " + "words " * 200 * i, "rejected": " no"} for i in range(2)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    types = "--types rejected greedy chosen_self_rephrase --max_new_tokens 4"
+    line = f"build --dataset {{0}}/t.jsonl {types} --model {{1}} --max_prompt_length 64 -o {{0}}/set"
+    assert probes(line, tmp_path, tmp_path / "model") == 0
+    rejected = [json.loads(row) for row in (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()]
+    reasons = [row["reason"] for row in rejected if row["response_type"] == "chosen_self_rephrase"]
+    assert reasons.count("too long for the model's context") == 1
+    assert "too long for the model's context" in capsys.readouterr().out
+
+
 def test_a_boundary_that_is_not_one_stops_the_build(tmp_path, data_dir, capsys):
     rows = [{"prompt": "Once upon a t", "chosen": f"ime {i} was", "rejected": f"ree {i}"} for i in range(3)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -62,8 +62,15 @@ def test_unusable_and_repeated_rows_are_counted():
         ValueError, match=r"6 probes.*of 9 rows only 5 are usable.*row 7 has a blank chosen.*--num_pro"
     ):
         build(data, num_probes=6)
-    with pytest.raises(ValueError, match="of 0 rows only 0 are usable; ask for fewer"):
+    with pytest.raises(ValueError, match="of 0 rows only 0 are usable; give more data"):
         build([], num_probes=1)
+
+
+def test_without_a_number_all_rows_are_taken_up_to_500():
+    assert len(build(rows(48)).probe_set) == 48
+    assert len(build(rows(520), types=["rejected"]).probe_set) == 500
+    with pytest.raises(ValueError, match="of 1 rows only 0 are usable .a blank chosen: 1"):
+        build([rows(1)[0] | {"chosen": " "}])
 
 
 def test_no_training_answer_is_held_out():

@@ -203,12 +203,10 @@ def test_a_missing_column_is_named_with_those_found():
         from_rows([ROW], name="mine", required_types=("chosen", "greedy"))
 
 
-def test_rejected_answers_are_in_every_row_or_in_none(warnings, tmp_path):
-    """A set without them says once what it is good for, wherever it comes from."""
+def test_rejected_answers_are_in_every_row_or_in_none(tmp_path):
     rows = [{"prompt": "Why?", "chosen": " Because."}, {"prompt": "How?", "chosen": " So.", "rejected": None}]
     given = load(rows)
-    assert given.required_types == ("chosen",) and given.counts == {"chosen": 2} and len(warnings()) == 1
-    assert "has no rejected answers" in warnings()[0]
+    assert given.required_types == ("chosen",) and given.counts == {"chosen": 2}
     given.save(tmp_path)
     assert load(tmp_path) == given
     assert load(write_jsonl(tmp_path / "p.jsonl", rows)).probes == given.probes

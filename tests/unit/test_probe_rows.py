@@ -99,6 +99,13 @@ def test_unusable_rows_are_told_not_lost(row, reason):
     assert pair_of(row) == reason
 
 
+def test_a_whole_chat_without_a_rejected_one():
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for prompt in ("Hi", chat[:1]):
+        (pair,) = read_pairs([{"prompt": prompt, "chosen": chat}])
+        assert (pair.prompt, pair.chosen, pair.rejected) == (chat[:1], "Hello", None)
+
+
 def test_reasons_are_counted_by_kind():
     rows = [{"prompt": "Why?", "completion": text} for text in ("", "A", " ", "\ud800")]
     reasons = [item for item in read_pairs(rows) if isinstance(item, str)]

@@ -36,6 +36,8 @@ from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_t
 SELECTIONS = ("random", "first")
 # Held-out answers kept to draw from; more would cost memory and add nothing.
 MAX_HELD_OUT = 2000
+# Probes of a set whose size nobody gave.
+DEFAULT_PROBES = 500
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def build(
     *,
     held_out: Iterable[Mapping] | None = None,
     types: Sequence[str] | None = None,
-    num_probes: int = 500,
+    num_probes: int | None = None,
     seed: int = 0,
     select: str = "random",
     extra_columns: Mapping[str, str] | None = None,
@@ -76,7 +78,7 @@ def build(
         held_out (`Iterable[Mapping]`, *optional*): Rows that are not trained on, for `other_test` and its permutation.
         types (`Sequence[str]`, *optional*): Response types; by default all that the data and `generation` allow, but
             for `sampled_k`.
-        num_probes (`int`, *optional*): Pairs to probe.
+        num_probes (`int`, *optional*): Pairs to probe. None: 500, or all where the data has fewer.
         seed (`int`, *optional*): Of the selection and of every draw.
         select (`str`, *optional*): `"random"` takes pairs by a hash of seed and content, so that the order of the rows
             does not matter; `"first"` takes the first ones, as the published sets do.
@@ -87,8 +89,8 @@ def build(
         metadata (`Mapping`, *optional*): Added to the set's own.
 
     Raises:
-        ValueError: If a row is malformed, a type is unknown or cannot be built from this data, fewer than
-            `num_probes` usable rows exist, or a model gave no answer; the row, the field and the remedy are named.
+        ValueError: If a row is malformed, a type is unknown or cannot be built from this data, fewer usable rows
+            exist than `num_probes` asks for, or a model gave no answer; the row, the field and the remedy are named.
     """
     generation = generation or Generation()
     extra_columns = dict(extra_columns or {})
@@ -189,8 +191,10 @@ def read_lines(path: str | Path, what: str) -> tuple[str, ...]:
     return lines
 
 
-def _check_arguments(types: Sequence[str] | None, num_probes: int, select: str, extra: Mapping[str, str]) -> None:
-    if num_probes < 1:
+def _check_arguments(
+    types: Sequence[str] | None, num_probes: int | None, select: str, extra: Mapping[str, str]
+) -> None:
+    if num_probes is not None and num_probes < 1:
         raise ValueError(f"num_probes is {num_probes}, expected at least 1")
     if select not in SELECTIONS:
         raise ValueError(f"select is {select!r}, expected one of {', '.join(SELECTIONS)}")
@@ -226,7 +230,8 @@ class _Selection:
     answers: set[bytes]
 
 
-def _select(read: Iterable[Pair | str], num_probes: int, seed: int, select: str) -> _Selection:
+def _select(read: Iterable[Pair | str], num_probes: int | None, seed: int, select: str) -> _Selection:
+    most = DEFAULT_PROBES if num_probes is None else num_probes
     num_rows, keys, answers, reasons = 0, set(), set(), []
 
     def usable() -> Iterator[Pair]:
@@ -242,16 +247,16 @@ def _select(read: Iterable[Pair | str], num_probes: int, seed: int, select: str)
                 yield item
 
     if select == "random":
-        pairs = heapq.nsmallest(num_probes, usable(), key=lambda pair: _rank(seed, pair))
+        pairs = heapq.nsmallest(most, usable(), key=lambda pair: _rank(seed, pair))
     else:
-        pairs = [pair for index, pair in enumerate(usable()) if index < num_probes]
+        pairs = [pair for index, pair in enumerate(usable()) if index < most]
     num_repeated = num_rows - len(keys) - len(reasons)
     unusable = count_reasons(reasons) | ({"repeats an earlier row": num_repeated} if num_repeated else {})
-    if len(pairs) < num_probes:
+    if len(pairs) < (1 if num_probes is None else num_probes):
         listed = "; ".join([f"{what}: {count}" for what, count in unusable.items()] + reasons[:1])
         raise ValueError(
-            f"{num_probes} probes were asked for, but of {num_rows} rows only {len(pairs)} are usable"
-            f"{f' ({listed})' if listed else ''}; ask for fewer with --num_probes, or give more data"
+            f"{num_probes or 'some'} probes were asked for, but of {num_rows} rows only {len(pairs)} are usable"
+            f"{f' ({listed})' if listed else ''}; give more data, or leave --num_probes out to take all that there are"
         )
     return _Selection(pairs, num_rows, unusable, answers)
 

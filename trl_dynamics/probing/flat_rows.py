@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from trl_dynamics.probing.schema import (
     REQUIRED_TYPES,
     RESERVED_FIELDS,
-    WITHOUT_REJECTED,
     Probe,
     ProbeSet,
     is_blank,
@@ -64,7 +63,7 @@ def from_rows(
         rows (`Sequence[Mapping]`): One per probe: `prompt`, `probe_id` if it has one, and a column per response type.
         name (`str`, *optional*): Of the set.
         required_types (`tuple[str, ...]`, *optional*): Types that every probe must have. None: chosen and rejected, or
-            chosen alone where no row has a rejected answer, which is then said.
+            chosen alone where no row has a rejected answer.
         types (`Sequence[str]`, *optional*): Columns that hold answers besides those named like a response type.
 
     Raises:
@@ -93,8 +92,6 @@ def from_rows(
     if reader.dropped:
         listed = ", ".join(f"{what}: {count}" for what, count in sorted(reader.dropped.items()))
         logger.warning("probe set %r: blank responses were dropped (%s)", name, listed)
-    if required_types is None and not has_rejected:
-        logger.warning("probe set %r has no rejected answers: %s", name, WITHOUT_REJECTED)
     if left_out:
         logger.warning(
             "probe set %r: left out %s, which no response type is named like. A column of answers is named with "

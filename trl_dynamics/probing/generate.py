@@ -151,12 +151,10 @@ class LocalModel:
         """
         rows = []
         for request in requests:
-            ids = self._prompt_ids(request.prompt)
-            ids = cut_prompt(ids, request.sampling.max_prompt_length, self.tokenizer.bos_token_id)
+            ids = self._ids_of(request)
             room = request.sampling.max_new_tokens if self._context is None else self._context - len(ids)
             if room < 1:
-                reason = f"the prompt has {len(ids)} tokens, the model's context is {self._context}"
-                yield request, Failure(f"{reason}; --max_prompt_length keeps the prompt's last tokens")
+                yield request, Failure(f"{self.too_long(request)}; --max_prompt_length keeps the prompt's last tokens")
             else:
                 rows.append((min(room, request.sampling.max_new_tokens), ids, request))
         # Rows of one batch share their limit: past the context a model may have no positions left for any of them.
@@ -166,6 +164,17 @@ class LocalModel:
             for start in range(0, len(alike), self.batch_size):
                 group = alike[start : start + self.batch_size]
                 yield from self._answer([row[1] for row in group], [row[2] for row in group], limit)
+
+    def too_long(self, request: Request) -> str | None:
+        """Why the model's context has no room for an answer to this; None if it has."""
+        num_tokens = len(self._ids_of(request))
+        if self._context is None or num_tokens < self._context:
+            return None
+        return f"the prompt has {num_tokens} tokens, the model's context is {self._context}"
+
+    def _ids_of(self, request: Request) -> list[int]:
+        ids = self._prompt_ids(request.prompt)
+        return cut_prompt(ids, request.sampling.max_prompt_length, self.tokenizer.bos_token_id)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

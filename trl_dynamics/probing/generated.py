@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 OWN_ANSWERS: dict[str, float] = {"chosen_initial": 1.0, "greedy": 0.0}
 # Where the next turn of a dialogue in plain text begins, so where an answer ends.
 DIALOGUE_TURN = "\n\nHuman:"
+# Why a text has no rephrase: asking again does not help, and a cut text is another text.
+TOO_LONG = "too long for the model's context"
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,9 @@ def _rephrase(
         again = []
         for job in jobs:
             probe_id = by_key[job.key].probe_id
+            if job in found.impossible:
+                result.rejected.append(Rejected(probe_id, job.response_type, TOO_LONG, ""))
+                continue
             if job in found.failures:
                 failures[probe_id, job.response_type] = found.failures[job]
                 continue

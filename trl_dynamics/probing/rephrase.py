@@ -6,7 +6,7 @@ keeps the meaning in other words, a format rephrase keeps the form and changes t
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -71,10 +71,11 @@ class Job:
 
 @dataclass
 class Rephrased:
-    """Answers and failures by job, and how many answers the cache had."""
+    """Answers and failures by job, what cannot be asked at all, and how many answers the cache had."""
 
     answers: dict[Job, Answer]
     failures: dict[Job, str]
+    impossible: dict[Job, str] = field(default_factory=dict)
     num_cached: int = 0
     num_generated: int = 0
 
@@ -116,12 +117,16 @@ class GeneratedRephraser:
     def rephrase(
         self, jobs: Sequence[Job], cache: AnswerCache, progress: Callable[[int, int], None] | None = None
     ) -> Rephrased:
-        """Ask for every job that the cache has no answer to."""
+        """Ask for every job that the cache has no answer to, and whose whole text the model has room for."""
         requests = {job: self._request(job) for job in jobs}
+        too_long = getattr(self.generator, "too_long", lambda request: None)
+        impossible = {job: reason for job, request in requests.items() if (reason := too_long(request)) is not None}
+        requests = {job: request for job, request in requests.items() if job not in impossible}
         found: Answers = answer_all(self.generator, requests.values(), cache, progress)
         return Rephrased(
             {job: _cleaned(found.answers[r]) for job, r in requests.items() if r in found.answers},
             {job: found.failures[r] for job, r in requests.items() if r in found.failures},
+            impossible,
             found.num_cached,
             found.num_generated,
         )

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.encode import LengthLimits
-from trl_dynamics.probing.schema import RESERVED_FIELDS, ProbeSet, check_amount
+from trl_dynamics.probing.schema import RESERVED_FIELDS, WITHOUT_REJECTED, ProbeSet, check_amount
 from trl_dynamics.tracking.budget import check_budget
 from trl_dynamics.tracking.schedule import check_every
 
@@ -91,12 +91,14 @@ def require_types(probe_set: ProbeSet, types: Sequence[str]) -> None:
 
 
 def narrow(probe_set: ProbeSet, max_probes: int | None, subset: float | None, *, tells: bool) -> ProbeSet:
-    """[`ProbeSet.narrow`]; the process that `tells` warns of a subset larger than the set."""
+    """[`ProbeSet.narrow`]; the process that `tells` warns of a subset larger than the set, and of missing answers."""
     kept = probe_set.narrow(max_probes, subset)
     if tells and subset is not None and subset > len(kept):
         logger.warning(
             f"probe_subset is {subset:g}, but the probe set {kept.name!r} has {len(kept)} probes: all are scored"
         )
+    if tells and "rejected" not in kept.response_types:
+        logger.warning(f"probe set {kept.name!r} has no rejected answers: {WITHOUT_REJECTED}")
     return kept
 
 

@@ -12,12 +12,13 @@ from trl_dynamics.cli import sources
 from trl_dynamics.cli.options import option
 from trl_dynamics.probing import card
 from trl_dynamics.probing import io as probe_io
-from trl_dynamics.probing.build import Built, build, read_lines, settle_seams
+from trl_dynamics.probing.build import DEFAULT_PROBES, Built, build, read_lines, settle_seams
 from trl_dynamics.probing.cache import AnswerCache
 from trl_dynamics.probing.generate import LocalModel, Sampling
 from trl_dynamics.probing.generated import Generation
 from trl_dynamics.probing.quality import Embedder, Gate
 from trl_dynamics.probing.rephrase import FileRephraser, GeneratedRephraser, Rephraser
+from trl_dynamics.probing.schema import WITHOUT_REJECTED
 from trl_dynamics.probing.server import OpenAIServer
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class BuildArguments(DataArguments):
     """Options of `trl-dynamics probes build`."""
 
     types: list[str] = option([], "Response types; by default all that the data and the models given allow.")
-    num_probes: int = option(500, "Prompts to probe.")
+    num_probes: int | None = option(None, "Prompts to probe. None: 500, or all where the data has fewer.")
     seed: int = option(0, "Of the selection and of every draw.")
     select: str = option("random", "'random', or 'first' for the first rows of the data.")
     columns: list[str] = option([], "COLUMN=TYPE: answers that the data already has.")
@@ -57,7 +58,11 @@ class BuildArguments(DataArguments):
     batch_size: int = option(16, "Prompts that a local model answers at a time.")
     trust_remote_code: bool = option(False, "Run model code that comes from the hub.")
     max_new_tokens: int = option(256, "Longest answer or rephrase, in tokens.")
-    max_prompt_length: int | None = option(None, "For own answers: a longer prompt keeps its last tokens.")
+    max_prompt_length: int | None = option(
+        None,
+        "For own answers: a longer prompt keeps its last tokens. Rephrases are of whole texts: one too long for "
+        "the model's context has none.",
+    )
     stop: list[str] = option([], "Texts before which the model's own answers end.")
     rephraser: str | None = option(
         None, "Who rephrases: a server's URL (OpenAI-compatible), a file of ready rephrases, or a model as in --model."
@@ -93,6 +98,8 @@ def run(argv: list[str]) -> int:
     folder = built.save(args.output_dir, overwrite=args.overwrite)
     for line in summary(built):
         print(line)
+    if args.num_probes is None and len(built.probe_set) < DEFAULT_PROBES:
+        print(f"these are all usable rows; without --num_probes a set takes up to {DEFAULT_PROBES}")
     print(f"probe set: {folder}")
     return 0
 
@@ -167,6 +174,8 @@ def summary(built: Built) -> list[str]:
                 f"answers of {part['by'] if 'by' in part else part['model']}: "
                 f"{part['generated']} new, {part['from_cache']} from the cache"
             )
+    if "rejected" not in built.probe_set.response_types:
+        lines.append(f"no rejected answers: {WITHOUT_REJECTED}")
     return lines
 
 

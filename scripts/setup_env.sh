@@ -1,7 +1,9 @@
-# Sourced by quickstart.sh and test.sh: a virtual environment with this checkout in it, made once and reused.
+# Sourced by quickstart.sh, test.sh and compat.sh: a virtual environment with this checkout in it, made once and reused.
 #   setup_env EXTRAS    creates or updates the environment and puts it first on PATH
 # TRL_DYNAMICS_VENV names another place for it (default: .venv in the checkout, where relative paths start), PYTHON
-# another interpreter.
+# another interpreter, TRL_DYNAMICS_CONSTRAINTS other pins than constraints.txt (an absolute path).
+
+constraints=${TRL_DYNAMICS_CONSTRAINTS:-constraints.txt}
 
 fail() {
     echo "error: $*" >&2
@@ -59,8 +61,8 @@ install() {
     log="$venv/install.log"
     echo "installing into $venv (a few minutes the first time; log: $log)"
     # torch comes first: with it in place no other package can pull in a different build.
-    if ! { "$venv/bin/python" -m pip install -c constraints.txt torch &&
-        "$venv/bin/python" -m pip install -c constraints.txt -e ".[$extras]"; } >"$log" 2>&1; then
+    if ! { "$venv/bin/python" -m pip install -c "$constraints" torch &&
+        "$venv/bin/python" -m pip install -c "$constraints" -e ".[$extras]"; } >"$log" 2>&1; then
         # pip itself calls an index it cannot reach "conflicting dependencies", because of the pins.
         if grep -qE "$unreachable" "$log"; then
             fail "no network: pip could not reach its package index (log: $log)"
@@ -81,7 +83,7 @@ setup_env() {
         flock 9
     fi
     stamp="$venv/installed-$extras"
-    wanted="$(cat constraints.txt setup.cfg pyproject.toml | cksum) $PWD"
+    wanted="$(cat "$constraints" setup.cfg pyproject.toml | cksum) $PWD"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         # What other extras installed from other pins is about to be overwritten: they no longer count as installed.
         for other in "$venv"/installed-*; do

@@ -58,11 +58,13 @@ def make_trainer(
 
     `dtype` is that of the weights, `make_model` has the signature of `tiny_model`. In GRPO, groups of two complete a
     prompt with six tokens and are rewarded for letters; with `beta` the reference model is loaded from a folder below
-    `output_dir`, as TRL wants it.
+    `output_dir`, as TRL wants it. With probes, `probe_every` has a value: the default depends on the clock.
     """
     set_seed(options.setdefault("seed", 7))
     config_class, trainer_class = (getattr(package, f"{method.upper()}{kind}") for kind in ("Config", "Trainer"))
     defaults = _OPTIONS | (_GRPO_OPTIONS if method == "grpo" else {})
+    if package is trl_dynamics and (probes is not None or "probe_set" in options):
+        options.setdefault("probe_every", 0.05)
     args = config_class(output_dir=str(output_dir), **(defaults | options))
     model = make_model("llama", attention_dropout=dropout).to(dtype)
     extra = {}

@@ -32,6 +32,8 @@ class Scenario:
             trainer must refuse them.
         mixed_precision (`str`, *optional*): As `accelerate launch --mixed_precision` would set it; the config's own
             `bf16` wants to see a GPU.
+        clocks_differ (`bool`, *optional*): By the main process' clock no scoring between the first and the last is
+            affordable, by those of the others all are.
         full_disk_at (`int`, *optional*): The step at which the main process, and only that one, cannot write records.
         options (`dict`, *optional*): For the config.
     """
@@ -45,6 +47,7 @@ class Scenario:
     resume_from: str | None = None
     parallelism: dict = field(default_factory=dict)
     mixed_precision: str = "no"
+    clocks_differ: bool = False
     full_disk_at: int | None = None
     options: dict = field(default_factory=dict)
 
@@ -105,6 +108,7 @@ SCENARIOS = {
     "tied": Scenario("sft", tied=True),
     "saved": Scenario("sft", options=SAVING),
     "resumed": Scenario("sft", options=SAVING, resume_from="saved"),
+    "thinned": Scenario("sft", clocks_differ=True, options={"probe_every": None}),
     "full_disk": Scenario("sft", options=SHARED, full_disk_at=2),
     "full_disk_stop": Scenario("sft", options=SHARED | {"probe_on_error": "stop"}, full_disk_at=2),
     "resumed_from_one": Scenario("sft", options=SAVING, resume_from="../one/saved"),

@@ -52,7 +52,9 @@ def one(folder):
 @pytest.fixture(scope="module")
 def two(folder, one):
     # First what finds the processes by itself: training arguments may tell accelerate what they are.
-    return launch("ddp", [*TRACKED, *SAME_COURSE, "grpo", "full_disk", "resumed_from_one"], folder / "ddp", 2)
+    return launch(
+        "ddp", [*TRACKED, *SAME_COURSE, "grpo", "thinned", "full_disk", "resumed_from_one"], folder / "ddp", 2
+    )
 
 
 @pytest.mark.parametrize("name", SAME_COURSE)
@@ -67,6 +69,20 @@ def test_two_processes_record_what_one_records(name, one, two):
     for line, other in zip(ours, theirs, strict=True):
         del line["probe/seconds"], other["probe/seconds"]
         assert line == pytest.approx(other, abs=1e-3)
+
+
+def test_one_process_decides_for_all_what_a_schedule_leaves_out(two):
+    """Processes whose clocks differ would wait for each other for ever."""
+    two.outcome("thinned")
+    meta = json.loads((two.folder / "thinned/dynamics/meta.json").read_text())
+    assert [(choice["step"], choice["taken"]) for choice in meta["decisions"]] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (3, False),
+        (4, True),
+    ]
+    assert sorted(records(two.folder / "thinned").index.unique("step")) == [0, 4]
 
 
 def test_two_processes_gauge_what_one_gauges(one, two):

@@ -102,7 +102,12 @@ def run(name: str, config: str, folder: Path, num_processes: int, device_options
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
     disk_is_full = scenario.full_disk_at is not None
-    with full_disk(trainer, scenario.full_disk_at, folder / name) if disk_is_full else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if disk_is_full:
+            stack.enter_context(full_disk(trainer, scenario.full_disk_at, folder / name))
+        if scenario.clocks_differ:
+            affords = lambda *args, step, **more: step in (0, 4) or not accelerator.is_main_process  # noqa: E731
+            stack.enter_context(mock.patch("trl_dynamics.tracking.callback.is_affordable", affords))
         trainer.train(resume_from_checkpoint=checkpoint)
     share = share_held(trainer, config)
     if num_processes > 1 and config != "ddp":

@@ -78,3 +78,12 @@ def test_training_is_trls(case, arm, expected, tmp_path):
     else:
         assert len(trl_dynamics.load_records(tmp_path)["step"].unique()) > 10
         assert len(recorded_steps(tmp_path)) == (10 if "akg_every" in CASES[case] else 0)
+
+
+@pytest.mark.parametrize("case", ["sft", "dpo", "grpo"])
+def test_training_is_trls_with_the_default_schedule(case, expected, tmp_path):
+    """Whatever the clock leaves out."""
+    options = CASES[case] | {"probe_every": None}
+    assert_equal(trace(case, "padded", tmp_path, **options), expected(case))
+    steps = sorted(trl_dynamics.load_records(tmp_path)["step"].unique())
+    assert (steps[0], steps[-1]) == (0, 20)

@@ -37,6 +37,7 @@ def flags(world, output_dir, **options) -> list[str]:
         "probe_set": world / "probes.jsonl",
         "output_dir": output_dir,
         "max_steps": 2,
+        "probe_every": 0.05,
         "use_cpu": True,
         "bf16": False,
         "report_to": "none",

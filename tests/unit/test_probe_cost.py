@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from trl_dynamics.tracking.cost import CostLedger
+from trl_dynamics.tracking.cost import CostLedger, duration
 
 
 class Clock:
@@ -57,18 +57,19 @@ def test_a_resumed_run_counts_on_from_its_checkpoint():
     assert resumed.setup_seconds == 0.125
 
 
-@pytest.mark.parametrize(("probe_seconds", "share"), [(0.2, 0.02), (1.0, 0.1)])
-def test_the_projection_comes_true(probe_seconds, share):
+@pytest.mark.parametrize("probe_seconds", [0.2, 1.0])
+def test_the_projection_comes_true(probe_seconds):
     clock = Clock()
     ledger = CostLedger(clock)
     noise = random.Random(0)
     costs = [lambda step: 1.0 + 0.1 * noise.random(), lambda step: probe_seconds]
-    train(ledger, clock, range(1, 101), 10, *costs)
-    projected = ledger.projected_share(1000, 90)
+    train(ledger, clock, range(1, 2), 10, *costs)
+    ledger.mark(1)
+    train(ledger, clock, range(2, 101), 10, *costs)
+    projected = ledger.projected_training(100, 1000)
     train(ledger, clock, range(101, 1001), 10, *costs)
-    assert projected == pytest.approx(ledger.probe_seconds / ledger.train_seconds, rel=0.02)
-    assert projected == pytest.approx(share, rel=0.1)
-    assert ledger.projected_share(1000, 0) == pytest.approx(ledger.probe_seconds / ledger.train_seconds)
+    assert projected == pytest.approx(ledger.train_seconds, rel=0.02)
+    assert ledger.typical_cost == pytest.approx(probe_seconds)
 
 
 def test_slow_first_steps_do_not_count_for_the_rest():
@@ -76,17 +77,11 @@ def test_slow_first_steps_do_not_count_for_the_rest():
     clock = Clock()
     ledger = CostLedger(clock)
     slow = [lambda step: 60.0 if step == 1 else 0.1, lambda step: 10.0 if step == 1 else 0.01]
-    train(ledger, clock, range(1, 51), 1, *slow)
-    expected = (10 + 0.01 * 9999) / (60 + 0.1 * 9999)
-    assert ledger.projected_share(10_000, 9950) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(("steps", "every"), [(2, 1), (10, 1), (40, 20)], ids=["one step", "few steps", "few probes"])
-def test_nothing_is_projected_from_too_little(steps, every):
-    clock = Clock()
-    ledger = CostLedger(clock)
-    train(ledger, clock, range(1, steps + 1), every, lambda step: 1.0, lambda step: 1.0)
-    assert ledger.projected_share(1000, 50) is None
+    train(ledger, clock, range(1, 2), 1, *slow)
+    ledger.mark(1)
+    train(ledger, clock, range(2, 51), 1, *slow)
+    assert ledger.projected_training(50, 10_000) == pytest.approx(60 + 0.1 * 9999, rel=1e-6)
+    assert ledger.typical_cost == pytest.approx(0.01)
 
 
 def test_a_resumed_part_is_projected_from_its_own_speed():
@@ -96,6 +91,14 @@ def test_a_resumed_part_is_projected_from_its_own_speed():
     train(ledger, clock, range(1, 101), 10, lambda step: 2.0, lambda step: 0.2)
     resumed = CostLedger(clock)
     resumed.restart(100, ledger.timeline)
-    assert resumed.projected_share(1000, 90) is None
+    assert resumed.typical_cost == pytest.approx(0.2)
     train(resumed, clock, range(101, 151), 10, lambda step: 1.0, lambda step: 0.1)
-    assert resumed.projected_share(1000, 85) == pytest.approx((2.0 + 0.5 + 8.5) / (200 + 50 + 850))
+    assert resumed.typical_cost == pytest.approx(0.1)
+    assert resumed.projected_training(150, 1000) == pytest.approx(200 + 50 + 850)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0 s"), (0.0421, "0.042 s"), (4.23, "4.2 s"), (9.97, "10 s"), (261.4, "261 s")]
+)
+def test_seconds_are_written_with_two_digits(seconds, said):
+    assert duration(seconds) == said

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from trl_dynamics.tracking.schedule import probe_steps
+from trl_dynamics.tracking.schedule import plan, probe_steps, repeated_steps
+from trl_dynamics.trainers.config import ProbeArguments
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,31 @@ def test_errors_say_what_was_given_and_expected(every):
 def test_neither_infinity_nor_nan_is_a_number_of_steps(every):
     with pytest.raises(ValueError, match="probe_every"):
         probe_steps(10, every)
+
+
+def planned(earlier=None, **options):
+    schedule = plan(ProbeArguments(**options), 100, earlier)
+    return schedule.every, schedule.limit, schedule.is_thinned
+
+
+def test_a_given_spacing_has_no_limit_and_the_default_one_has():
+    assert planned() == (0.05, 1 / 3, True)
+    assert planned(probe_budget=0.1) == (0.05, 0.1, False)
+    assert planned(probe_every=0.05) == (0.05, None, False)
+    assert planned(probe_every=7, probe_budget=0.1) == (7, 0.1, False)
+    assert plan(ProbeArguments(), 100).steps == frozenset(probe_steps(100, 0.05))
+
+
+def test_a_resumed_run_keeps_spacing_and_limit_unless_others_are_given():
+    seven = {"steps": [0, 7], "every": 7, "budget": None, "thinned": False}
+    assert planned(seven) == (7, None, False)
+    assert planned(seven, probe_budget=0.2) == (7, 0.2, False)
+    assert planned(seven, probe_every=9) == (9, None, False)
+    first = plan(ProbeArguments(), 100)
+    assert plan(ProbeArguments(), 100, first.description) == first
+
+
+def test_checkpoints_and_evaluations_are_counted():
+    assert repeated_steps("steps", 30, 100, 1) == {30, 60, 90}
+    assert repeated_steps("epoch", 500, 100, 3) == {34, 67, 100}
+    assert repeated_steps("no", 30, 100, 3) == repeated_steps("steps", 0, 100, 3) == set()

@@ -94,7 +94,7 @@ def cost_text(metas: list[dict]) -> str:
     probing, training = (sum(meta[name] for meta in metas) for name in ("probe_seconds", "train_seconds"))
     return (
         f"Probing took {probing:.0f} s beside {training:.0f} s of training ({probing / training:.0%}), because the "
-        "model is tiny and the runs are short; in runs of your own a warning comes when it will pass 5 %."
+        "model is tiny, the runs are short and probe_every is given; without it, at most a third of training is taken."
     )
 
 
@@ -123,7 +123,7 @@ def _quiet() -> Iterator[None]:
     level = trainers.level
     trainers.setLevel(logging.WARNING)
     # Findings, places and cost are printed together at the end.
-    told_at_the_end = ("records: ", "page: ", "probing will take ", *(f"{name}: " for name, *_ in STAGES))
+    told_at_the_end = ("records: ", "page: ", "probing ", *(f"{name}: " for name, *_ in STAGES))
     loggers = [logging.getLogger(f"trl_dynamics.tracking.{module}") for module in ("callback", "series")]
 
     def is_for_now(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """trl-dynamics track: score models, or the checkpoints of a run, on a probe set, without training."""
 
 import dataclasses
+import functools
 import logging
 import re
 import time
@@ -13,10 +14,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils import logging as transformers_logging
 
 from trl_dynamics import stats_head
 from trl_dynamics.cli import sources
 from trl_dynamics.probing.schema import ProbeSet
+from trl_dynamics.progress import with_bar
 from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.aside import is_tracked
 from trl_dynamics.tracking.identity import model_identity
@@ -24,6 +27,7 @@ from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import SAMPLES, to_table
 from trl_dynamics.tracking.run import LIMITS, build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.tracking.threads import tell_threads
 from trl_dynamics.trainers.config import ScoringArguments
 from trl_dynamics.trainers.parallelism import refuse_lone_processes
 from trl_dynamics.trainers.probe_checks import narrow, require_types
@@ -129,6 +133,8 @@ def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
     for name, value in settings.items():
         setattr(args, name, value)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if state.is_main_process:
+        tell_threads(accelerator.device, accelerator.num_processes)
     set_seed(0)
     probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes, args.probe_types)
     require_types(probe_set, args.probe_types)
@@ -189,6 +195,8 @@ class _Session:
         began = time.perf_counter()
         model, tokenizer = _load(target.path, args, self.accelerator.device)
         engine, fallback = build_engine(model, tokenizer, probe_set, args, self.accelerator)
+        shown = self.accelerator.is_main_process and transformers_logging.is_progress_bar_enabled()
+        engine.watch = functools.partial(with_bar, shown=shown)
         sampler = build_sampler(model, tokenizer, probe_set, args, engine)
         stats_head.install(model)
         settle_layout(engine, model, fallback, required=required)

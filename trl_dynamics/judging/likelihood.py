@@ -13,6 +13,7 @@ from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse, LengthLi
 from trl_dynamics.probing.generate import Failure, LocalModel
 from trl_dynamics.probing.layouts import PaddedLayout, ProbeBatch
 from trl_dynamics.probing.schema import Probe, Prompt, is_blank
+from trl_dynamics.progress import with_bar
 from trl_dynamics.stats_head import StatsRequest
 
 _NO_LIMITS = LengthLimits()
@@ -54,7 +55,8 @@ class Likelihood:
             else:
                 encoded[index] = row
         indices = list(encoded)
-        for batch in self._layout.batches(EncodedProbes(tuple(encoded.values()))) if indices else ():
+        batches = self._layout.batches(EncodedProbes(tuple(encoded.values()))) if indices else []
+        for batch in with_bar(batches, len(batches), "judging"):
             for item, mean in self._means(batch).items():
                 scores[indices[item]] = Score(mean, {"logp_mean": mean})
         return scores

@@ -40,7 +40,7 @@ def is_affordable(
         scheduled (`frozenset[int]`): Steps of the whole schedule.
         decisions (`list[dict]`): Earlier choices, each with `step` and `taken`.
     """
-    costs = [seconds for _, seconds, _ in ledger.timeline if seconds > 0]
+    costs = ledger.costs
     if not costs or step >= max_steps:
         return True
     if step == 0:

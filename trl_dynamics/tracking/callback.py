@@ -1,5 +1,6 @@
 """The tracker inside training: schedule -> engine -> store -> scalars, on every process together."""
 
+import functools
 import logging
 import math
 
@@ -9,20 +10,22 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl_dynamics.compat import log_apart
 from trl_dynamics.probing.layouts import PaddedLayout
 from trl_dynamics.probing.schema import ProbeSet
+from trl_dynamics.progress import with_bar
 from trl_dynamics.tracking import alerts, metrics
 from trl_dynamics.tracking.budget import check_budget, is_affordable
-from trl_dynamics.tracking.cost import MAX_SHARE
 from trl_dynamics.tracking.engine import ProbeEngine
+from trl_dynamics.tracking.forecast import Forecast
 from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import SAMPLES, to_table
 from trl_dynamics.tracking.run import recorded_layout
 from trl_dynamics.tracking.samples import sample_scalars
 from trl_dynamics.tracking.sampling import GreedySampler
-from trl_dynamics.tracking.schedule import probe_steps
+from trl_dynamics.tracking.schedule import Schedule, plan, repeated_steps
 from trl_dynamics.tracking.series import Series
 from trl_dynamics.tracking.step_table import StepTable
 from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.tracking.threads import tell_threads
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +63,14 @@ class ProbeCallback(TrainerCallback):
         check_budget(trainer.args.probe_budget)
         self.trainer, self.engine, self.config, self.fallback = trainer, engine, config, fallback
         self.sampler = sampler
+        shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+        engine.watch = functools.partial(with_bar, shown=shown)
         meta["model"] |= model_identity(trainer.model)
         self.series = Series(store, probe_set, meta, config, trainer.accelerator, trainer.args.probe_on_error)
+        self._schedule: Schedule | None = None
         self._steps: frozenset[int] = frozenset()
-        self._warned = False
+        self._forecast: Forecast | None = None
+        self._marks: frozenset[int] = frozenset()
         self._scalars: tuple[int, dict[str, float]] | None = None
         self._running, self._settled = False, False
 
@@ -79,21 +86,19 @@ class ProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Open the store, or continue it after a checkpoint, and take what is due and not there."""
-        steps = probe_steps(
-            state.max_steps,
-            args.probe_every,
-            log_spaced=args.probe_log_spaced,
-            at_start=args.probe_at_start,
-            at_end=args.probe_at_end,
-        )
-        self._steps, self._warned = frozenset(steps), False
         resumed, began = state.global_step > 0, self.series.cost.now()
-        self._settle_layout(self.series.recorded_plan() if resumed else None)
+        earlier = self.series.recorded() if resumed else None
+        self._schedule = plan(args, state.max_steps, earlier and earlier["schedule"])
+        self._steps = self._schedule.steps
+        self._settle_layout(earlier and earlier["batch_plan"])
         self.series.meta["batch_plan"] = self.engine.batch_plan
-        self.series.meta["schedule"] = {"steps": steps, "on_save": args.probe_on_save, "budget": args.probe_budget}
+        self.series.meta["schedule"] = self._schedule.description | {"on_save": args.probe_on_save}
         mark = state.stateful_callbacks.get(CHECKPOINT_KEY, {}) if resumed else {}
         self.series.begin(state.global_step, mark, self.series.cost.now() - began)
         self._mark_checkpoints(state)
+        self._expect(state)
+        if state.is_world_process_zero:
+            tell_threads(self.trainer.accelerator.device, self.trainer.accelerator.num_processes)
         self._scalars, self._running = None, True
         # A run that died between a checkpoint and its probe takes the probe when it comes back.
         if self._is_due(state) or (resumed and args.probe_on_save):
@@ -101,6 +106,8 @@ class ProbeCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Probe where the schedule says so."""
+        if state.global_step in self._marks:
+            self._say(state, self._forecast.after_step(state.global_step))
         if self._is_due(state):
             self._probe(state)
 
@@ -117,6 +124,7 @@ class ProbeCallback(TrainerCallback):
         # With load_best_model_at_end the model is no longer that of the last step.
         if args.probe_at_end and not args.load_best_model_at_end:
             self._probe(state)
+        self._say(state, self._forecast.at_end())
         self.series.end(training_lines(state))
         self.close()
 
@@ -131,7 +139,7 @@ class ProbeCallback(TrainerCallback):
 
     def _is_affordable(self, state: TrainerState) -> bool:
         """Whether the budget, if there is one, allows a probe now: the main process decides and notes it."""
-        share, step, series = self.trainer.args.probe_budget, state.global_step, self.series
+        share, step, series = self._schedule.limit, state.global_step, self.series
         if share is None or step in series.steps:
             return True
         decisions = series.meta.setdefault("decisions", [])
@@ -188,7 +196,7 @@ class ProbeCallback(TrainerCallback):
             # After meta.json says so: a run that dies here and comes back does not tell it again.
             if self.trainer.args.probe_alerts:
                 alerts.tell(news, step, self.trainer.args.report_to)
-            self._warn_of_cost(state)
+        self._say(state, self._forecast.after_scoring(step, seconds))
 
     def _measure(self, step: int) -> tuple[pa.Table, list[list[int]], StepTable, dict[str, float]]:
         """Records of the model as it is, its y* ids, the records once more as a table, and its scalars."""
@@ -228,18 +236,20 @@ class ProbeCallback(TrainerCallback):
     def _mark_checkpoints(self, state: TrainerState) -> None:
         state.stateful_callbacks[CHECKPOINT_KEY] = self.series.mark()
 
-    def _warn_of_cost(self, state: TrainerState) -> None:
-        args, remaining = self.trainer.args, {step for step in self._steps if step > state.global_step}
-        if args.probe_on_save and args.save_strategy == "steps" and state.save_steps:
-            remaining |= {s for s in range(0, state.max_steps + 1, int(state.save_steps)) if s > state.global_step}
-        share = self.series.cost.projected_share(state.max_steps, len(remaining))
-        if not self._warned and share is not None and share > MAX_SHARE and args.probe_budget is None:
-            self._warned = True
-            logger.warning(
-                f"probing will take about {100 * share:.0f} % of the time that training takes (more than "
-                f"{100 * MAX_SHARE:.0f} %). To make it cheaper, probe less often (probe_every, now "
-                f"{args.probe_every:g}), score fewer probes (probe_subset), or set a limit (probe_budget={MAX_SHARE})"
-            )
+    def _expect(self, state: TrainerState) -> None:
+        """Count the scorings to come, for the forecast of their cost."""
+        args, due = self.trainer.args, set(self._steps)
+        if args.probe_on_save:
+            due |= repeated_steps(args.save_strategy, state.save_steps, state.max_steps, state.num_train_epochs)
+        if args.probe_on_evaluate:
+            due |= repeated_steps(args.eval_strategy, state.eval_steps, state.max_steps, state.num_train_epochs)
+        self._forecast = Forecast(self.series.cost, self._schedule, due, state.global_step, state.max_steps)
+        self._marks = self._forecast.marks
+
+    @staticmethod
+    def _say(state: TrainerState, message: tuple[int, str] | None) -> None:
+        if message is not None and state.is_world_process_zero:
+            logger.log(*message)
 
 
 def console_line(step: int, scalars: dict[str, float]) -> str:

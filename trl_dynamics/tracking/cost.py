@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-# A projection needs a few probes, and training steps beyond those in which kernels warm up and caches fill.
-MIN_PROBES, MIN_STEPS = 3, 10
-MAX_SHARE = 0.05
+# What one scoring costs is the median of so many last ones.
+RECENT = 5
 
 
 class CostLedger:
@@ -30,10 +29,11 @@ class CostLedger:
         """
         self.timeline = [list(entry) for entry in timeline if entry[0] <= step]
         self.setup_seconds = setup_seconds
-        self._first, self._step = len(self.timeline), step
+        self._first = len(self.timeline)
         self._train_before = self.timeline[-1][2] if self.timeline else 0.0
         self._probed_before = self.probe_seconds
         self._began = self._clock()
+        self._marked = step, self.train_seconds
 
     @property
     def probe_seconds(self) -> float:
@@ -57,21 +57,33 @@ class CostLedger:
         """Count seconds that just passed neither as training nor as probing."""
         self._began += seconds
 
-    def projected_share(self, max_steps: int, remaining: int) -> float | None:
-        """Seconds of probing over seconds of training at the end of the run, None while too little is known.
+    @property
+    def costs(self) -> list[float]:
+        """Seconds of each scoring so far, earlier parts of a resumed run included."""
+        return [seconds for _, seconds, _ in self.timeline if seconds > 0]
 
-        Probing so far + (median probe) x (probes to come), over training so far + (seconds per step) x (steps to
-        come); seconds per step are taken between the first mark after a step of this part of the run and now.
+    @property
+    def typical_cost(self) -> float:
+        """Median seconds of the last scorings of this part of the run, else of earlier ones."""
+        own = [seconds for _, seconds, _ in self.timeline[self._first :] if seconds > 0]
+        return median((own or self.costs)[-RECENT:])
+
+    def mark(self, step: int) -> None:
+        """Start to measure training time per step, after steps that are slow because kernels and caches warm up."""
+        self._marked = step, self.train_seconds
+
+    def projected_training(self, step: int, max_steps: int) -> float:
+        """Seconds of training that the whole run will take: those so far, and the steps to come at the speed since
+        [`CostLedger.mark`].
 
         Args:
-            max_steps (`int`): Optimiser steps of the whole run.
-            remaining (`int`): Probes to come.
+            step, max_steps (`int`): Optimiser steps done, after the marked one, and of the whole run.
         """
-        own = self.timeline[self._first :]
-        costs = [seconds for _, seconds, _ in own if seconds > 0]
-        trained = [entry for entry in own if entry[0] > self._step]
-        if len(costs) < MIN_PROBES or not trained or trained[-1][0] - trained[0][0] < MIN_STEPS:
-            return None
-        per_step = (trained[-1][2] - trained[0][2]) / (trained[-1][0] - trained[0][0])
-        training = self.timeline[-1][2] + per_step * (max_steps - trained[-1][0])
-        return (self.probe_seconds + median(costs) * remaining) / training if training > 0 else None
+        marked, until = self._marked
+        trained = self.train_seconds
+        return trained + (trained - until) / (step - marked) * (max_steps - step)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: 0.042 s, 4.2 s, 42 s."""
+    return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.2g} s"

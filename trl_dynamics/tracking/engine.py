@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,8 @@ class ProbeEngine:
         self.encoded, self.top_k, self.accelerator, self.float32 = encoded, top_k, accelerator, float32
         lengths = [len(item.response_ids) for item in encoded.items]
         self._token_start_I = torch.tensor([0, *lengths]).cumsum(0)
+        # May show a progress bar: takes what is gone through, how many there are, and what is done.
+        self.watch: Callable[[Iterable, int, str], Iterable] = lambda items, total, what: items
         self.use(layout)
 
     def use(self, layout: Layout) -> None:
@@ -92,6 +94,11 @@ class ProbeEngine:
         """How many processes share the work, and which one this is."""
         return (self.accelerator.num_processes, self.accelerator.process_index) if self.accelerator else (1, 0)
 
+    @property
+    def _num_own_batches(self) -> int:
+        world, rank = self.processes
+        return sum(len(group.batches) for group in self.groups[rank::world])
+
     @contextlib.contextmanager
     def scoring(self, model: nn.Module) -> Iterator[torch.device]:
         """How every forward of a probe runs: evaluation mode, no gradient, the engine's precision; on which device."""
@@ -117,8 +124,8 @@ class ProbeEngine:
         sums = torch.zeros(len(self.encoded.items), len(_SUMS) + 2, dtype=torch.float64)
         stars, fresh = self._flat_stars(star_ids), star_ids is None
         with self.scoring(model):
-            forwards = self._forwards(model, None if fresh else stars, device)
-            for batch, values_NS, ids_N in _one_behind(forwards, device):
+            forwards = _one_behind(self._forwards(model, None if fresh else stars, device), device)
+            for batch, values_NS, ids_N in self.watch(forwards, self._num_own_batches, "scoring"):
                 self._accumulate(batch, values_NS, sums)
                 if fresh:
                     own_N = ~batch.is_eos_mask_N

@@ -115,7 +115,8 @@ class GreedySampler:
         groups = self.groups(cached)
         world, rank = engine.processes
         with engine.scoring(model) as device:
-            for first in range(0, len(groups), world):
+            turns = range(0, len(groups), world)
+            for first in engine.watch(turns, len(turns), "answering"):
                 turn = groups[first : first + world]
                 # All processes run as many forwards as the longest group of the turn; surplus ones repeat one.
                 limit = max(self._room[index] for group in turn for index in group)

@@ -1,6 +1,58 @@
-"""When to probe: a fixed set of steps that depends on the arguments alone, so that a resumed run keeps to it."""
+"""When to probe: a fixed set of steps that depends on the arguments alone, and the limit that may thin it."""
 
 import math
+from dataclasses import dataclass
+
+# Where `probe_every` is not given: the schedule, and most seconds of probing over seconds of training.
+DEFAULT_EVERY, DEFAULT_LIMIT = 0.05, 1 / 3
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one run plans to score.
+
+    Args:
+        steps (`frozenset[int]`): Steps of the whole schedule.
+        every (`float`): As `probe_every`.
+        limit (`float`, *optional*): Most time of probing over time of training; None for no limit.
+        is_thinned (`bool`): Whether the limit is there because no `probe_every` was given.
+    """
+
+    steps: frozenset[int]
+    every: float
+    limit: float | None
+    is_thinned: bool
+
+    @property
+    def description(self) -> dict:
+        """What meta.json keeps of it."""
+        return {"steps": sorted(self.steps), "every": self.every, "budget": self.limit, "thinned": self.is_thinned}
+
+
+def plan(args, max_steps: int, earlier: dict | None = None) -> Schedule:
+    """The schedule of a run.
+
+    A given `probe_every` is obeyed, with the given `probe_budget` or no limit. Without it a resumed run keeps the
+    spacing and the limit that it began with, and a new one has [`DEFAULT_EVERY`] within [`DEFAULT_LIMIT`].
+
+    Args:
+        args: Anything with the fields of [`ProbeArguments`].
+        max_steps (`int`): Optimiser steps of the run.
+        earlier (`dict`, *optional*): `schedule` in the meta.json of the run that is resumed.
+    """
+    every, limit, is_thinned = args.probe_every, args.probe_budget, False
+    if every is None:
+        kept = earlier or {"every": DEFAULT_EVERY, "budget": DEFAULT_LIMIT, "thinned": True}
+        every, is_thinned = kept["every"], limit is None and kept["thinned"]
+        limit = kept["budget"] if limit is None else limit
+    steps = probe_steps(
+        max_steps,
+        every,
+        log_spaced=args.probe_log_spaced,
+        at_start=args.probe_at_start,
+        at_end=args.probe_at_end,
+    )
+    return Schedule(frozenset(steps), every, limit, is_thinned)
 
 
 def probe_steps(
@@ -29,11 +81,24 @@ def probe_steps(
     return sorted(steps)
 
 
-def check_every(every: float) -> None:
-    """Refuse what is neither a number of steps nor a share of them.
+def repeated_steps(strategy: str, interval: float, max_steps: int, num_epochs: int) -> set[int]:
+    """Steps of checkpoints or evaluations, as far as they are known before training; epochs are taken as equal.
+
+    Args:
+        strategy (`str`): `"steps"` (every `interval` steps), `"epoch"` (at the end of each); others give none.
+    """
+    if strategy == "steps" and interval >= 1:
+        return set(range(int(interval), max_steps + 1, int(interval)))
+    if strategy == "epoch":
+        return {math.ceil(max_steps * epoch / num_epochs) for epoch in range(1, num_epochs + 1)}
+    return set()
+
+
+def check_every(every: float | None) -> None:
+    """Refuse what is neither a number of steps nor a share of them; None is the default schedule.
 
     Raises:
         ValueError: If it is negative or a fraction of more than one step.
     """
-    if not 0 <= every < math.inf or (every > 1 and every != int(every)):
+    if every is not None and (not 0 <= every < math.inf or (every > 1 and every != int(every))):
         raise ValueError(f"probe_every is {every}, expected a whole number of steps, a share below 1, or 0 for none")

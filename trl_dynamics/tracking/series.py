@@ -188,9 +188,17 @@ class Series:
 
         self._on_main(work, lost=lost, what="more")
 
-    def recorded_plan(self) -> dict | None:
-        """The batch plan of the run that is about to be continued; None where there is none to read."""
-        return self._on_main(lambda: self.store.read_meta()["batch_plan"] if self.store.exists else None)
+    def recorded(self) -> dict | None:
+        """Batch plan and schedule of the run that is about to be continued; None where there are none to read."""
+        return self._on_main(self._recorded)
+
+    def _recorded(self) -> dict | None:
+        if not self.store.exists:
+            return None
+        earlier = self.store.read_meta()
+        schedule = {"every": self.store.read_config().get("probe_every", 0.05), "budget": None, "thinned": False}
+        # Older versions kept no spacing: config.yaml has the one that was given, else it was this default.
+        return {"batch_plan": earlier["batch_plan"], "schedule": schedule | earlier.get("schedule", {})}
 
     def decide(self, choose: Callable[[], bool]) -> bool:
         """A choice that the main process makes for all."""

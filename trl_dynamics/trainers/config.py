@@ -94,11 +94,13 @@ class ScoringArguments:
 class ProbeArguments(ScoringArguments):
     """What is scored, how and when; shared by all trainers of this package."""
 
-    probe_every: float = field(
-        default=0.05,
+    probe_every: float | None = field(
+        default=None,
         metadata={
-            "help": "Optimiser steps between probes; below 1 a share of all steps, 0 for no regular probes. Steps 1, "
-            "2, 4, ... before the first regular probe are added by `probe_log_spaced`."
+            "help": "Optimiser steps between scorings; below 1 a share of all steps, 0 for no regular ones. "
+            "`probe_log_spaced` adds steps 1, 2, 4, ... before the first regular one. None: 0.05, thinned so that "
+            "scoring takes at most a third of training time (see `probe_budget`). Which steps a thinned schedule "
+            "keeps depends on the clock; give a value for the same steps in every run."
         },
     )
     probe_log_spaced: bool = field(
@@ -117,8 +119,10 @@ class ProbeArguments(ScoringArguments):
     probe_budget: float | None = field(
         default=None,
         metadata={
-            "help": "Most time that probing may take, as a share of training time, e.g. 0.05: scheduled probes are "
-            "left out evenly to keep to it. Probes that `probe_on_evaluate` asks for are always taken. None: no limit."
+            "help": "Most time that scoring may take, as a share of training time, e.g. 0.05: scheduled scorings are "
+            "left out evenly to keep to it, but for the first and the last. Which ones depends on the clock. Scorings "
+            "that `probe_on_evaluate` asks for are always taken. None: no limit where `probe_every` is given, else "
+            "1/3."
         },
     )
     probe_alerts: bool = field(

@@ -21,6 +21,7 @@ from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, encode_resp
 from trl_dynamics.probing.layouts import PaddedLayout
 from trl_dynamics.probing.rows import Pair, read_pairs
 from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_types
+from trl_dynamics.progress import with_bar
 from trl_dynamics.tokens import displacement
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ def _score(chunk: list[tuple[int, Probe]], items: list, model, layout: PaddedLay
     if not items:
         return
     batches = layout.batches(EncodedProbes(tuple(items)))
-    sums = functools.reduce(add, (displacement.score_responses(model, batch, len(items)) for batch in batches))
+    watched = with_bar(batches, len(batches), "screening")
+    sums = functools.reduce(add, (displacement.score_responses(model, batch, len(items)) for batch in watched))
     index = {(item.probe_id, item.response_type): i for i, item in enumerate(items)}
     for row, probe in chunk:
         line = {"row": row, "probe_id": probe.probe_id}

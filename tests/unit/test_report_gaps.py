@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from chart_specs import all_charts, nodes
+from chart_specs import all_charts, colors, nodes
 from synthetic_runs import SQUEEZED, STEPS, records, write_run
 from test_report import Page
 
@@ -20,6 +20,8 @@ from trl_dynamics.tracking.card import model_card_section
 from trl_dynamics.tracking.store import DynamicsStore
 
 TYPES = ["chosen", "rejected", "other_test", "chosen_permuted"]
+# Named in the metadata of every synthetic probe set.
+DROPPED = {"chosen_self_rephrase": 0}
 MEASURED = ["logp_sum", "logp_mean", "prob_mean", "argmax_logp_sum", "entropy_mean", "sum_sq_mean", "rest_mass_mean"]
 # What is lost of a run: at which steps, and of which probes (all without a number).
 LOST = {
@@ -81,8 +83,9 @@ def test_the_note_says_where_and_how_many(run, case):
     lost = 4 * min(num_probes, 8)
     assert gaps.lost_answers(series.summary) == dict.fromkeys(steps, lost)
     where = {STEPS: "from step 0 on", STEPS[3:]: "from step 40 on"}.get(tuple(steps), f"at step {steps[0]}")
-    assert gaps.note(series).startswith(f"Not finite: {where}, up to {lost} of 32 answers ")
-    assert ("no change since the start" in gaps.note(series)) == (steps[0] == 0)
+    assert gaps.note(series).startswith(f"Not finite: {where}, {lost} of 32 answers ")
+    assert ("no change since" in gaps.note(series)) == (steps[0] == 0)
+    assert {row["name"]: row["probes"] for row in cards.type_rows(series.run)} == dict.fromkeys(TYPES, 8) | DROPPED
 
 
 def test_tables_have_empty_fields(run, tmp_path):
@@ -135,8 +138,10 @@ def test_a_run_without_values_is_left_out_of_the_comparison_and_the_other_is_dra
     runs = [lost, write_run(tmp_path / "kept", records(types=TYPES, num_probes=8))]
     found = {name: spec for name, spec in all_charts(runs).items() if name.startswith("comparison-")}
     assert {row["run"] for row in found["comparison-entropy"]["data"]["values"]} == {"kept"}
-    assert {row["run"] for row in found["comparison-levels_at_end"]["data"]["values"]} == {"kept"}
-    build_page(runs, tmp_path / "report.html")
+    assert list(colors(found["comparison-levels_at_end"], "run")) == ["kept"]
+    page = Page(build_page(runs, tmp_path / "report.html"))
+    assert "kept was not compared probe by probe: no value of lost is finite at step 0" in page.text
+    assert "No difference between" not in page.text
 
 
 def test_tables_and_model_card_have_words(tmp_path):

@@ -5,9 +5,11 @@ import json
 import pandas as pd
 
 from trl_dynamics.probing.schema import group_of, order_types
+from trl_dynamics.report import gaps
 from trl_dynamics.report.glossary import METRIC_TERMS
 from trl_dynamics.report.load import Run, Series
 from trl_dynamics.report.text import number, with_error
+from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.effects import Changes
 from trl_dynamics.tracking.metrics import PER_SEQUENCE, bystander_types
 
@@ -67,8 +69,9 @@ def type_rows(run: Run) -> list[dict]:
     dropped = (probes.get("metadata") or {}).get("dropped", {})
     scored: dict[str, int] = {}
     for summary in run.summaries.values():
-        for name, num_probes in summary.bands().groupby("response_type")["num_probes"].max().items():
-            scored[name] = max(scored.get(name, 0), int(num_probes))
+        known = dict.fromkeys(summary.types, 0) | gaps.scored_answers(summary)
+        known |= {name: max(known[name], count) for name, count in _most_probes(summary).items()}
+        scored |= {name: max(scored.get(name, 0), count) for name, count in known.items()}
     names = order_types([*scored, *(name for name in dropped if " " not in name)])
     return [
         {
@@ -81,6 +84,10 @@ def type_rows(run: Run) -> list[dict]:
         }
         for name in names
     ]
+
+
+def _most_probes(summary: Summary) -> dict[str, int]:
+    return summary.bands().groupby("response_type")["num_probes"].max().to_dict()
 
 
 def dropped_rows(run: Run) -> list[str]:

@@ -162,9 +162,9 @@ def _path_tooltips() -> dict:
             "tooltip": [
                 name_tip("response_type", "response"),
                 {"field": "step", "type": "quantitative"},
-                {"field": "value", "type": "quantitative", "format": "+.4~g", "title": "mean (nats)"},
-                {"field": "lo", "type": "quantitative", "format": "+.4~g", "title": "10 %"},
-                {"field": "hi", "type": "quantitative", "format": "+.4~g", "title": "90 %"},
+                {"field": "value", "type": "quantitative", "format": "+.3f", "title": "mean (nats)"},
+                {"field": "lo", "type": "quantitative", "format": "+.3f", "title": "10 %"},
+                {"field": "hi", "type": "quantitative", "format": "+.3f", "title": "90 %"},
             ],
         },
     }

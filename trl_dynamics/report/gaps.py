@@ -32,15 +32,25 @@ def metric_table(summary: Summary) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["metric", "step", "value"])
 
 
+def scored_answers(summary: Summary) -> dict[str, int]:
+    """Response type -> how many answers of it are scored, finite or not."""
+    first = summary.first
+    return dict(zip(first.types, (~np.isnan(first.values("num_tokens"))).sum(axis=1).tolist(), strict=True))
+
+
 def lost_answers(summary: Summary) -> dict[int, int]:
     """Steps at which answers have no finite log-probability -> how many of them.
 
     Every step scores the same answers, so that what the start scored is what there should be.
     """
-    first = summary.first
-    scored = dict(zip(first.types, (~np.isnan(first.values("num_tokens"))).sum(axis=1).tolist(), strict=True))
+    scored = scored_answers(summary)
     lost = {part.step: _lost(part, scored) for part in summary.parts}
     return {step: count for step, count in lost.items() if count}
+
+
+def any_finite(summary: Summary, step: int) -> bool:
+    """Whether any answer of a recorded step has a finite log-probability."""
+    return lost_answers(summary).get(step, 0) < sum(scored_answers(summary).values())
 
 
 def remark(summary: Summary) -> str:
@@ -55,11 +65,12 @@ def note(series: Series) -> str:
     if not lost:
         return ""
     summary, steps = series.summary, list(lost)
-    most, of = max(lost.values()), int((~np.isnan(summary.first.values("num_tokens"))).sum())
-    text = f"Not finite: {_where(summary, steps)}, up to {most:,} of {of:,} answers have no finite log-probability. "
+    most, of = max(lost.values()), sum(scored_answers(summary).values())
+    up_to = "up to " if min(lost.values()) < most else ""
+    text = f"Not finite: {_where(summary, steps)}, {up_to}{most:,} of {of:,} answers have no finite log-probability. "
     text += "Means are over the finite values; charts have a gap where there is none."
     if steps[0] == summary.steps[0]:
-        text += " An answer that is not finite at the start has no change since the start."
+        text += " What is not finite at the start has no change since then: choose log-probability per token above."
     return text
 
 

@@ -37,7 +37,7 @@ def levels(summary: Summary, looks: Looks = ALONE) -> dict | None:
         "axis": {"title": "log-probability, nats", "tickCount": 8},
     }
     shown = [name_tip("response_type", "response"), *(name_tip(f"{end}_text", end) for end in ("start", "end"))]
-    texts = {end: f"isValid(datum.{end}) ? format(datum.{end}, '.4~g') : 'not finite'" for end in ("start", "end")}
+    texts = {end: f"isValid(datum.{end}) ? format(datum.{end}, '.3f') : 'not finite'" for end in ("start", "end")}
     return chart(
         data_rows(ends),
         {"expr": f"'{what} of every response type, per ' + (column == '{PER_TOKEN}' ? 'token' : 'sequence')"},
@@ -83,7 +83,7 @@ def levels_by_run(summaries: Mapping[str, Summary], looks: Looks = ALONE) -> dic
     if not rows:
         return None
     types = order_types(row["response_type"] for row in rows)
-    drawn = looks.of_runs([*summaries])
+    drawn = looks.of_runs([*dict.fromkeys(row["run"] for row in rows)])
     domain = {"domain": list(drawn)}
     colors = domain | {"range": [look.color for look in drawn.values()]}
     shapes = domain | {"range": [look.shape for look in drawn.values()]}

@@ -12,7 +12,7 @@ from trl_dynamics.report.explorer import explorer
 from trl_dynamics.report.glossary import HOW_TO_READ, TERMS
 from trl_dynamics.report.influence_tokens import token_strips
 from trl_dynamics.report.load import Run, Series, load_runs, split_series
-from trl_dynamics.report.spec import VEGA_LITE
+from trl_dynamics.report.spec import CONFIG, VEGA_LITE
 from trl_dynamics.report.steps import is_log_spaced
 from trl_dynamics.report.style import Looks
 from trl_dynamics.report.text import page_value
@@ -66,7 +66,7 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
         how_to_read=HOW_TO_READ,
         strips=bool(strips),
         static_chart=_svg_uri(renderer, main_chart) if main_chart else "",
-        data_json=inline_json(page_value({"charts": specs, "explorer": explorer(scored, looks), "strips": strips})),
+        data_json=inline_json(page_value(_data(specs) | {"explorer": explorer(scored, looks), "strips": strips})),
         vega=renderer.javascript_bundle(vl_version=VEGA_LITE),
     )
     output = Path(output)
@@ -155,7 +155,17 @@ def _why_not_comparable(first: Series, other: Series) -> str:
     difference = ours.values("num_tokens") - theirs.like(ours).values("num_tokens")
     if (np.abs(difference) > 0).any():
         return "another tokenizer or length limit, so values per token do not compare"
+    for one in (first, other):
+        for step in (one.steps[0], max(shared_steps)):
+            if not gaps.any_finite(one.summary, step):
+                return f"no value of {one.label} is finite at step {step:,}"
     return ""
+
+
+def _data(specs: dict[str, dict]) -> dict:
+    """The charts, and once the part that all of them share."""
+    own = {key: {name: part for name, part in spec.items() if name != "config"} for key, spec in specs.items()}
+    return {"config": CONFIG, "charts": own}
 
 
 def _keyed(prefix: str, charts: dict[str, dict]) -> dict[str, dict]:

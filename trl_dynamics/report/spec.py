@@ -10,6 +10,20 @@ from trl_dynamics.report import style
 VEGA_LITE = "6.4"
 SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE.split('.')[0]}.json"
 
+CONFIG = {
+    "background": None,
+    "font": style.FONT,
+    "view": {"stroke": None},
+    "axis": {
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": 400,
+        "domain": False,
+        "ticks": False,
+    },
+    "legend": {"labelFontSize": 11, "symbolStrokeWidth": 2.5, "symbolSize": 220, "labelLimit": 240},
+}
+
 
 def chart(rows: list[dict], title: str | dict, *, height: int, **parts) -> dict:
     """A spec as wide as its place, with its data inside; `parts` are further top-level entries.
@@ -23,19 +37,7 @@ def chart(rows: list[dict], title: str | dict, *, height: int, **parts) -> dict:
         "height": height,
         "autosize": {"type": "fit-x", "contains": "padding"},
         "data": {"values": rows},
-        "config": {
-            "background": None,
-            "font": style.FONT,
-            "view": {"stroke": None},
-            "axis": {
-                "labelFontSize": 11,
-                "titleFontSize": 11,
-                "titleFontWeight": 400,
-                "domain": False,
-                "ticks": False,
-            },
-            "legend": {"labelFontSize": 11, "symbolStrokeWidth": 2.5, "symbolSize": 220, "labelLimit": 240},
-        },
+        "config": CONFIG,
         **parts,
     }
 

@@ -25,7 +25,7 @@
   }
 
   function draw(place) {
-    const spec = data.charts[place.dataset.chart];
+    const spec = Object.assign({ config: data.config }, data.charts[place.dataset.chart]);
     const actions = { export: true, source: false, compiled: false, editor: false };
     return window
       .vegaEmbed(place, spec, { renderer: "svg", actions: actions, config: theme() })

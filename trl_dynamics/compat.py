@@ -91,6 +91,19 @@ def full_head_weights(head: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Ten
         yield weight, bias
 
 
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether the module is its `weight` and `bias` and nothing more, wherever accelerate's hooks have moved it.
+
+    Adapters, quantised layers and heads with a forward of their own, on the class or on the instance, are not.
+    """
+    own = vars(head)
+    forward = own.get("_old_forward" if "_hf_hook" in own else "forward")
+    if forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward:
+        return False
+    is_linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    return is_linear and head.weight.device.type != "meta"
+
+
 def whole_numel(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, of which ZeRO-3 leaves none in sight outside a forward."""
     return getattr(parameter, "ds_numel", parameter.numel())
@@ -113,6 +126,25 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     if scaling is not None:
         factor = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
     return factor, getattr(config, "final_logit_softcapping", None)
+
+
+def reset_rope(model: nn.Module) -> None:
+    """Put rotary embeddings of type dynamic back to where a fresh model starts.
+
+    They keep the frequencies of the longest row that they have seen, until a row below the trained length comes: a
+    row of just that length would else be scored with the frequencies of whatever ran before.
+    """
+    for module in model.modules():
+        trained = getattr(module, "original_max_seq_len", None)
+        if trained is None:
+            continue
+        for name in [name for name in (*vars(module), *module._buffers) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            original = getattr(module, f"{prefix}original_inv_freq", None)
+            if original is not None and getattr(module, name) > trained:
+                frequencies = getattr(module, f"{prefix}inv_freq")
+                setattr(module, f"{prefix}inv_freq", original.to(frequencies.device).clone())
+                setattr(module, name, trained)
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:

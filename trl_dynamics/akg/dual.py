@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_dynamics.akg.operations import Nestable, Unhooked
 from trl_dynamics.akg.task import Task, refuse_split
+from trl_dynamics.stats_head import kept_state
 
 HALF = (torch.float16, torch.bfloat16)
 # Takes a tile's logits (n, V) and their derivatives of first and, where asked for, second order along the change.
@@ -213,7 +214,8 @@ def _with_values(model: nn.Module, values: Mapping[str, torch.Tensor], call: Cal
 
 @contextlib.contextmanager
 def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
-    """Evaluation mode, and attention by operations that have derivatives of forward mode; all put back at the end.
+    """Evaluation mode, and attention by operations that have derivatives of forward mode; all put back at the end, and
+    what forwards changed in the modules' buffers and plain attributes as well.
 
     With `checkpointing`, the modules that checkpoint their activations still do so, which transformers makes them do
     in training mode only; what is inside of them stays in evaluation mode. Models that are configured to drop anything
@@ -227,7 +229,7 @@ def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None
     fused = torch.backends.mha.get_fastpath_enabled()  # nn.TransformerEncoderLayer's own, with no derivative at all
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with kept_state(model), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

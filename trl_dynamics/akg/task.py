@@ -15,9 +15,14 @@ from torch.distributed.tensor import DTensor
 
 from trl_dynamics.akg.losses import Loss, mean_cross_entropy
 from trl_dynamics.compat import base_causal_lm, logit_transform
-from trl_dynamics.ops.tiled_head import TILE_ELEMENTS
+from trl_dynamics.ops.tiled_head import TILE_ELEMENTS, transformed
+from trl_dynamics.stats_head.check import Precision, same_log_probs
+from trl_dynamics.stats_head.forward import own_logits, require_decoder
+from trl_dynamics.stats_head.ways import num_labels_of
 
 IGNORED = -100
+# Tokens of the row on which a model's own log-probabilities are compared with those of its head.
+_NUM_CHECKED = 32
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
     """
     refuse_split(model)
     base = base_causal_lm(model)
+    require_decoder(base)
     if getattr(base, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"{type(base).__name__} has no LM head; use akg.task.classifier for other models")
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
@@ -93,12 +99,9 @@ def causal_lm_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Ite
     row_N, column_N = predicting(batch["labels"])
     hidden_ND = hidden_BTD[row_N, column_N]
     head, (factor, softcap) = base.get_output_embeddings(), logit_transform(base)
-    tile = max(1, TILE_ELEMENTS // head.weight.shape[0])
+    tile = max(1, TILE_ELEMENTS // num_labels_of(base, head))
     for start in range(0, len(hidden_ND), tile):
-        logits_nV = head(hidden_ND[start : start + tile])
-        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
-        logits_nV = logits_nV if factor == 1.0 else logits_nV * factor
-        yield logits_nV if softcap is None else torch.tanh(logits_nV / softcap) * softcap
+        yield transformed(head(hidden_ND[start : start + tile]), factor, softcap)
 
 
 def causal_lm_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -190,19 +193,25 @@ def _check_batch(batch: Any) -> None:
 
 
 def _check_head(model: nn.Module) -> None:
-    """Refuse models whose logits are not what their output embeddings make of their last hidden states."""
-    device = next(model.parameters()).device
-    ids_BT = torch.tensor([[1, 2, 3]], device=device)
+    """Refuse models whose log-probabilities are not what their output embeddings make of their last hidden states."""
+    head = base_causal_lm(model).get_output_embeddings()
+    ids_BT = torch.arange(1, 1 + _NUM_CHECKED)[None] * 7919 % num_labels_of(base_causal_lm(model), head)
+    ids_BT = ids_BT.to(next(model.parameters()).device)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            own = model(input_ids=ids_BT, use_cache=False).logits[0, :-1].float()
-            ours = torch.cat(list(causal_lm_logits(model, {"input_ids": ids_BT, "labels": ids_BT}))).float()
+            own = own_logits(base_causal_lm(model), model, input_ids=ids_BT)[0, :-1]
+            ours = torch.cat(list(causal_lm_logits(model, {"input_ids": ids_BT, "labels": ids_BT})))
+        same = same_log_probs(own, ours, half=Precision.of_weights(model).half)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):  # no last hidden states, or none of the size that the embeddings take
+        same = False
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if float((own - ours).abs().max()) > 0.05 * float(own.abs().max()) + 1e-6:
+    if not same:
         raise ValueError(
             f"{type(base_causal_lm(model)).__name__} does more than its output embeddings to its last hidden states, "
             "so that akg.task.causal_lm would observe another model; make a Task with functions of your own"

@@ -22,6 +22,7 @@ from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.progress import with_bar
 from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.aside import is_tracked
+from trl_dynamics.tracking.head_check import settle_head
 from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import SAMPLES, to_table
@@ -199,6 +200,7 @@ class _Session:
         engine.watch = functools.partial(with_bar, shown=shown)
         sampler = build_sampler(model, tokenizer, probe_set, args, engine)
         stats_head.install(model)
+        settle_head(engine, model, fallback, required=required)
         settle_layout(engine, model, fallback, required=required)
         plan = engine.batch_plan["fingerprint"]
         replayed = self.run.meta["batch_plan"]["fingerprint"] if self.run is not None else plan

@@ -36,6 +36,7 @@ class Likelihood:
         self._context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         pad_id = self.tokenizer.pad_token_id
         self._layout = PaddedLayout(judge.batch_size, min(self._ends) if pad_id is None else pad_id)
+        self._settled = False
         self.about = {"model": judge.name, "unit": "nats per token"}
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score | Failure]:
@@ -55,6 +56,10 @@ class Likelihood:
             else:
                 encoded[index] = row
         indices = list(encoded)
+        if indices and not self._settled:
+            stats_head.settle(self.model, encoded[indices[0]].input_ids)
+            self._layout = self._layout.at_most(stats_head.own_forward_tokens(self.model))
+            self._settled = True
         batches = self._layout.batches(EncodedProbes(tuple(encoded.values()))) if indices else []
         for batch in with_bar(batches, len(batches), "judging"):
             for item, mean in self._means(batch).items():

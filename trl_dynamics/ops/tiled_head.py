@@ -6,8 +6,9 @@ No tensor of shape (all positions, V) ever exists: a tile holds about `TILE_ELEM
 `ACCELERATOR_FACTOR` times as many), whatever N and V are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,17 @@ import torch.nn.functional as F
 from trl_dynamics.ops import squeeze
 
 TILE_ELEMENTS, ACCELERATOR_FACTOR = 1 << 20, 4
+
+
+class TileLogits(Protocol):
+    """Gives the logits of some positions; the caller may write into what it gets."""
+
+    @property
+    def num_labels(self) -> int:
+        """V."""
+
+    def logits(self, inputs_N: torch.Tensor) -> torch.Tensor:
+        """(N, V) logits as the model itself computes them, in float32 (float64 for a float64 model)."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +38,69 @@ class Head:
     factor: float = 1.0
     softcap: float | None = None
 
+    @property
+    def num_labels(self) -> int:
+        """V."""
+        return self.weight_VD.shape[0]
+
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """(N, V) logits as the model itself computes them, in float32 (float64 for a float64 model)."""
-        logits_NV = F.linear(hidden_ND, self.weight_VD, self.bias_V)
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        if self.factor != 1.0:
-            logits_NV = logits_NV * self.factor
-        if self.softcap is not None:
-            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
-        return logits_NV
+        """(N, V) logits of hidden states (N, D)."""
+        return transformed(F.linear(hidden_ND, self.weight_VD, self.bias_V), self.factor, self.softcap)
+
+
+@dataclass(frozen=True)
+class CalledHead:
+    """The LM head as a module, whatever it does to hidden states; factor and soft cap on what it returns."""
+
+    module: Callable[[torch.Tensor], torch.Tensor]
+    num_labels: int
+    factor: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """(N, V) logits of hidden states (N, D)."""
+        return transformed(self.module(hidden_ND), self.factor, self.softcap)
+
+
+@dataclass(frozen=True)
+class KnownLogits:
+    """Logits (P, V) that a model has computed itself; its positions are asked for by their index."""
+
+    logits_PV: torch.Tensor
+
+    @property
+    def num_labels(self) -> int:
+        """V."""
+        return self.logits_PV.shape[-1]
+
+    def logits(self, index_N: torch.Tensor) -> torch.Tensor:
+        """(N, V) logits at these indices (N,) int64."""
+        return transformed(self.logits_PV[index_N], 1.0, None)
+
+
+def transformed(logits_NV: torch.Tensor, factor: float, softcap: float | None) -> torch.Tensor:
+    """Raw logits (N, V) in float32 at least, times `factor`, and capped."""
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if factor != 1.0:
+        logits_NV = logits_NV * factor
+    if softcap is not None:
+        logits_NV = torch.tanh(logits_NV / softcap) * softcap
+    return logits_NV
 
 
 def token_stats(
-    hidden_ND: torch.Tensor, head: Head, target_N: torch.Tensor, extra_NE: torch.Tensor | None = None, top_k: int = 10
+    hidden_ND: torch.Tensor,
+    head: TileLogits,
+    target_N: torch.Tensor,
+    extra_NE: torch.Tensor | None = None,
+    top_k: int = 10,
 ) -> dict[str, torch.Tensor]:
     """Statistics of softmax(head(hidden)) at each position, in nats and probabilities.
 
-    Shapes: hidden (N, D), target (N,) int64, extra (N, E) int64. Returned, all (N,) unless said: `target_logp`,
-    `argmax_logp`, `argmax_id`, `other_id` and `other_logp` (likeliest label besides the target), `entropy`, `sum_sq`
-    (sum_v p_v^2), `topk_mass` (probability of the k likeliest labels), `extra_logp` (N, E) when asked for.
+    Shapes: hidden (N, D), or whatever else the head takes, one entry per position; target (N,) int64, extra (N, E)
+    int64. Returned, all (N,) unless said: `target_logp`, `argmax_logp`, `argmax_id`, `other_id` and `other_logp`
+    (likeliest label besides the target), `entropy`, `sum_sq` (sum_v p_v^2), `topk_mass` (probability of the k
+    likeliest labels), `extra_logp` (N, E) when asked for.
     """
     parts = []
     for rows, logits_NV in _tiles(hidden_ND, head):
@@ -57,10 +113,10 @@ def squeeze_rows(hidden_ND: torch.Tensor, head: Head, label_N: torch.Tensor) -> 
     return squeeze.join([squeeze.keep_rows(logits_NV, label_N[rows]) for rows, logits_NV in _tiles(hidden_ND, head)])
 
 
-def _tiles(hidden_ND: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
+def _tiles(hidden_ND: torch.Tensor, head: TileLogits) -> Iterator[tuple[slice, torch.Tensor]]:
     """Positions and their logits, tile by tile."""
     factor = 1 if hidden_ND.device.type == "cpu" else ACCELERATOR_FACTOR
-    tile = max(1, factor * TILE_ELEMENTS // head.weight_VD.shape[0])
+    tile = max(1, factor * TILE_ELEMENTS // head.num_labels)
     # An empty request still yields one (empty) tile, so that the outputs keep their dtypes.
     for start in range(0, max(1, len(hidden_ND)), tile):
         rows = slice(start, start + tile)

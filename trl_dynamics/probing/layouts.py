@@ -7,7 +7,7 @@ model's weights. So a response is always scored in the same company, and its num
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -99,6 +99,12 @@ class PaddedLayout:
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"padding_side is {self.padding_side!r}, expected 'left' or 'right'")
         _check_budget(self.tokens_per_batch)
+
+    def at_most(self, tokens: int | None) -> "PaddedLayout":
+        """The same with at most so many tokens per batch; with None, as it is."""
+        if tokens is None:
+            return self
+        return replace(self, tokens_per_batch=min(tokens, self.tokens_per_batch or tokens))
 
     def groups(self, encoded: EncodedProbes) -> list[BatchGroup]:
         """One group per batch."""

@@ -15,6 +15,7 @@ from trl_dynamics.tracking import alerts, metrics
 from trl_dynamics.tracking.budget import check_budget, is_affordable
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.forecast import Forecast
+from trl_dynamics.tracking.head_check import confirm_head, settle_head
 from trl_dynamics.tracking.identity import model_identity
 from trl_dynamics.tracking.layout_check import settle_layout
 from trl_dynamics.tracking.records import SAMPLES, to_table
@@ -125,6 +126,7 @@ class ProbeCallback(TrainerCallback):
         if args.probe_at_end and not args.load_best_model_at_end:
             self._probe(state)
         self._say(state, self._forecast.at_end())
+        self._confirm_head()
         self.series.end(training_lines(state))
         self.close()
 
@@ -225,10 +227,20 @@ class ProbeCallback(TrainerCallback):
         args = self.trainer.args
         if plan is not None:
             self.engine.use(recorded_layout(plan, args, self.fallback))
-        else:
-            required = args.probe_layout == "shared_prefix"
+        required = args.probe_layout == "shared_prefix"
+        settle_head(self.engine, self.trainer.model, self.fallback, required=required)
+        if plan is None:
             settle_layout(self.engine, self.trainer.model, self.fallback, required=required)
         self._settled = True
+
+    def _confirm_head(self) -> None:
+        """Warn at the end if the model has changed so that the stats head no longer gives its log-probabilities."""
+        apart = confirm_head(self.engine, self.trainer.model) if self._settled else None
+        if apart is not None and self.trainer.is_world_process_zero():
+            logger.warning(
+                f"the model has changed in training: log-probabilities of its own logits now differ by up to "
+                f"{apart:.2g} nats from those that were recorded. Score the checkpoints anew with `trl-dynamics track`"
+            )
 
     def _write_progress(self, state: TrainerState) -> None:
         self.series.write_progress(training_lines(state))

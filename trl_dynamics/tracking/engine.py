@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from trl_dynamics.compat import PromptCache
 from trl_dynamics.probing.encode import EncodedProbes
 from trl_dynamics.probing.layouts import BatchGroup, Layout, ProbeBatch, Prompts
-from trl_dynamics.stats_head import StatsRequest, is_installed, prompts_only
+from trl_dynamics.stats_head import StatsRequest, is_installed, kept_state, prompts_only
+from trl_dynamics.stats_head.check import Precision
 from trl_dynamics.tracking.precision import float32_compute
 
 # Sums over a response's own tokens that the engine accumulates, in this order; EOS and the count follow.
@@ -98,6 +99,13 @@ class ProbeEngine:
     def _num_own_batches(self) -> int:
         world, rank = self.processes
         return sum(len(group.batches) for group in self.groups[rank::world])
+
+    def computes_in_half(self, model: nn.Module) -> bool:
+        """Whether forwards of a scoring round to half precision."""
+        if self.float32:
+            return False
+        autocast = self.accelerator is not None and self.accelerator.mixed_precision not in (None, "no")
+        return autocast or Precision.of_weights(model).half
 
     @contextlib.contextmanager
     def scoring(self, model: nn.Module) -> Iterator[torch.device]:
@@ -318,11 +326,13 @@ def _arrived(result: tuple, event: torch.Event | None) -> tuple:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode, and its parameters sharded, as they were after."""
+    """Evaluation mode inside; after it every module has its own mode, buffers and plain attributes as before, and its
+    parameters are sharded again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with kept_state(model):
+            yield
     finally:
         for module in training:
             module.training = True

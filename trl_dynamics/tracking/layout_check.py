@@ -29,22 +29,31 @@ def settle_layout(engine: ProbeEngine, model: nn.Module, fallback: Layout, *, re
         required (`bool`): Whether the layout was asked for by name, so that it may not be given up.
 
     Raises:
-        ValueError: If the layouts disagree and `required` is set.
+        ValueError: If the layouts disagree, or the engine's does not run, and `required` is set.
     """
     if engine.layout.name == fallback.name:
         return
     sample = two_probes(engine.encoded)
-    paths = [_logp_mean(engine, model, sample, layout) for layout in (engine.layout, fallback)]
-    # Every process sees the same sums, so all of them come to the same verdict.
-    apart = sum(abs(a - b) if a != b else 0.0 for a, b in zip(*paths, strict=True)) / len(sample.items)
-    tolerance = HALF_TOLERANCE if _computes_in_half(engine, model) else TOLERANCE
-    if apart <= tolerance:
-        return
-    what = (
-        f"the layouts {engine.layout.name!r} and {fallback.name!r} differ by {apart:.2g} nats per token on this model"
-    )
+    padded = _logp_mean(engine, model, sample, fallback)
+    tolerance = HALF_TOLERANCE if engine.computes_in_half(model) else TOLERANCE
+    try:
+        shared = _logp_mean(engine, model, sample, engine.layout)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # What a model does with a cache that it does not expect is its own.
+        reason = (str(error).splitlines() or [""])[0]
+        what = f"the layout {engine.layout.name!r} does not run on this model ({type(error).__name__}: {reason:.100})"
+    else:
+        # Every process sees the same sums, so all of them come to the same verdict.
+        apart = sum(abs(a - b) if a != b else 0.0 for a, b in zip(shared, padded, strict=True)) / len(sample.items)
+        if apart <= tolerance:
+            return
+        what = (
+            f"the layouts {engine.layout.name!r} and {fallback.name!r} differ by {apart:.2g} nats per token on this "
+            f"model (allowed: {tolerance:g})"
+        )
     if required:
-        raise ValueError(f"{what} (allowed: {tolerance:g}); use probe_layout='auto' or 'padded'")
+        raise ValueError(f"{what}; use probe_layout='auto' or 'padded'")
     logger.warning(f"{what}: probes are scored as {fallback.name!r}, which is slower")
     engine.use(fallback)
 
@@ -63,10 +72,3 @@ def _logp_mean(engine: ProbeEngine, model: nn.Module, sample: EncodedProbes, lay
     probe = ProbeEngine(sample, layout, accelerator=engine.accelerator, float32=engine.float32)
     values = probe.score(model).columns["logp_mean"]
     return [value if math.isfinite(value) else math.inf for value in values]
-
-
-def _computes_in_half(engine: ProbeEngine, model: nn.Module) -> bool:
-    if engine.float32:
-        return False
-    autocast = engine.accelerator is not None and engine.accelerator.mixed_precision not in (None, "no")
-    return autocast or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from trl_dynamics import stats_head
 from trl_dynamics.probing.encode import EncodedPrompt, answer_text
 from trl_dynamics.stats_head import StatsRequest, is_installed
 from trl_dynamics.tracking.engine import ProbeEngine
@@ -112,7 +113,7 @@ class GreedySampler:
         engine, cached = self.engine, self.engine.layout.name == "shared_prefix"
         ids_QT = torch.zeros(len(self.prompts), self.max_new_tokens, dtype=torch.int64)
         logp_QT = torch.zeros(len(self.prompts), self.max_new_tokens, dtype=torch.float64)
-        groups = self.groups(cached)
+        groups = self.groups(cached, stats_head.own_forward_tokens(model))
         world, rank = engine.processes
         with engine.scoring(model) as device:
             turns = range(0, len(groups), world)
@@ -128,13 +129,14 @@ class GreedySampler:
         ids_QT, logp_QT = engine.all_sum(ids_QT, device), engine.all_sum(logp_QT, device)
         return self._columns(ids_QT.tolist(), logp_QT)
 
-    def groups(self, cached: bool) -> list[list[int]]:
-        """The frozen batches, as indices of prompts: ascending lengths, within the budget of tokens."""
+    def groups(self, cached: bool, most: int | None = None) -> list[list[int]]:
+        """The frozen batches, as indices of prompts: ascending lengths, within the budget and `most` tokens."""
+        budget = self.tokens_per_batch if most is None else min(most, self.tokens_per_batch)
         order = sorted(range(len(self.prompts)), key=lambda index: (len(self.prompts[index].input_ids), index))
         found: list[list[int]] = []
         for index in order:
             width, rows = len(self.prompts[index].input_ids), len(found[-1]) + 1 if found else 0
-            keys, budget = rows * (width + self.max_new_tokens), self.tokens_per_batch
+            keys = rows * (width + self.max_new_tokens)
             fits = rows * width <= budget and keys <= _KEYS_PER_TOKEN * budget if cached else keys <= budget
             if found and fits:
                 found[-1].append(index)

@@ -126,6 +126,9 @@ def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> 
                 continue
             chunk.append((row, probe))
             items += new
+        if items and not scored:
+            stats_head.settle(model, items[0].input_ids)
+            layout = layout.at_most(stats_head.own_forward_tokens(model))
         scored += _score(chunk, items, model, layout)
         logger.info("screened: %d of %d", min(len(probes), start + CHUNK), len(probes))
     if not scored:

@@ -1,23 +1,25 @@
 """The one forward that gives per-token statistics: installed on a model instance, removed again.
 
 TRL's fused LM head returns neither logits nor hidden states, so the model's forward is wrapped once more: called with
-`stats_request=` it runs the backbone and a tiled head and returns small per-token tensors; called in any other way it
-is the forward it was. All work happens inside the root forward, so that the hooks of FSDP and DeepSpeed ZeRO gather
-parameters as they do in training.
+`stats_request=` it runs the backbone and a tiled head (or the model's own forward, see `ways.py`) and returns small
+per-token tensors; called in any other way it is the forward it was. All work happens inside the root forward, so that
+the hooks of FSDP and DeepSpeed ZeRO gather parameters as they do in training.
 """
 
 import contextlib
 import functools
+import inspect
 import types
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from trl_dynamics.compat import base_causal_lm, full_head_weights, logit_transform
-from trl_dynamics.ops.tiled_head import Head, token_stats
+from trl_dynamics.ops.tiled_head import CalledHead, Head, KnownLogits, TileLogits, token_stats
+from trl_dynamics.stats_head.ways import MODULE, OWN, device_of_head, num_labels_of, way_of
 
 _ORIGINAL = "_forward_without_stats_head"
 
@@ -29,7 +31,10 @@ class StatsRequest:
     Shapes: `rows_N`, `cols_N` index the (B, T) input (the prediction at column c is of the token that follows it),
     `target_N` the label there, `extra_NE` further labels whose log-probabilities are wanted; all int64.
     `num_columns` is T: an adapter that prepends virtual tokens makes the hidden states longer than the input.
-    `return_hidden` adds `hidden_ND`, the final hidden states that the LM head reads at these positions.
+    `return_hidden` adds `hidden_ND`, the final hidden states that the LM head reads at these positions; where the
+    model's own forward is used, those that its output embeddings read.
+
+    `own_logits` asks for the logits (B, T, V) of the model's own forward instead, as `logits`.
 
     `float32` leaves an autocast that is on.
 
@@ -45,6 +50,7 @@ class StatsRequest:
     top_k: int = 10
     return_hidden: bool = False
     backbone_only: bool = False
+    own_logits: bool = False
     float32: bool = False
 
 
@@ -69,11 +75,12 @@ def install(model: nn.Module) -> None:
     fused calls alone: asked for logits, the copy of a trainer's model still runs the model that TRL patched.
 
     Raises:
-        ValueError: If the model has no LM head to score with.
+        ValueError: If the model has no LM head to score with, or encodes the prompt apart from the answer.
     """
     base = base_causal_lm(model)
     if hasattr(base, _ORIGINAL):
         return
+    require_decoder(base)
     if getattr(base, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"{type(base).__name__} has no LM head; per-token statistics need a causal language model")
 
@@ -129,21 +136,89 @@ def whole_head(base: nn.Module, hidden_ND: torch.Tensor) -> Iterator[Head]:
         yield Head(weight_VD, bias_V, factor, softcap)
 
 
+def require_decoder(base: nn.Module) -> None:
+    """Refuse models that read the prompt in an encoder.
+
+    Raises:
+        ValueError: If this is one.
+    """
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder, expected a causal language model, in which prompt and "
+            "answer are one sequence; take a decoder-only model"
+        )
+
+
+def own_logits(base: nn.Module, forward: Callable, *args, **kwargs) -> torch.Tensor:
+    """(B, T, V) logits of an ordinary `forward` without labels, `base`'s own or one around it.
+
+    Raises:
+        ValueError: If the forward returns none.
+    """
+    if "use_cache" in inspect.signature(type(base).forward).parameters:
+        kwargs["use_cache"] = "past_key_values" in kwargs
+    output = forward(*args, **kwargs)
+    logits_BTV = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
+    if not isinstance(logits_BTV, torch.Tensor) or logits_BTV.dim() != 3:
+        raise ValueError(f"{type(base).__name__} returns no logits (B, T, V), so that it cannot be scored")
+    return logits_BTV
+
+
 def _stats_forward(base: nn.Module, request: StatsRequest, *args, **kwargs) -> TokenStats:
     # PEFT wrappers hand over None for every argument of a causal LM, labels included; the backbone knows none of them.
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if request.own_logits:
+        return TokenStats({"logits": own_logits(base, getattr(base, _ORIGINAL), *args, **kwargs)})
+    way = way_of(base)
+    if way == OWN:
+        return _own_stats(base, request, *args, **kwargs)
     kwargs["use_cache"] = "past_key_values" in kwargs
     hidden_BTD = base.base_model(*args, **kwargs).last_hidden_state
     # ZeRO-3 expects every forward to use the parameters that its first one used, so even one that scores nothing looks
     # at the head's.
-    lm_head = base.get_output_embeddings()
-    device = lm_head.weight.device
+    device = device_of_head(base.get_output_embeddings())
     if request.backbone_only:
         return TokenStats()
-    shift = hidden_BTD.shape[1] - request.num_columns
-    last = hidden_BTD.device
-    hidden_ND = hidden_BTD[request.rows_N.to(last), (request.cols_N + shift).to(last)].to(device)
-    extra_NE = None if request.extra_NE is None else request.extra_NE.to(hidden_ND.device)
-    with whole_head(base, hidden_ND) as head:
-        stats = token_stats(hidden_ND, head, request.target_N.to(hidden_ND.device), extra_NE, request.top_k)
-    return TokenStats(stats | {"hidden_ND": hidden_ND} if request.return_hidden else stats)
+    hidden_ND = _at_positions(hidden_BTD, request).to(device)
+    with _called_head(base) if way == MODULE else whole_head(base, hidden_ND) as head:
+        return _stats(hidden_ND, head, request, {"hidden_ND": hidden_ND})
+
+
+@contextlib.contextmanager
+def _called_head(base: nn.Module) -> Iterator[CalledHead]:
+    head, (factor, softcap) = base.get_output_embeddings(), logit_transform(base)
+    yield CalledHead(head, num_labels_of(base, head), factor, softcap)
+
+
+def _own_stats(base: nn.Module, request: StatsRequest, *args, **kwargs) -> TokenStats:
+    """From the logits of the model's own forward, which exist as a whole here."""
+    read: list[torch.Tensor] = []
+    hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        logits_BTV = own_logits(base, getattr(base, _ORIGINAL), *args, **kwargs)
+    finally:
+        hook.remove()
+    if request.backbone_only:
+        return TokenStats()
+    num_columns, device = logits_BTV.shape[1], logits_BTV.device
+    cols_N = request.cols_N + (num_columns - request.num_columns)
+    index_N = (request.rows_N * num_columns + cols_N).to(device)
+    more = {}
+    if request.return_hidden:
+        if len(read) != 1 or read[0].shape[:2] != logits_BTV.shape[:2]:
+            raise ValueError(f"the LM head of {type(base).__name__} reads no hidden state per position")
+        more["hidden_ND"] = _at_positions(read[0], request)
+    return _stats(index_N, KnownLogits(logits_BTV.flatten(0, 1)), request, more)
+
+
+def _at_positions(values_BTD: torch.Tensor, request: StatsRequest) -> torch.Tensor:
+    """Rows of a (B, T, D) tensor at the scored positions; virtual tokens make it longer than the input."""
+    shift, device = values_BTD.shape[1] - request.num_columns, values_BTD.device
+    return values_BTD[request.rows_N.to(device), (request.cols_N + shift).to(device)]
+
+
+def _stats(inputs_N: torch.Tensor, head: TileLogits, request: StatsRequest, hidden: dict) -> TokenStats:
+    device = inputs_N.device
+    extra_NE = None if request.extra_NE is None else request.extra_NE.to(device)
+    stats = token_stats(inputs_N, head, request.target_N.to(device), extra_NE, request.top_k)
+    return TokenStats(stats | hidden if request.return_hidden else stats)

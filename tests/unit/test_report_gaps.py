@@ -189,3 +189,7 @@ def test_a_mean_over_one_probe_has_no_error(tmp_path):
     (series,) = split_series(load_runs([run]))
     assert {row["change"].split(" ", 1)[1] for row in cards.change_rows(series)} == {"(one probe)"}
     assert "nan" not in Page(build_page([run], tmp_path / "report.html")).text.split()
+
+
+def test_shares_far_above_the_whole_have_no_digits():
+    assert text.percent(0.314) == "31%" and text.percent(6.6e8) == "more than 1000%"

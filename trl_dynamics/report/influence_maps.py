@@ -11,6 +11,7 @@ import pandas as pd
 from trl_dynamics.report import style
 from trl_dynamics.report.spec import chart, name_tip, rounded
 from trl_dynamics.report.steps import thin, titled
+from trl_dynamics.report.text import percent
 from trl_dynamics.tracking.influence_findings import judged_steps
 from trl_dynamics.tracking.influence_summary import InfluenceSummary
 
@@ -44,7 +45,7 @@ def _misses(influence: InfluenceSummary, steps: list[int]) -> dict[int, str]:
     """By step, how far off the predictions of the batch's column were, for the title."""
     judged = judged_steps(influence)
     off = dict(zip(judged["step"], judged["error"], strict=True)) if len(judged) else {}
-    return {step: f": batch off by {off[step]:.0%}" if step in off else "" for step in steps}
+    return {step: f": batch off by {percent(off[step])}" if step in off else "" for step in steps}
 
 
 def force_change(influence: InfluenceSummary) -> dict | None:

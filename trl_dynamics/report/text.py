@@ -19,6 +19,11 @@ def number(value: float | None, form: str = ".4g") -> str:
     return format(value, form if abs(value) < LARGE else f"{'+' if form.startswith('+') else ''}.3g")
 
 
+def percent(value: float) -> str:
+    """A share as per cent; beyond ten times the whole its digits say nothing."""
+    return f"{value:.0%}" if abs(value) <= 10 else "more than 1000%"
+
+
 def with_error(value: float, error: float, form: str) -> str:
     """A mean with its standard error, which a single probe does not have."""
     if not math.isfinite(value):

@@ -149,6 +149,7 @@
     const row = make("div", "response answer");
     const parts = ["greedy answer at step " + answer.step, answer.tokens + " tokens, " + (answer.ended ? "ended by itself" : "cut")];
     if (answer.logp !== null) parts.push(plain(answer.logp) + " nats per token");
+    else if (answer.tokens) parts.push("log-probability not finite");
     parts.push("longest repeat " + answer.repeat);
     const text = make("div", "text", answer.text);
     text.title = "click to unfold";
@@ -250,6 +251,7 @@
   }
 
   function exact(value) {
+    if (!Number.isFinite(value)) return "not finite";
     return (value > 0 ? "+" : "") + value.toPrecision(3).replace(/-/g, "−");
   }
 

@@ -41,7 +41,7 @@ def test_text_chart_table_and_export_have_the_same_number_of_other_fluent_answer
     series = split_series(load_runs(runs))
     one = series[0]
     (found,) = [f for f in findings.find(one.summary, one.run.meta) if f.name == "squeezing"]
-    told = found.evidence["bystander_change"]
+    told = found.evidence["other_fluent_answers_change"]
     assert told == pytest.approx(-0.35, abs=0.02)
     for key in ("s0-other_fluent_logp", "compare-other_fluent_logp"):
         rows = [row for row in page.data["charts"][key]["data"]["values"] if row["run"] == "one"]

@@ -7,11 +7,12 @@ run backward tile by tile; what reaches the backbone goes through it at the end,
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from trl_dynamics.akg.dual import evaluated
 from trl_dynamics.akg.gram.uses import Call, Lookup, Outer, Use, Uses, Where, lookup_gradient
@@ -107,16 +108,19 @@ class _Recorder:
         self.weight_N, self.item_N, self.label_N = weight_N, task.items(batch), task.labels(batch)
         self.num_rows = num_rows(batch)
         names = {id(p): name for name, p in task.trainable().items()}
+        held = {inner for module in task.model.modules() for holder in _holders(module).values() for inner in holder}
         self.trained = {
             module: own
             for module in task.model.modules()
-            if (own := {key: names[id(p)] for key, p in module.named_parameters(recurse=False) if id(p) in names})
+            if module not in held and (own := {key: names[id(p)] for key, p in _own(module) if id(p) in names})
         }
+        _refuse_computed(self.trained)
         self.paths = {module: path or "the model" for path, module in task.model.named_modules()}
         self.uses: Uses = {}
         self.cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # logits that go backward at the end, and their G
         self.running = False
+        self.called: set[nn.Module] = set()
         self.spans: list[tuple[nn.Module, int]] = []  # what the head's modules returned in this tile
         self.heads: dict[tuple[nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.depth = self.num_roots = self.num_seen = 0
@@ -193,6 +197,7 @@ class _Recorder:
         if not self.running:
             return None
         self.depth -= 1
+        self.called.add(module)
         own = self.trained.get(module)
         if own is None:
             return None
@@ -201,6 +206,7 @@ class _Recorder:
                 f"{self.paths[module]} has parameters of its own ({', '.join(own)}) and returns a "
                 f"{type(output).__name__}; gram needs modules that return one tensor"
             )
+        own = own | self._used_by_hand(module)
         nth = sum(module is other for other, _ in self.spans)
         span = self._span(module, output)
         args = tuple(_detached(value) for value in args)
@@ -210,17 +216,32 @@ class _Recorder:
         def arrived(grad: torch.Tensor) -> None:
             if any(value._version != version for value, version in versions):
                 raise ValueError(f"what {self.paths[module]} read is changed in place later; gram needs it as it was")
+            # Some modules are run again in here, and those within them are none of the forward's.
+            running, self.running = self.running, False
             with torch.no_grad():
                 if span is None or len(args) != 1 or kwargs:
                     self._add(module, own, args, kwargs, grad.detach(), span)
                 else:
                     self._gather(module, nth, args[0], grad.detach(), span)
+            self.running = running
 
         if not output.requires_grad:
             # The graph starts here; the copy lets later modules work in place.
             output = output.detach().requires_grad_().clone()
         output.register_hook(arrived)
         return output
+
+    def _used_by_hand(self, module: nn.Module) -> dict[str, str]:
+        """Parameters of children that were not called, which a module with parameters of its own may have read.
+
+        Those of children that it did not read add zeros.
+        """
+        return {
+            f"{name}.{key}": parameter
+            for name, child in module.named_children()
+            if child in self.trained and child not in self.called and not any(child.children())
+            for key, parameter in self.trained[child].items()
+        }
 
     def _span(self, module: nn.Module, output: torch.Tensor) -> slice | None:
         """The labelled positions of the output's first axis; None where it is the rows of the batch."""
@@ -261,14 +282,15 @@ class _Recorder:
         self, module: nn.Module, keys: list[str], args: tuple, kwargs: dict, grad: torch.Tensor, span: slice | None
     ) -> Iterator[tuple[str, Use]]:
         linear = type(module).forward is nn.Linear.forward
-        if (linear or type(module).__name__ == "Conv1D") and len(args) == 1:
+        plain = {"weight", "bias"}.issuperset(keys) and not is_parametrized(module)
+        if (linear or type(module).__name__ == "Conv1D") and plain and len(args) == 1:
             where = self._where(module, grad, span, matrix=True)
             input_MI, grad_MO = args[0].flatten(0, -2), grad.flatten(0, -2)
             ones_M1 = grad_MO.new_ones(1, 1).expand(len(grad_MO), 1)
             weight = Outer(grad_MO, input_MI, where) if linear else Outer(input_MI, grad_MO, where)
             for key in keys:
                 yield key, weight if key == "weight" else Outer(grad_MO, ones_M1, where)
-        elif isinstance(module, nn.Embedding) and _is_lookup(keys, args, kwargs):
+        elif isinstance(module, nn.Embedding) and plain and _is_lookup(keys, args, kwargs):
             where = self._where(module, grad, span, matrix=True)
             yield "weight", Lookup(args[0].flatten(), lookup_gradient(module, args[0], grad), where)
         else:
@@ -304,6 +326,35 @@ class _Recorder:
                 f"{columns} columns; add a column of padding, or leave out by='position'"
             )
         return axes[0]
+
+
+def _holders(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """Children that are never called on rows, but only hold parameters for a module, with all that is in them."""
+    return {
+        name: list(child.modules())
+        for name, child in module.named_children()
+        if isinstance(child, nn.ParameterList | nn.ParameterDict)
+        or (name == "parametrizations" and is_parametrized(module))
+    }
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters by name, with those that are held for it; one that has two names comes twice."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    for name in _holders(module):
+        held = module.get_submodule(name).named_parameters(remove_duplicate=False)
+        yield from ((f"{name}.{key}", parameter) for key, parameter in held)
+
+
+def _refuse_computed(modules: Iterable[nn.Module]) -> None:
+    """Refuse weights that hooks compute of others before a forward, which a forward without hooks does not see."""
+    for module in modules:
+        hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        if found := [name for name in hooks if name in ("WeightNorm", "SpectralNorm")]:
+            raise ValueError(
+                f"a {type(module).__name__} has the hook {found[0]} of torch.nn.utils, which gram cannot go through; "
+                "use the function of the same name in torch.nn.utils.parametrizations"
+            )
 
 
 def _per_row(row_M: torch.Tensor, num_rows: int) -> int | None:

@@ -96,10 +96,11 @@ class RowTiles:
                 uses = self._recorded(update)
             for name, rows_o in todo:
                 observe = self.observe.rows(rows_o)
+                parts: dict[str, torch.Tensor] = {}
                 with evaluated(self.task.model):  # some uses run their module only now
-                    arrays = self._products(observe, num_rows(update.batch), uses)
+                    arrays = self._products(observe, num_rows(update.batch), uses, parts)
                 if check:
-                    self._check(observe, update, arrays["total"])
+                    self._check(observe, update, arrays["total"], parts)
                     check = False
                 yield Tile(name, arrays)
 
@@ -148,7 +149,8 @@ class RowTiles:
             whole.add(uses, num_rows(part.batch))
         return whole.uses
 
-    def _products(self, observe: Side, num_u: int, uses: Uses) -> Arrays:
+    def _products(self, observe: Side, num_u: int, uses: Uses, parts: dict[str, torch.Tensor]) -> Arrays:
+        """The tile's arrays; `parts` takes those of each parameter, but for a split by position."""
         num_o = num_rows(observe.batch)
         totals = {name: torch.zeros(num_o, num_u, dtype=torch.float64) for name in self._names()}
         position_OTUS = None
@@ -163,6 +165,7 @@ class RowTiles:
                 add_position_products(one, other, position_OTUS)
                 continue
             part_OU = inner_products(one, other, self.parameters[name].shape, self.diagonal.get(name))
+            parts[name] = part_OU
             for key in {"total", MODULE + self.owners[name]} & set(totals):
                 totals[key] += part_OU
         arrays = {name: total.numpy() for name, total in totals.items()}
@@ -170,20 +173,30 @@ class RowTiles:
             arrays |= {"position": position_OTUS.numpy(), "total": position_OTUS.sum(dim=(1, 3)).numpy()}
         return arrays
 
-    def _check(self, observe: Side, update: Side, total_OU: np.ndarray) -> None:
+    def _check(self, observe: Side, update: Side, total_OU: np.ndarray, parts: Mapping[str, torch.Tensor]) -> None:
+        """Compare one pair's product with that of its stored gradients, in all and for each parameter."""
         o, u = np.unravel_index(np.abs(total_OU).argmax(), total_OU.shape)
         one = observe.rows(slice(int(o), int(o) + 1)).gradient()
         other = update.rows(slice(int(u), int(u) + 1)).gradient()
         other = {name: g * self.diagonal[name].to(g) if name in self.diagonal else g for name, g in other.items()}
-        true = sum(float((one[name].double() * g.double()).sum()) for name, g in other.items() if name in one)
-        norms = [sum(float(g.double().square().sum()) for g in side.values()) ** 0.5 for side in (one, other)]
-        precision = max(torch.finfo(g.dtype).eps for g in other.values()) ** 0.5
-        if abs(total_OU[o, u] - true) > max(precision, 1e-4) * norms[0] * norms[1]:
-            raise ValueError(
-                f"the product of observer {o} and update {u} of the first tile is {total_OU[o, u]:.6g} by modules and "
-                f"{true:.6g} by both gradients: this model lets rows mix, or uses a parameter outside of the module "
-                "that has it; compare gradients of rows with akg.influence"
-            )
+        shared = [name for name in other if name in one]
+        true = {name: float((one[name].double() * other[name].double()).sum()) for name in shared}
+        norms = {name: float(one[name].double().norm() * other[name].double().norm()) for name in shared}
+        lengths = [sum(float(g.double().square().sum()) for g in side.values()) ** 0.5 for side in (one, other)]
+        relative = max(1e-4, max(torch.finfo(g.dtype).eps for g in other.values()) ** 0.5)
+        compared = [("all parameters", total_OU[o, u], sum(true.values()), lengths[0] * lengths[1])]
+        if self.by != "position":
+            found = {name: float(parts[name][o, u]) if name in parts else 0.0 for name in shared}
+            compared += [(name, found[name], true[name], norms[name]) for name in shared]
+        # Rounding of a small part comes from what all parts share.
+        least = relative**2 * lengths[0] * lengths[1]
+        for name, by_modules, by_gradients, size in compared:
+            if abs(by_modules - by_gradients) > relative * size + least:
+                raise ValueError(
+                    f"the product of observer {o} and update {u} of the first tile is {by_modules:.6g} by modules and "
+                    f"{by_gradients:.6g} by both gradients (of {name}): this model lets rows mix, or uses a parameter "
+                    "outside of the module that has it; compare gradients of rows with akg.influence"
+                )
 
 
 class LabelTiles:

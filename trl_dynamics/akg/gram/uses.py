@@ -6,6 +6,7 @@ A *use* is one call of a module seen from one of its parameters. Gradients of se
 that is called twice, an embedding that is tied to the head) are added before anything is multiplied with them.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -194,7 +195,8 @@ class Call:
             sample = [x[None] if axis == 0 else x for x, axis in zip(sample, split, strict=True)]
             return self._pull(sample)(grad[None])[0]
 
-        return torch.func.vmap(gradients, (0, *split))(self.grad_SX, *tensors)
+        with self._explained():
+            return torch.func.vmap(gradients, (0, *split))(self.grad_SX, *tensors)
 
     def _per_position(self) -> dict[str, torch.Tensor]:
         """One row after the other, its output's gradient one position at a time."""
@@ -208,20 +210,34 @@ class Call:
             spread_TTX = grad_TX.new_zeros(len(grad_TX), *grad_TX.shape)
             each_T = torch.arange(len(grad_TX), device=grad_TX.device)
             spread_TTX[each_T, each_T] = grad_TX
-            pull = self._pull(of_row)
-            parts.append(torch.func.vmap(lambda g, pull=pull: pull(g[None])[0])(spread_TTX.movedim(1, self.axis)))
+            with self._explained():
+                pull = self._pull(of_row)
+                parts.append(torch.func.vmap(lambda g, pull=pull: pull(g[None])[0])(spread_TTX.movedim(1, self.axis)))
         return {name: torch.cat([part[name] for part in parts]) for name in self.names}
 
     def _pull(self, tensors: list) -> Any:
         """The map from the output's gradient to that of the parameters."""
         args, kwargs = tensors[: len(self.args)], dict(zip(self.kwargs, tensors[len(self.args) :], strict=True))
         values = {name: self.module.get_parameter(name).detach() for name in self.names}
+        # Those of modules within it have uses of their own, also where they are the same tensor by another name.
+        others = {name: p.detach() for name, p in self.module.named_parameters(remove_duplicate=False)}
 
         def output(values: dict[str, torch.Tensor]) -> torch.Tensor:
-            return _output(self.module, values, tuple(args), kwargs)
+            return _output(self.module, others | values, tuple(args), kwargs)
 
         with torch.enable_grad():
             return torch.func.vjp(output, values)[1]
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{type(self.module).__name__} has parameters of its own ({', '.join(self.names)}), and could not be "
+                f"run again for one row alone: {str(error).splitlines()[0]:.200}; compare gradients of rows with "
+                "akg.influence"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -348,6 +364,6 @@ class _Forward(nn.Module):
 
 
 def _output(module: nn.Module, values: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """What a module returns with other values of its own parameters."""
+    """What a module returns with other values of its parameters, each name by itself."""
     values = {f"module.{name}": value for name, value in values.items()}
-    return torch.func.functional_call(_Forward(module), values, args, kwargs)
+    return torch.func.functional_call(_Forward(module), values, args, kwargs, tie_weights=False)

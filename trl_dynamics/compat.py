@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 
 from trl_dynamics import versions
 
@@ -18,6 +19,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator, DistributedType  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback  # noqa: E402
 from transformers import Trainer as HFTrainer  # noqa: E402
 from transformers.cache_utils import Cache, DynamicLayer  # noqa: E402
@@ -174,3 +176,19 @@ def log_apart(trainer: HFTrainer, scalars: dict[str, float]) -> None:
     finally:
         handler.callbacks = everyone
         trainer.control.should_log = should_log
+
+
+@contextlib.contextmanager
+def checkpointing_without_reentry(model: nn.Module) -> Iterator[None]:
+    """Inside, layers that checkpoint by torch's reentrant function, which autograd.grad refuses, use the other one."""
+    kept = {}
+    for module in model.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if getattr(function, "func", None) is checkpoint and function.keywords.get("use_reentrant", True):
+            kept[module] = function
+            module._gradient_checkpointing_func = partial(checkpoint, **(function.keywords | {"use_reentrant": False}))
+    try:
+        yield
+    finally:
+        for module, function in kept.items():
+            module._gradient_checkpointing_func = function

@@ -186,3 +186,15 @@ def test_grpo_fills_in_both_sizes_of_a_generation_and_refuses_both(tmp_path):
     assert (args.steps_per_generation, args.generation_batch_size) == (2, 4)
     with pytest.raises(ValueError, match="can not be both configured"):
         make_trainer("grpo", tmp_path, steps_per_generation=2, generation_batch_size=4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_checkpoint_without_reentry_and_as_before_afterwards(reentrant):
+    model = tiny_model("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    layers = [m for m in model.modules() if hasattr(m, "_gradient_checkpointing_func")]
+    before = [m._gradient_checkpointing_func for m in layers]
+    with compat.checkpointing_without_reentry(model):
+        assert len(layers) > 1
+        assert all(m._gradient_checkpointing_func.keywords["use_reentrant"] is False for m in layers)
+    assert [m._gradient_checkpointing_func for m in layers] == before

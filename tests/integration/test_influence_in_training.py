@@ -195,6 +195,24 @@ def test_batches_and_other_updates_change_nothing(tmp_path):
     assert json.loads((tmp_path / "b/dynamics/meta.json").read_text())["akg"]["updates"] == small["akg_updates"]
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_other_updates_go_through_reentrant_checkpointing(lora, tmp_path):
+    common = OPTIONS | {
+        "max_steps": 2,
+        "akg_updates": ["chosen"],
+        "lora": lora,
+        "probes": PROBES,
+        "learning_rate": 1e-4,
+    }
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    make_trainer("sft", tmp_path / "plain", gradient_checkpointing=False, **common).train()
+    make_trainer("sft", tmp_path / "reentrant", **reentrant, **common).train()
+    one, other = (read(tmp_path / name).set_index(KEYS) for name in ("plain", "reentrant"))
+    columns = ["logp_sum", "predicted_sum", "update_sum", "force_norm", "grad_norm"]
+    pd.testing.assert_frame_equal(one[columns], other[columns], rtol=1e-9)
+    assert (one["predicted_sum"].abs() > 1e-8).all()
+
+
 def test_texts_of_tokens_are_recorded(tmp_path):
     make_trainer("sft", tmp_path, probes=PROBES, **(OPTIONS | {"max_steps": 1})).train()
     texts = {(row.probe_id, row.response_type): "".join(row.token_texts) for row in read(tmp_path).itertuples()}

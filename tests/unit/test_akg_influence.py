@@ -343,6 +343,20 @@ def test_gradient_checkpointing_and_dropout_change_nothing(family, drops):
     assert len(calls) == (3 if drops == 0 else 2)
 
 
+@pytest.mark.parametrize("make", [language_model, adapted], ids=["full", "lora"])
+def test_reentrant_checkpointing_changes_nothing_and_stays(make):
+    model, update, observe = make(), batch_of(2, 8, 0), batch_of(3, 7, 1)
+    plain = influence(model, update, observe, lr=0.1).total.target_N
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    model.train()
+    layer = next(module for module in model.modules() if getattr(module, "gradient_checkpointing", False))
+    before = dict(vars(layer))
+    found = influence(model, update, observe, lr=0.1).total.target_N
+    torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-16)
+    assert vars(layer) == before
+
+
 def test_layers_that_drop_by_their_own_mode_do_not_drop():
     torch.manual_seed(0)
     sizes = {"vocab_size": 260, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

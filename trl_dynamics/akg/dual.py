@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_dynamics.akg.operations import Nestable, Unhooked
 from trl_dynamics.akg.task import Task, refuse_split
+from trl_dynamics.compat import checkpointing_without_reentry
 from trl_dynamics.stats_head import kept_state
 
 HALF = (torch.float16, torch.bfloat16)
@@ -218,7 +219,8 @@ def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None
     what forwards changed in the modules' buffers and plain attributes as well.
 
     With `checkpointing`, the modules that checkpoint their activations still do so, which transformers makes them do
-    in training mode only; what is inside of them stays in evaluation mode. Models that are configured to drop anything
+    in training mode only; what is inside of them stays in evaluation mode. Reentrant ones do it the other way, since
+    autograd.grad cannot go through them. Models that are configured to drop anything
     do without, since some of their layers drop by their own mode.
     """
     modes = {module: module.training for module in model.modules()}
@@ -229,7 +231,7 @@ def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None
     fused = torch.backends.mha.get_fastpath_enabled()  # nn.TransformerEncoderLayer's own, with no derivative at all
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with kept_state(model), sdpa_kernel(SDPBackend.MATH):
+        with kept_state(model), sdpa_kernel(SDPBackend.MATH), checkpointing_without_reentry(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

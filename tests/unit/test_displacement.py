@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import END, tiny_model, tiny_tokenizer
 from trl_dynamics import stats_head
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.layouts import PaddedLayout
@@ -66,6 +66,19 @@ def test_scores_are_the_papers(model):
         assert float(found[i]) == pytest.approx(float(plus @ minus - plus @ plus), abs=1e-8)
         expected = float(plus @ minus / (n_plus * n_minus) - plus @ plus / n_plus**2)
         assert float(normalized[i]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_with_the_end_scores_are_those_of_answers_that_have_it_as_their_last_token(model):
+    """As the authors' code counts rows that end with EOS: the state after the answer's last token as well."""
+    sums = scored(model, PaddedLayout(4, 258))
+    hidden, lengths = sums.states(with_end=True)
+    for i, (p, c, r) in enumerate(PAIRS):
+        (plus, _, n_plus), (minus, _, n_minus) = (definition(model, p, text + END) for text in (c, r))
+        assert (lengths[2 * i], lengths[2 * i + 1]) == (n_plus, n_minus)
+        sides = (hidden[2 * i, None], hidden[2 * i + 1, None], lengths[2 * i, None], lengths[2 * i + 1, None])
+        expected = float(plus @ minus / (n_plus * n_minus) - plus @ plus / n_plus**2)
+        assert float(ches_normalized(*sides)) == pytest.approx(expected, abs=1e-9)
+    assert all(torch.equal(a, b) for a, b in zip(sums.states(), (sums.hidden_ID, sums.num_tokens_I), strict=True))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

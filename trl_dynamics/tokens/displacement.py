@@ -1,12 +1,14 @@
 """Which preference pairs are likely to lower the likelihood of the chosen answer, told before any training.
 
 CHES, the centred hidden embedding similarity of "Unintentional Unalignment: Likelihood Displacement in Direct
-Preference Optimization" (arXiv 2410.08847, definition 2), from one forward pass per response.
+Preference Optimization" (arXiv 2410.08847, definition 2), from one forward pass per response. The definition sums over
+a response's tokens; whether an end-of-turn token is one of them is a choice. Here it is not, unless asked for; in the
+authors' code it is, where rows end with one. [`ResponseSums.states`] has both.
 
     N scored positions   I responses   P pairs   D hidden
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -20,18 +22,29 @@ class ResponseSums:
 
     `hidden_ID` sums the final hidden states at the positions that predict these tokens, from the prompt's last token
     to the response's second-to-last one; `logp_sum_I` (nats) sums their log-probabilities; `num_tokens_I` counts them.
+    `end_hidden_ID` is the final hidden state at the position that predicts the end-of-turn token, and `num_ends_I`
+    counts such tokens: zeros where a response has none.
     """
 
     hidden_ID: torch.Tensor
     logp_sum_I: torch.Tensor
     num_tokens_I: torch.Tensor
+    end_hidden_ID: torch.Tensor
+    num_ends_I: torch.Tensor
 
     def __add__(self, other: "ResponseSums") -> "ResponseSums":
-        return ResponseSums(
-            self.hidden_ID + other.hidden_ID,
-            self.logp_sum_I + other.logp_sum_I,
-            self.num_tokens_I + other.num_tokens_I,
-        )
+        return ResponseSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def states(self, *, with_end: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(I, D) sums of hidden states and (I,) how many, for [`ches`] and [`ches_normalized`].
+
+        Args:
+            with_end (`bool`): Count the state that predicts the end-of-turn token as well, as the code of the paper's
+                authors does for responses that end with one. Normalised scores then differ by up to about 10 %.
+        """
+        if not with_end:
+            return self.hidden_ID, self.num_tokens_I
+        return self.hidden_ID + self.end_hidden_ID, self.num_tokens_I + self.num_ends_I
 
 
 def response_sums(
@@ -39,18 +52,22 @@ def response_sums(
 ) -> ResponseSums:
     """Reduce per-position values to responses.
 
-    The position that predicts the end-of-turn token holds the state after the response's last token, which CHES leaves
-    out. Padding has no positions here, so that it cannot be counted.
+    The position that predicts the end-of-turn token holds the state after the response's last token, and is summed
+    apart. Padding has no positions here, so that it cannot be counted.
 
     Shapes: hidden_ND (N, D), logp_N (N,) nats, item_N (N,) index of the response, is_eos_mask_N (N,) bool.
     """
-    item_N, keep_N = item_N.cpu(), (~is_eos_mask_N.cpu()).double()
-    hidden_ND = hidden_ND.double().cpu() * keep_N[:, None]
+    item_N, hidden_ND = item_N.cpu(), hidden_ND.double().cpu()
     zeros_I = torch.zeros(num_items, dtype=torch.float64)
+    zeros_ID = torch.zeros(num_items, hidden_ND.shape[1], dtype=torch.float64)
+    end_N = is_eos_mask_N.cpu().double()
+    keep_N = 1 - end_N
     return ResponseSums(
-        torch.zeros(num_items, hidden_ND.shape[1], dtype=torch.float64).index_add_(0, item_N, hidden_ND),
+        zeros_ID.index_add(0, item_N, hidden_ND * keep_N[:, None]),
         zeros_I.index_add(0, item_N, logp_N.double().cpu() * keep_N),
         zeros_I.index_add(0, item_N, keep_N),
+        zeros_ID.index_add(0, item_N, hidden_ND * end_N[:, None]),
+        zeros_I.index_add(0, item_N, end_N),
     )
 
 

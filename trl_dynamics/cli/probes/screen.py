@@ -103,7 +103,9 @@ def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> 
     """Score every probe that fits the model; the others are listed with reasons.
 
     The frame has `row`, `probe_id`, per type `logp_sum/TYPE`, `logp_mean/TYPE` (nats) and `num_tokens/TYPE`, and for
-    probes with both answers `ches`, `ches_normalized` and `risk`, the rank of the latter in (0, 1].
+    probes with both answers `ches`, `ches_normalized` and `risk`, the rank of the latter in (0, 1]. These leave the
+    state out that predicts the end-of-turn token; `ches_with_eos` and `ches_normalized_with_eos` count it, as the code
+    of CHES's authors does on rows that end with one.
     """
     path = sources.find_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
@@ -160,10 +162,12 @@ def _score(chunk: list[tuple[int, Probe]], items: list, model, layout: PaddedLay
             }
         if set(REQUIRED_TYPES) <= set(probe.responses):
             both = [index[probe.probe_id, name] for name in REQUIRED_TYPES]
-            chosen_PD, rejected_PD = sums.hidden_ID[both][:, None]
-            lengths = sums.num_tokens_I[both][:, None]
-            line["ches"] = float(displacement.ches(chosen_PD, rejected_PD))
-            line["ches_normalized"] = float(displacement.ches_normalized(chosen_PD, rejected_PD, *lengths))
+            for suffix, with_end in (("", False), ("_with_eos", True)):
+                hidden_ID, num_I = sums.states(with_end=with_end)
+                chosen_PD, rejected_PD = hidden_ID[both][:, None]
+                normalized_P = displacement.ches_normalized(chosen_PD, rejected_PD, *num_I[both][:, None])
+                line[f"ches{suffix}"] = float(displacement.ches(chosen_PD, rejected_PD))
+                line[f"ches_normalized{suffix}"] = float(normalized_P)
         yield line
 
 

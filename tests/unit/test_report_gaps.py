@@ -15,6 +15,7 @@ from trl_dynamics.report.explorer import explorer
 from trl_dynamics.report.export import export_csv, export_png
 from trl_dynamics.report.load import load_runs, split_series
 from trl_dynamics.report.page import build_page
+from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import summarise
 from trl_dynamics.tracking.card import model_card_section
 from trl_dynamics.tracking.store import DynamicsStore
@@ -70,7 +71,9 @@ def strict(source: str):
 def test_the_page_is_made_and_says_so(name, tmp_path):
     run = write_run(tmp_path / name, frame_of(name))
     page = Page(build_page([run], tmp_path / "report.html"))
-    assert page.text.count(gaps.note(split_series(load_runs([run]))[0])) == 1
+    (series,) = split_series(load_runs([run]))
+    assert page.text.count(gaps.note(series)) == 1 and "log-probabilities are NaN or infinite" in page.text
+    assert "not_finite" in [found.name for found in findings.find(series.summary, series.run.meta)]
     assert not {"nan", "+nan", "inf", "-inf"} & set(page.text.split())
     for spec in strict(page.scripts[0])["charts"].values():
         for node in nodes(spec):

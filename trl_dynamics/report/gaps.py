@@ -5,10 +5,8 @@ import pandas as pd
 
 from trl_dynamics.report.load import Series
 from trl_dynamics.report.spec import finite
-from trl_dynamics.tracking.aggregate import MEASURES, STATISTICS, StepSummary, Summary
+from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.metrics import METRICS, PER_TOKEN
-
-_MEASURE, _MEAN, _COUNT = list(MEASURES).index(PER_TOKEN), STATISTICS.index("mean"), STATISTICS.index("num_probes")
 
 
 def bands(summary: Summary, column: str = PER_TOKEN, *, since_start: bool = False) -> pd.DataFrame:
@@ -39,18 +37,13 @@ def scored_answers(summary: Summary) -> dict[str, int]:
 
 
 def lost_answers(summary: Summary) -> dict[int, int]:
-    """Steps at which answers have no finite log-probability -> how many of them.
-
-    Every step scores the same answers, so that what the start scored is what there should be.
-    """
-    scored = scored_answers(summary)
-    lost = {part.step: _lost(part, scored) for part in summary.parts}
-    return {step: count for step, count in lost.items() if count}
+    """Steps at which answers are not finite -> how many of them."""
+    return {part.step: part.not_finite[0] for part in summary.parts if part.not_finite[0]}
 
 
 def any_finite(summary: Summary, step: int) -> bool:
     """Whether any answer of a recorded step has a finite log-probability."""
-    return lost_answers(summary).get(step, 0) < sum(scored_answers(summary).values())
+    return any(lost < scored for part in summary.parts if part.step == step for lost, scored in [part.not_finite])
 
 
 def remark(summary: Summary) -> str:
@@ -65,20 +58,13 @@ def note(series: Series) -> str:
     if not lost:
         return ""
     summary, steps = series.summary, list(lost)
-    most, of = max(lost.values()), sum(scored_answers(summary).values())
+    most, of = max(lost.values()), max(scored for _, scored in (part.not_finite for part in summary.parts))
     up_to = "up to " if min(lost.values()) < most else ""
     text = f"Not finite: {_where(summary, steps)}, {up_to}{most:,} of {of:,} answers have no finite log-probability. "
     text += "Means are over the finite values; charts have a gap where there is none."
     if steps[0] == summary.steps[0]:
         text += " What is not finite at the start has no change since then: choose log-probability per token above."
     return text
-
-
-def _lost(part: StepSummary, scored: dict[str, int]) -> int:
-    means, counts = part.bands[_MEASURE, _MEAN], part.bands[_MEASURE, _COUNT]
-    finite = np.where(np.isfinite(means), counts, 0)
-    expected = [scored.get(name, count) for name, count in zip(part.types, counts, strict=True)]
-    return int(np.maximum(np.array(expected) - finite, 0).sum())
 
 
 def _where(summary: Summary, lost: list[int]) -> str:

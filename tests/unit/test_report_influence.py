@@ -322,3 +322,17 @@ def test_exports_have_influence(runs, tmp_path):
     table = pd.read_csv(next(path for path in written if path.name == "influence.csv"))
     assert set(table["run"]) == {"watched"} and len(table) == 4 * 3 * 3
     assert "influence.csv" not in {path.name for path in export.export_csv([runs["plain"]], tmp_path / "none")}
+
+
+def test_curves_have_a_gap_where_changes_are_not_finite():
+    frame, steps = influence(steps=(0, 10, 20, 30, 40)), (0, 10, 20, 30, 40)
+    for column, batch_only in (("true", True), ("predicted", False)):
+        hit = (frame["step"] == 20) & ((frame["update"] == "batch") | (not batch_only))
+        summary = summary_of(set_value(frame, hit, column, np.nan))
+        together = influence_charts.first_order_error(summary)["layer"][1]["data"]["values"]
+        assert [(row["step"], row["value"] is None) for row in together] == [(step, step == 20) for step in steps]
+        rows = influence_charts.accumulated(summary)["data"]["values"]
+        assert {row["step"] for row in rows if row["value"] is None} == {21}
+    ranks = influence_charts.rank_line(summary)["data"]["values"]
+    assert [row["step"] for row in ranks] == list(steps[1:])
+    assert [row["step"] for row in ranks if row["value"] is None] == [20, 30], "the stretches to and from step 20"

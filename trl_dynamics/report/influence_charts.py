@@ -17,7 +17,7 @@ from trl_dynamics.report.style import ALONE, Looks
 from trl_dynamics.tracking.influence_findings import LARGE_ERROR
 from trl_dynamics.tracking.influence_series import SAMPLED, accumulated_influence
 from trl_dynamics.tracking.influence_store import BATCH
-from trl_dynamics.tracking.influence_summary import ALL, PARTS, InfluenceSummary, per_token
+from trl_dynamics.tracking.influence_summary import ALL, MAX_STRETCHES, PARTS, InfluenceSummary, per_token
 
 # Steps that can be chosen in the scatter, and its dots at each.
 MAX_CLOUDS, MAX_DOTS = 6, 400
@@ -240,7 +240,11 @@ def rank_line(influence: InfluenceSummary) -> dict | None:
     stretches = influence.stretches
     if stretches.empty:
         return None
-    steps = [int(step) for step in stretches["after"]]
+    stretches = stretches.assign(step=stretches["after"]).set_index("step")
+    if len(influence.steps) - 1 <= MAX_STRETCHES:  # else they are a choice, and what it lacks is no gap
+        stretches = stretches.reindex(influence.steps[1:])
+    stretches = stretches.rename_axis("step").reset_index()
+    steps = [int(step) for step in stretches["step"]]
     y = {
         "type": "quantitative",
         "scale": {"domain": [rounded(min(0.5, float(stretches["low"].min()))), 1]},
@@ -249,7 +253,7 @@ def rank_line(influence: InfluenceSummary) -> dict | None:
     numbers = [{"field": name, "type": "quantitative", "format": ".3f"} for name in ("value", "low", "high")]
     between = [{"field": name, "type": "quantitative"} for name in ("before", "after")]
     return chart(
-        data_rows(stretches.assign(step=stretches["after"])),
+        data_rows(stretches),
         titled("Ranking kept since the recorded step before", len(steps), len(influence.steps) - 1),
         height=240,
         params=[log_steps(steps)],

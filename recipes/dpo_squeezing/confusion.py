@@ -55,7 +55,7 @@ class Question:
 
     Args:
         name (`str`): The finding, in words.
-        truth (`str`): A class of `outcomes.CLASSES`, `"not better"`, or `"squeezes"`.
+        truth (`str`): A class of `outcomes.CLASSES` or `LEVELS`, `"not better"`, or `"squeezes"`.
         fired (`Callable[[Case], bool]`): Whether the finding is there.
         among (`Callable[[Case], bool]`): The runs it is asked of.
     """
@@ -81,6 +81,15 @@ class Question:
 
 def is_dpo(case: Case) -> bool:
     return case.method == "dpo"
+
+
+def is_plain(case: Case) -> bool:
+    """Whether the run trains with DPO's sigmoid loss alone, so that ln 2 is what the reference has."""
+    return is_dpo(case) and case.summary.training is not None and case.summary.training.is_plain_sigmoid
+
+
+def is_other_dpo(case: Case) -> bool:
+    return is_dpo(case) and not is_plain(case)
 
 
 def is_sft(case: Case) -> bool:
@@ -110,13 +119,20 @@ QUESTIONS = (
         has("displacement_harmful"),
         lambda case: bool({"displacement_harmful", "displacement_benign"} & set(case.found)),
     ),
+    Question("fall_from_peak", "not better", has("fall_from_peak")),
+    Question("fall_from_peak, warning, as harm", "harmed", has("fall_from_peak", WARNING)),
     Question("bystander_loss", "harmed", has("bystander_loss"), is_dpo),
     Question("margin_by_rejection", "not better", has("margin_by_rejection"), is_dpo),
     Question("margin_by_rejection, as harm", "harmed", has("margin_by_rejection"), is_dpo),
     Question("degeneration", "degenerate", has("degeneration"), was_asked),
     Question("degeneration, of loops", "loops", has("degeneration"), was_asked),
+    Question("degeneration, of loops at the end", "looping", has("degeneration"), was_asked),
+    Question("degeneration, alert", "looping", has("degeneration", ALERT), was_asked),
     Question("unrelated_pull_up, warning", "wrong_facts", has("unrelated_pull_up", "warning"), is_sft),
     Question("entropy_collapse", "alike", has("entropy_collapse")),
+    Question("loss_above_reference", "harmed", has("loss_above_reference"), is_plain),
+    Question("accuracy_below_half", "harmed", has("accuracy_below_half"), is_other_dpo),
+    Question("not_finite", "harmed", has("not_finite")),
     Question("improvement", "better", has("improvement")),
     Question("any alert", "harmed", lambda case: ALERT in case.found.values()),
     Question("any alert or warning", "harmed", lambda case: bool(set(case.found.values()) - {INFO})),

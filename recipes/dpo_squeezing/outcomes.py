@@ -19,6 +19,7 @@ is trained for, and where right answers cannot be recited:
                   formed, but neither what is on record nor what is rumoured for what was asked. Every value is on
                   record for somebody, so it is somebody else's, or the answer is about another subject
     alike         samples at temperature 1 of one prompt have 0.1 or more of their words more in common
+    looping       0.1 or more of the end model's answers are loops, whatever those of the start model were
 
 0.1 is 2.5 to 4 standard errors of such a change (0.025 to 0.04 at 144 prompts). A run within two standard errors of
 the edge of a class is counted as its estimate says, and left out in a second table.
@@ -57,6 +58,9 @@ CLASSES: dict[str, tuple[tuple[str, str, int], ...]] = {
     "wrong_facts": ((HELD_OUT, "borrowed", 1), (HELD_OUT, "fact_right", -1)),
     "alike": ((SAMPLED, "likeness", 1),),
 }
+
+# Classes by what the end model's answers are.
+LEVELS: dict[str, tuple[str, str]] = {"looping": (HELD_OUT, "loop")}
 
 
 def prompts_of(seed: int, num_prompts: int) -> dict[str, list[str]]:
@@ -141,18 +145,28 @@ class Outcome:
     """
 
     def __init__(self, start: pd.DataFrame, end: pd.DataFrame):
-        self._delta = end - start
+        self._delta, self._end = end - start, end
 
     def change(self, kind: str, column: str) -> Effect:
         """Mean over prompts of end - start, with its standard error."""
         return clustered_effect(self._delta.loc[kind, [column]])
 
+    def level(self, kind: str, column: str) -> Effect:
+        """Mean over prompts at the end, with its standard error."""
+        return clustered_effect(self._end.loc[kind, [column]])
+
     def is_(self, name: str, kind: str | None = None) -> bool:
         """Whether the run is of a class; `kind` asks the same of other answers."""
+        if name in LEVELS:
+            own, column = LEVELS[name]
+            return self.level(kind or own, column).mean >= EDGE
         return any(sign * self.change(kind or own, column).mean >= EDGE for own, column, sign in CLASSES[name])
 
     def is_clear(self, name: str) -> bool:
         """Whether a change is beyond the edge of the class by two standard errors, or all are before it by as much."""
+        if name in LEVELS:
+            end = self.level(*LEVELS[name])
+            return abs(end.mean - EDGE) > STANDARD_ERRORS * end.se
         beyond = []
         for kind, column, sign in CLASSES[name]:
             change = self.change(kind, column)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from confusion import QUESTIONS, Case, Question, confusion, header, row
 
-from trl_dynamics.tracking import degeneration, displacement, effects
+from trl_dynamics.tracking import degeneration, displacement, effects, objective
 from trl_dynamics.tracking.effects import Effect, bystander_types, paraphrases_of_chosen
-from trl_dynamics.tracking.finding import ALERT
 
 SMALL = (0.02, 0.05, 0.1, 0.15, 0.2)
 LARGE = (0.05, 0.1, 0.15, 0.25, 0.5, 1.0)
@@ -50,18 +49,16 @@ def squeezing(case: Case, argmax=effects.MIN_ARGMAX_RISE, gap=effects.MIN_EFFECT
 
 def squeezing_alert(case: Case, alert: float) -> bool:
     squeeze = case.changes.squeeze
-    broken = "degeneration" in case.found
+    broken = degeneration.got_worse(case.summary, case.method)
     if case.method == "sft" or displacement.settled_unbroken(case.summary, case.changes, broken):
         return False
     return squeeze.holds and (squeeze.chosen.down() or squeeze.gap.mean >= alert)
 
 
 def harmful(case: Case, chosen=effects.MIN_EFFECT, others=effects.MIN_EFFECT) -> bool:
-    """The rule where chosen ends below its start; falls from a peak inside the run are as they are."""
-    changes = case.changes
-    if "displacement_harmful" in case.found and not changes.chosen.down():
-        return True
-    broken, squeezed = "degeneration" in case.found, case.method != "sft" and changes.squeeze.holds
+    """The rule with a threshold for chosen and one for the others."""
+    changes, broken = case.changes, degeneration.got_worse(case.summary, case.method)
+    squeezed = case.method != "sft" and changes.squeeze.holds
     if displacement.settled_unbroken(case.summary, changes, broken) or (case.method == "sft" and not broken):
         return False
     paraphrases = paraphrases_of_chosen(changes.types)
@@ -72,10 +69,8 @@ def harmful(case: Case, chosen=effects.MIN_EFFECT, others=effects.MIN_EFFECT) ->
 
 
 def harmful_alert(case: Case, alert: float) -> bool:
-    """The severity where chosen ends below its start; falls from a peak inside the run are as they are."""
+    """The severity with another threshold on what chosen or other fluent answers lose."""
     changes = case.changes
-    if not changes.chosen.down():
-        return case.found.get("displacement_harmful") == ALERT
     return harmful(case) and (-changes.chosen.mean >= alert or -changes.bystanders.mean >= alert)
 
 
@@ -99,15 +94,17 @@ def _degeneration(case: Case, **changed: float) -> bool:
         "loops": degeneration.MIN_LOOPS,
         "sameness": degeneration.MIN_SAMENESS,
         "shortening": degeneration.MIN_SHORTENING,
+        "level": degeneration.LOOPING_SHARE,
     } | changed
     samples = case.summary.samples
-    if samples is None or len(samples.steps) < 2:
+    if samples is None:
         return False
     may_shrink = case.method == "sft" or samples.value("ended")[0] < 0.5
     shorter = samples.change("num_tokens").down(limits["shortening"] * samples.value("length")[0])
     repeats = samples.change("distinct_2").down(limits["distinct"])
     repeats = repeats and samples.change("longest_repeat").up(limits["repeat"])
     repeats = repeats or degeneration.more_loops(samples, limits["loops"])
+    repeats = repeats or degeneration.are_loops(samples, limits["level"])
     return repeats or samples.change("same_share").up(limits["sameness"]) or (shorter and not may_shrink)
 
 
@@ -126,6 +123,24 @@ def entropy_collapse(case: Case, share: float) -> bool:
     samples = case.summary.samples
     surer = samples is not None and samples.change("logp_mean").up(-share * samples.value("greedy_logp")[0])
     return surer or case.changes.entropy.down(share * case.changes.value_at_start("entropy_mean"))
+
+
+def degeneration_alert(case: Case, share: float) -> bool:
+    """With another share of loops at the end from which degeneration is an alert."""
+    samples = case.summary.samples
+    if samples is None or not _degeneration(case):
+        return False
+    repeats = degeneration.worse_signs(samples, case.method)["repeat themselves"]
+    fell = repeats and -samples.change("distinct_2").mean >= degeneration.ALERT_DISTINCT_FALL
+    return fell or degeneration.are_loops(samples, share)
+
+
+def loss_above(case: Case, excess: float) -> bool:
+    return objective.loss_is_above(case.summary, case.method, excess)
+
+
+def accuracy_below(case: Case, lack: float) -> bool:
+    return objective.accuracy_is_below(case.summary, case.changes, case.method, lack)
 
 
 SCANS = (
@@ -190,6 +205,34 @@ SCANS = (
         (0.05, 0.1, 0.25, 0.5),
         "degeneration",
         degenerates("shortening"),
+    ),
+    Scan(
+        "LOOPING_SHARE",
+        degeneration.LOOPING_SHARE,
+        (0.1, 0.25, 0.5, 0.75),
+        "degeneration, of loops at the end",
+        degenerates("level"),
+    ),
+    Scan(
+        "ALERT_LOOP_SHARE",
+        degeneration.ALERT_LOOP_SHARE,
+        (0.25, 0.5, 0.75, 1.0),
+        "degeneration, alert",
+        degeneration_alert,
+    ),
+    Scan(
+        "MIN_LOSS_EXCESS",
+        objective.MIN_LOSS_EXCESS,
+        (0.0, 0.02, 0.1, 0.3),
+        "loss_above_reference",
+        loss_above,
+    ),
+    Scan(
+        "MIN_ACCURACY_LACK",
+        objective.MIN_ACCURACY_LACK,
+        (0.0, 0.02, 0.05, 0.1),
+        "accuracy_below_half",
+        accuracy_below,
     ),
     Scan(
         "MIN_EFFECT of other_train over other_test",

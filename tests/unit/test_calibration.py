@@ -1,5 +1,6 @@
 """The arithmetic of the findings' calibration: truth from answers, confusion tables, intervals and threshold scans."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from trl_dynamics.embedded.world import recorded, rumoured
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import summarise
 from trl_dynamics.tracking.samples import Samples
+from trl_dynamics.tracking.training import Training
 
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "dpo_squeezing")
 
@@ -48,12 +50,18 @@ def table(share: dict[str, float], num_prompts: int = 100) -> pd.DataFrame:
     return frame
 
 
-def case(recipe, frame, method="dpo", loop=None, start=24, end=24, outcome=None, squeezes=None):
+def training(loss, accuracy, **config):
+    """A log with these values on every line."""
+    return Training([{"loss": loss, "rewards/accuracies": accuracy, "rewards/margins": 0.1}] * 16, config)
+
+
+def case(recipe, frame, method="dpo", loop=None, start=24, end=24, outcome=None, squeezes=None, log=None):
     """A planted run as the calibration sees it."""
     summary = summarise(frame)
     if loop is not None:
         samples = Samples(answers(loop, start=start, end=end).assign(ended=True))
-        summary = type(summary)(summary.parts, summary.first, summary.read, samples)
+        summary = dataclasses.replace(summary, samples=samples)
+    summary = dataclasses.replace(summary, training=log)
     found = {finding.name: finding.severity for finding in findings.find(summary, {"method": method})}
     return recipe.confusion.Case(0, "planted", method, summary, found, outcome, squeezes)
 
@@ -190,6 +198,11 @@ VERDICTS = ("displacement_harmful", "displacement", "displacement_benign")
 # Of these frames whose chosen falls: harmful as alert and as warning, cannot be told, benign.
 FELL = {"dpo": "4 | 0 | 1 | 1", "sft": "0 | 0 | 1 | 0"}
 ANSWERS = {"loops": 0.9, "mild loops": 0.3, "no loops": 0.0}
+LOGS = [
+    training(loss, accuracy, **config)
+    for loss, accuracy in ((0.9, 0.3), (0.71, 0.49), (0.6, 0.6))
+    for config in ({}, {"loss_type": ["ipo"]})
+]
 
 
 @pytest.mark.parametrize("name", FRAMES)
@@ -197,6 +210,7 @@ def test_a_scanned_rule_at_the_value_in_use_is_the_finding(recipe, name):
     frame, method = FRAMES[name]
     runs = [case(recipe, frame, method)] + [case(recipe, frame, method, loop) for loop in ANSWERS.values()]
     runs.append(case(recipe, frame, method, 0.0, end=6))
+    runs += [case(recipe, frame, method, log=log) for log in LOGS]
     for scan in recipe.scans.SCANS:
         question = next(one for one in recipe.confusion.QUESTIONS if one.name == scan.question)
         for run in runs:
@@ -206,6 +220,7 @@ def test_a_scanned_rule_at_the_value_in_use_is_the_finding(recipe, name):
 
 def test_the_frames_of_that_test_fire_and_hold_every_scanned_rule(recipe):
     runs = [case(recipe, frame, method, 0.9 if name == "calm" else None) for name, (frame, method) in FRAMES.items()]
+    runs += [case(recipe, records(), log=log) for log in LOGS]
     for scan in recipe.scans.SCANS:
         assert {scan.at(scan.current).fired(run) for run in runs} == {True, False}, scan.threshold
         values = [sum(scan.at(value).fired(run) for run in runs) for value in scan.grid]
@@ -249,3 +264,15 @@ def test_the_page_has_a_row_per_question_and_leaves_out_what_nobody_judged(recip
         assert [alerts, found[0] - alerts, *found[1:]] == [int(cell) for cell in expected.split(" | ")]
         assert f"| development | {method} | no harm | 0 | 0 | 0 | 0 | 0 |" in text
     assert "**0.02:" in text and "## Real model, arm by arm" in text
+
+
+def test_every_finding_that_can_be_a_warning_is_asked_about(recipe):
+    asked = {question.name.split(",")[0] for question in recipe.confusion.QUESTIONS}
+    assert {*findings.RULES} - {"displacement", "end_of_turn_loss"} <= asked
+
+
+def test_loops_at_the_end_are_a_class_whatever_was_at_the_start(recipe):
+    for before, after, looping in ((0.9, 0.9, True), (0.0, 0.2, True), (0.9, 0.0, False)):
+        outcome = recipe.outcomes.Outcome(table({"loop": before}), table({"loop": after}))
+        assert outcome.is_("looping") == looping and outcome.is_clear("looping")
+        assert outcome.level("held-out", "loop").mean == pytest.approx(after)

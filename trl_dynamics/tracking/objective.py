@@ -27,12 +27,9 @@ _LOOK = (
 
 def loss_above_reference(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """At the end DPO's loss is above ln 2, which the reference has on any pairs."""
-    training = summary.training
-    if method != "dpo" or training is None or not training.is_plain_sigmoid:
+    if not loss_is_above(summary, method):
         return None
-    loss, accuracy = training.late("loss"), training.late(ACCURACY)
-    if not _is_above(loss, math.log(2), MIN_LOSS_EXCESS):
-        return None
+    loss, accuracy = summary.training.late("loss"), summary.training.late(ACCURACY)
     known = f", with a reward accuracy of {accuracy.mean():.2f}" if len(accuracy) else ""
     return Finding(
         "loss_above_reference",
@@ -51,13 +48,10 @@ def loss_above_reference(summary: Summary, changes: Changes, method: str) -> Fin
 
 def accuracy_below_half(summary: Summary, changes: Changes, method: str) -> Finding | None:
     """At the end, pairs that a DPO loss got wrong outnumber those it got right."""
-    training = summary.training
-    if method != "dpo" or training is None or training.is_plain_sigmoid:
+    if not accuracy_is_below(summary, changes, method):
         return None
-    strict, ties = training.late(ACCURACY), share_of_ties(changes)
+    strict, ties = summary.training.late(ACCURACY), share_of_ties(changes)
     accuracy = strict + ties / 2
-    if not _is_above(-accuracy, -0.5, MIN_ACCURACY_LACK):
-        return None
     counted = f", with {ties:.0%} of ties, as among the probes, counted half" if ties else ""
     return Finding(
         "accuracy_below_half",
@@ -72,6 +66,22 @@ def accuracy_below_half(summary: Summary, changes: Changes, method: str) -> Find
         "training.",
         _LOOK,
     )
+
+
+def loss_is_above(summary: Summary, method: str, excess: float = MIN_LOSS_EXCESS) -> bool:
+    """Whether a run with the plain sigmoid loss ended so far above ln 2."""
+    training = summary.training
+    if method != "dpo" or training is None or not training.is_plain_sigmoid:
+        return False
+    return _is_above(training.late("loss"), math.log(2), excess)
+
+
+def accuracy_is_below(summary: Summary, changes: Changes, method: str, lack: float = MIN_ACCURACY_LACK) -> bool:
+    """Whether a run with another loss of DPO's ended with an accuracy so far below one half, ties counted half."""
+    training = summary.training
+    if method != "dpo" or training is None or training.is_plain_sigmoid:
+        return False
+    return _is_above(-training.late(ACCURACY) - share_of_ties(changes) / 2, -0.5, lack)
 
 
 def share_of_ties(changes: Changes) -> float:

@@ -89,19 +89,23 @@ def trained_on(package, rows, tmp_path, *, eval_rows=None, **options):
     return found, trainer
 
 
+def warnings_of_ours(caplog) -> list[str]:
+    ours = [entry for entry in caplog.records if entry.name.startswith("trl_dynamics")]
+    return [entry.getMessage() for entry in ours if entry.levelno >= logging.WARNING]
+
+
 def batches_of(dataset) -> list[tuple]:
     return [(tuple(row["input_ids"]), tuple(row["labels"])) for row in dataset]
 
 
 @pytest.mark.parametrize(("own", "left_over"), CASES)
-def test_left_over_columns_change_nothing(own, left_over, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("trl_dynamics"), "propagate", True)
+def test_left_over_columns_change_nothing(own, left_over, tmp_path, caplog):
     rows = Dataset.from_dict(OWN[own] | ALL_LEFT_OVER[left_over])
     theirs_of = rows if same_kind(own, left_over) else Dataset.from_dict(OWN[own])
     theirs, _ = trained_on(trl, theirs_of, tmp_path)
     ours, _ = trained_on(trl_dynamics, rows, tmp_path)
     assert ours == theirs and len(ours[0]) == 4
-    assert not [entry for entry in caplog.records if entry.name.startswith("trl_dynamics")]
+    assert not warnings_of_ours(caplog)
 
 
 @pytest.mark.parametrize(
@@ -152,20 +156,16 @@ CHOSEN_ONLY = {
 
 
 @pytest.mark.parametrize("layout", CHOSEN_ONLY)
-def test_where_trl_cannot_train_the_chosen_answers_are_trained_on_with_one_warning(
-    layout, tmp_path, caplog, monkeypatch
-):
-    monkeypatch.setattr(logging.getLogger("trl_dynamics"), "propagate", True)
+def test_where_trl_cannot_train_the_chosen_answers_are_trained_on_with_one_warning(layout, tmp_path, caplog):
     rows = Dataset.from_dict(CHOSEN_ONLY[layout])
     with pytest.raises((KeyError, TypeError, AttributeError)):
         trained_on(trl, rows, tmp_path)
     default, trainer = trained_on(trl_dynamics, rows, tmp_path, eval_rows=rows)
-    said = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
-    said = [text for text in said if "sft_on" in text]
+    said = warnings_of_ours(caplog)
     assert len(said) == 1 and "--sft_on chosen" in said[0]
     given, _ = trained_on(trl_dynamics, rows, tmp_path, eval_rows=rows, sft_on="chosen")
     assert default == given and len(given[0]) == 4 and trainer.completion_only_loss
-    assert len([entry for entry in caplog.records if "sft_on" in entry.getMessage()]) == 1
+    assert warnings_of_ours(caplog) == said
 
 
 @pytest.mark.parametrize("own", ["text", "completion", "messages"])
@@ -236,7 +236,9 @@ def test_dpo_and_grpo_prepare_the_same_tokens_with_probes(method, tmp_path):
         ({"text": "a", "messages": None}, ("text",)),
         ({"prompt": "a", "completion": "b", "input_ids": [1]}, ("input_ids",)),
         ({"prompt": "a", "completion": [assistant("b")]}, ()),
-        ({"messages": [user("a")], "image": 0}, ("messages",)),
+        ({"messages": [user("a")], "prompt": "b", "image": 0}, ("messages",)),
+        ({"text": "a", "chosen": [user("a")], "image": 0}, ("text",)),
+        ({"chosen": "a", "rejected": "b", "prompt": "c", "image": 0}, ()),
         ({"conversations": [user("a")]}, ()),
         ({"chosen": "a", "rejected": "b"}, ()),
         ({"chosen": np.float64(1), "text": "a"}, ("text",)),

@@ -6,6 +6,7 @@ import platform
 
 import yaml
 
+from trl_dynamics.plain import plain_or_text
 from trl_dynamics.probing.io import CARD_FILE, DATA_FILE
 from trl_dynamics.probing.schema import RESPONSE_TYPES, ProbeSet, group_of
 
@@ -115,4 +116,4 @@ def _names(types: list[str]) -> str:
 def _inline(fact: object) -> str:
     if isinstance(fact, dict):
         return "; ".join(f"{key}: {_inline(value)}" for key, value in fact.items())
-    return fact if isinstance(fact, str) else json.dumps(fact)
+    return fact if isinstance(fact, str) else json.dumps(plain_or_text(fact))

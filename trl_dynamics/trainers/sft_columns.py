@@ -1,7 +1,8 @@
 """Which columns SFT trains on: TRL's own where its SFTTrainer can train on them, else the answers of pairs.
 
 Follows `trl.SFTTrainer._prepare_dataset`, which looks at the first row: tokens, then prompt and completion, then
-messages, then the text field. A prompt without a completion is an error there, whatever else a row has.
+messages, then the text field. A prompt without a completion is an error there, whatever else a row has. With images,
+its collator looks for messages, then the text field, then prompt and completion.
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,9 @@ def own_columns(row: Mapping, text_field: str = "text") -> tuple[str, ...]:
     """
     if "input_ids" in row:
         return ("input_ids",)
+    if _has_images(row):
+        layouts = (("messages",), (text_field,), ("prompt", "completion"))
+        return next((names for names in layouts if all(row.get(name) is not None for name in names)), ())
     if "prompt" in row:
         return ("prompt", "completion") if _is_answered(row) else ()
     if is_conversational_from_value(row):
@@ -42,12 +46,12 @@ def own_columns(row: Mapping, text_field: str = "text") -> tuple[str, ...]:
         return ()
     # Where all that could be chats are chats, TRL looks for messages.
     kinds = {is_chat(row[name]) for name in _CHAT_OR_TEXT if name in row}
-    return () if kinds == {True} and not set(_IMAGES) & set(row) else (text_field,)
+    return () if kinds == {True} else (text_field,)
 
 
 def left_over_columns(row: Mapping, own: tuple[str, ...]) -> list[str]:
     """Columns that TRL does not train on but might take `own` for chats by, or for plain text: those of other kind."""
-    if own == ("input_ids",):
+    if own == ("input_ids",) or _has_images(row):
         return []
     chats = own == ("conversations",) or is_chat(row[own[-1]])
     return [name for name in _CHAT_OR_TEXT if name in row and name not in own and is_chat(row[name]) != chats]
@@ -65,6 +69,10 @@ def is_chat(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) or is_chat(value)
+
+
+def _has_images(row: Mapping) -> bool:
+    return any(name in row for name in _IMAGES)
 
 
 def _is_answered(row: Mapping) -> bool:

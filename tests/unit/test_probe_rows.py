@@ -99,6 +99,16 @@ def test_unusable_rows_are_told_not_lost(row, reason):
     assert pair_of(row) == reason
 
 
+def test_numbers_in_columns_of_answers_are_left_over():
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    left_over = {"chosen": 0.5, "rejected": 0.1}
+    pairs = list(read_pairs([{"prompt": "a", "completion": " b"} | left_over, {"messages": chat} | left_over]))
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        ("a", " b", None),
+        (chat[:1], "Hello", None),
+    ]
+
+
 def test_a_whole_chat_without_a_rejected_one():
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     for prompt in ("Hi", chat[:1]):

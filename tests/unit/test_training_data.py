@@ -225,6 +225,19 @@ BLANKS = {
 }
 
 
+def test_answers_that_are_no_text_are_named():
+    rows = Dataset.from_list([{"prompt": "?", "chosen": 0.5, "rejected": 0.1}])
+    for drop in (False, True):
+        with pytest.raises(ValueError, match="row 0 has 0.5 under 'chosen'; expected text or messages"):
+            check_answers(rows, drop_invalid_rows=drop)
+
+
+def test_a_tool_call_is_no_blank_answer():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": "{}"}}]}
+    rows = Dataset.from_list([CHATS[0] | {"chosen": [call], "rejected": [call | {"content": ""}]}])
+    assert len(check_answers(rows, drop_invalid_rows=False)) == 1
+
+
 @pytest.mark.parametrize("case", BLANKS)
 def test_blank_answers_are_refused_or_dropped(case):
     rows, name, blank = BLANKS[case]

@@ -83,7 +83,8 @@ class TrainingCommand:
 
     def check_rows(self, dataset: Dataset, script_args) -> Dataset:
         """The rows to train on, refused or dropped where they are no use."""
-        return check_answers(dataset, drop_invalid_rows=script_args.drop_invalid_rows)
+        columns = ("chosen", "rejected")
+        return check_answers(dataset, columns=columns, drop_invalid_rows=script_args.drop_invalid_rows)
 
     def train(self, script_args, training_args, model_args, dataset_args, *, drop_callbacks: tuple[type, ...] = ()):
         """Load data and model, train, save; the same steps on every process. Returns the trainer."""

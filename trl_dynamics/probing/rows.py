@@ -127,6 +127,9 @@ def _read_prompt(row: Mapping, where: str) -> Prompt:
 def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:
     """Prompt, chosen and rejected of a row as they stand in it."""
     has = {name for name in ("prompt", "chosen", "rejected", "completion", "messages") if row.get(name) is not None}
+    others = {"prompt", "completion"} <= has or "messages" in has
+    if others and not isinstance(row.get("chosen"), str | list):
+        has -= {"chosen", "rejected"}  # left over from elsewhere, such as scores
     if {"prompt", "chosen"} <= has and _repeats_prompt(row["prompt"], row["chosen"]):
         return _split_implicit(row, where) if "rejected" in has else (row["chosen"][:-1], row["chosen"][-1:], None)
     if {"prompt", "chosen"} <= has:

@@ -198,14 +198,15 @@ def check_answers(dataset: Dataset, *, drop_invalid_rows: bool, columns: tuple[s
         columns (`tuple[str, ...]`, *optional*): What must not be blank, where the data has it.
 
     Raises:
-        ValueError: If a row is blank and `drop_invalid_rows` is not set; the first such row is named.
+        ValueError: If a row is blank and `drop_invalid_rows` is not set, or a column holds no text; the first such row
+            is named.
     """
     columns = tuple(name for name in columns if name in dataset.column_names)
     blank = [
         (index, name)
         for name in columns
         for index, answer in enumerate(dataset[name])
-        if is_blank(_answer_text(answer))
+        if _is_blank_answer(answer, index, name)
     ]
     if not blank:
         return dataset
@@ -253,12 +254,23 @@ def _last_tokens(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> s
     raise ValueError(f"max_prompt_length {limit} leaves no room for text of the prompt {text[-40:]!r}; raise it")
 
 
-def _answer_text(answer: str | list[dict] | None) -> str | None:
-    return " ".join(_content_text(message["content"]) for message in answer) if isinstance(answer, list) else answer
+def _is_blank_answer(answer: object, index: int, name: str) -> bool:
+    if isinstance(answer, list) and all(isinstance(message, dict) for message in answer):
+        answer = " ".join(_message_text(message) for message in answer)
+    if answer is not None and not isinstance(answer, str):
+        raise ValueError(
+            f"training data row {index} has {answer!r:.60} under {name!r}; expected text or messages: rename the "
+            "column that holds them to it"
+        )
+    return is_blank(answer)
 
 
-def _content_text(content: str | list[dict] | None) -> str:
-    """A message's text; content may come in parts, of which those without text are no blank answer either."""
+def _message_text(message: dict) -> str:
+    """A message's text; content may come in parts, of which those without text are no blank answer either, as is a
+    tool call."""
+    content = message.get("content")
+    if message.get("tool_calls"):
+        return "tool call"
     if isinstance(content, list):
         return " ".join(part.get("text") or part["type"] for part in content)
     return content or ""

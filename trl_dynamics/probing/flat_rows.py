@@ -7,6 +7,7 @@ of LLM Finetuning" is recognised by its column names.
 
 import logging
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -91,9 +92,9 @@ def from_rows(
     probes = [probe for index, row in enumerate(rows) if (probe := reader.probe(index, row)) is not None]
     if reader.dropped:
         listed = ", ".join(f"{what}: {count}" for what, count in sorted(reader.dropped.items()))
-        logger.warning("probe set %r: blank responses were dropped (%s)", name, listed)
+        _warn("probe set %r: blank responses were dropped (%s)", name, listed)
     if left_out:
-        logger.warning(
+        _warn(
             "probe set %r: left out %s, which no response type is named like. A column of answers is named with "
             "probe_types (--probe_types %s), or trl-dynamics probes import --columns %s=TYPE",
             name,
@@ -162,6 +163,12 @@ class _Reader:
         self.dropped.update(blank)
         probe_id = row.get("probe_id")
         return Probe(str(index if probe_id is None else probe_id), row.get("prompt"), responses)
+
+
+def _warn(message: str, *values: str) -> None:
+    """A warning, by one process of a launch."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message, *values)
 
 
 def _is_missing(value: object) -> bool:

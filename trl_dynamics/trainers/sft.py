@@ -102,6 +102,8 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
             return dataset
         own = own_columns(row, self._text_field)
         if own and (self._sft_on is None or own == ("input_ids",)):
+            if has_answers(row) and own != ("input_ids",):
+                logger.info(f"{dataset_name} data: training on {'+'.join(own)}, as TRL does; sft_on trains on chosen")
             foreign = left_over_columns(row, own)
             return dataset.remove_columns(foreign) if foreign else dataset
         if has_answers(row):

@@ -78,6 +78,20 @@ def test_importing_the_trainers_checks_the_versions(pretend):
         importlib.reload(compat)
 
 
+def test_a_command_refuses_versions_in_one_line():
+    code = (
+        "import sys\n"
+        "from trl_dynamics import versions\n"
+        "versions.version = lambda name: '0.9'\n"
+        "from trl_dynamics.cli.main import main\n"
+        "sys.exit(main(['track']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("trl-dynamics ") and "trl>=1.16,<2 (found 0.9)" in line
+
+
 def warnings_of(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("trl_dynamics")]
 

@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger(OUR_LOGGER).setLevel(logging.INFO)
     # TRL sets options by names that transformers is about to rename, which is nothing a user here can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    command = importlib.import_module(f"trl_dynamics.cli.{argv[0].replace('-', '_')}")
     try:
+        # Versions are refused when a command is imported.
+        command = importlib.import_module(f"trl_dynamics.cli.{argv[0].replace('-', '_')}")
         with short_usage_errors():
             return command.run(argv[1:])
     except (ValueError, OSError, ImportError) as error:

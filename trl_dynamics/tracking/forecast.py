@@ -38,7 +38,9 @@ class Forecast:
         self._has_scored = True
         num = 1 + sum(other > step for other in self.due)
         more = " more" if self.start else ""
-        limited = "" if self.schedule.limit is None else f"; the limit is {self.schedule.limit:.0%} of training time"
+        limited = (
+            "" if self.schedule.limit is None else f"; the limit is {percent(self.schedule.limit)} of training time"
+        )
         return logging.INFO, (
             f"probing will take about {num}{more} scorings of {duration(seconds)} each = {duration(num * seconds)} "
             f"in all, if none is left out{limited}"
@@ -66,30 +68,35 @@ class Forecast:
         if self._has_told or training <= 0 or probing <= limit * training:
             return None
         return logging.WARNING, (
-            f"probing took {duration(probing)}, {probing / training:.0%} of the {duration(training)} that training "
-            f"took and more than {limit:.0%}. To make it cheaper, score fewer probes (probe_subset)"
+            f"probing took {duration(probing)}, {percent(probing / training)} of the {duration(training)} of training "
+            f"and more than {percent(limit)}. To make it cheaper, score fewer probes (probe_subset)"
         )
 
     def _tell(self, share: float, ends: float, training: float) -> tuple[int, str]:
         limit, every = self.schedule.limit, self.schedule.every
-        takes = f"probing will take about {100 * share:.0f} % of the time that training takes"
+        takes = f"probing will take about {percent(share)} of the time that training takes"
         if limit is None and share > MAX_SHARE:
             return logging.WARNING, (
-                f"{takes} (more than {100 * MAX_SHARE:.0f} %). To make it cheaper, probe less often (probe_every, now "
+                f"{takes} (more than {percent(MAX_SHARE)}). To make it cheaper, probe less often (probe_every, now "
                 f"{every:g}), score fewer probes (probe_subset), or set a limit (probe_budget={MAX_SHARE})"
             )
         if limit is None:
             return logging.INFO, takes
         if ends > limit * training:
             return logging.WARNING, (
-                f"probing will take about {duration(ends)} at the start and the end alone, {ends / training:.0%} of "
-                f"the {duration(training)} that training takes and above the limit of {limit:.0%}: other scorings are "
+                f"probing will take about {duration(ends)} at the start and the end alone, {percent(ends / training)} "
+                f"of the {duration(training)} of training and above the limit of {percent(limit)}: other scorings are "
                 "left out. To make it cheaper, score fewer probes (probe_subset)"
             )
         if share > limit:
             return logging.INFO, (
-                f"{takes} if none is left out: scorings are left out evenly, to keep to the limit of {limit:.0%}. "
+                f"{takes} if none is left out: some are left out evenly, to keep to the limit of {percent(limit)}. "
                 "probe_budget sets another limit, probe_every a schedule without one"
             )
         is_worth_it = self.schedule.is_thinned and share > MAX_SHARE
-        return logging.WARNING if is_worth_it else logging.INFO, f"{takes}, within the limit of {limit:.0%}"
+        return logging.WARNING if is_worth_it else logging.INFO, f"{takes}, within the limit of {percent(limit)}"
+
+
+def percent(share: float) -> str:
+    """A share as people write it: 33 %."""
+    return f"{100 * share:.0f} %"

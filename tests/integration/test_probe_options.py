@@ -79,12 +79,19 @@ def test_a_subset_is_the_same_whatever_else_is_in_the_set(tmp_path):
 @pytest.mark.parametrize("process_index", [0, 1])
 def test_a_subset_larger_than_the_set_is_told_by_the_main_process_alone(process_index, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(trl_dynamics.SFTConfig, "process_index", process_index)
-    for subset in (3, 500):
+    for subset in (4, 500):
         assert not caplog.records
         args = trl_dynamics.SFTConfig(str(tmp_path), probe_subset=subset, use_cpu=True, bf16=False)
-        assert len(find_probes(PROBES, args)) == 3
-    said = "probe_subset is 500, but the probe set 'probes' has 3 probes: all are scored"
+        assert len(find_probes(PAIRS[:4], args)) == 4
+    said = "probe_subset is 500, but the probe set 'probes' has 4 probes: all are scored"
     assert [record.message for record in caplog.records] == ([] if process_index else [said])
+
+
+def test_too_few_probes_to_judge_are_told_before_training(tmp_path, caplog):
+    args = trl_dynamics.SFTConfig(str(tmp_path), probe_max_probes=3, use_cpu=True, bf16=False)
+    assert len(find_probes(PAIRS, args)) == 3
+    (told,) = caplog.records
+    assert told.levelname == "WARNING" and "3 probes are scored" in told.message and "at least 4" in told.message
 
 
 def test_the_help_names_all_that_an_evaluation_gets():

@@ -39,6 +39,8 @@ def test_without_the_report_extra_it_trains_and_says_how_to_get_the_page(tmp_pat
     assert main(["quickstart", "--output_dir", str(tmp_path), *SMALL]) == 0
     printed = capsys.readouterr().out.strip().splitlines()
     assert "pip install 'trl-dynamics[report]'" in printed[-1]
+    # And before the minutes of training.
+    assert "pip install 'trl-dynamics[report]'" in printed[0]
     assert len(trl_dynamics.load_records(tmp_path / "dpo"))
 
 

@@ -17,6 +17,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_dynamics.cli import dpo, sft
+from trl_dynamics.report import extra
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import summarise_store
 from trl_dynamics.tracking.callback import MODEL_NAME
@@ -57,6 +58,8 @@ def run(argv: list[str]) -> int:
     began, output_dir = time.perf_counter(), Path(args.output_dir)
     # A model this small gains nothing from a second thread and loses much wherever a core is shared.
     torch.set_num_threads(1)
+    if missing := missing_extra():
+        print(f"There will be no page: {missing}", flush=True)
     with _quiet():
         for number, (name, command, settings, start) in enumerate(STAGES, start=1):
             model = "embedded" if start is None else str(output_dir / start)
@@ -77,6 +80,16 @@ def run(argv: list[str]) -> int:
     print(f"The quickstart took {time.perf_counter() - began:.0f} s. Records: {output_dir}/*/dynamics/")
     _write_page(runs, output_dir / "report.html")
     return 0
+
+
+def missing_extra() -> str | None:
+    """What a page would need and is not installed, with the command that installs it; None where all is there."""
+    try:
+        extra.vl_convert()
+        extra.jinja2()
+    except extra.ReportExtraMissing as missing:
+        return str(missing)
+    return None
 
 
 def describe(name: str) -> str:
@@ -144,10 +157,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_page(runs: list[Path], path: Path) -> None:
-    from trl_dynamics.report.extra import ReportExtraMissing
     from trl_dynamics.report.page import build_page
 
     try:
         print(f"Open the comparison report: {build_page(runs, path).resolve()}")
-    except ReportExtraMissing as missing:
+    except extra.ReportExtraMissing as missing:
         print(f"No page was written: {missing}")

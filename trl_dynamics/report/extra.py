@@ -23,19 +23,28 @@ def vl_convert() -> ModuleType:
     return _imported("vl_convert", package="vl-convert-python")
 
 
+def jinja2() -> ModuleType:
+    """The template engine.
+
+    Raises:
+        ReportExtraMissing: If it is not installed.
+    """
+    return _imported("jinja2", package="jinja2")
+
+
 def template(name: str):
     """A page's template, which escapes what it is given, shows control characters, and refuses unknown names.
 
     Raises:
         ReportExtraMissing: If the template engine is not installed.
     """
-    jinja2 = _imported("jinja2", package="jinja2")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    engine = jinja2()
+    environment = engine.Environment(
+        loader=engine.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=engine.StrictUndefined,
     )
     environment.finalize = lambda value: shown(value) if type(value) is str else value
     environment.filters |= {"number": number}

@@ -11,6 +11,7 @@ from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.encode import LengthLimits
 from trl_dynamics.probing.schema import RESERVED_FIELDS, WITHOUT_REJECTED, ProbeSet, check_amount
 from trl_dynamics.tracking.budget import check_budget
+from trl_dynamics.tracking.effects import MIN_PROBES
 from trl_dynamics.tracking.schedule import check_every
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ def require_types(probe_set: ProbeSet, types: Sequence[str]) -> None:
 
 
 def narrow(probe_set: ProbeSet, max_probes: int | None, subset: float | None, *, tells: bool) -> ProbeSet:
-    """[`ProbeSet.narrow`]; the process that `tells` warns of a subset larger than the set, and of missing answers."""
+    """[`ProbeSet.narrow`]; the process that `tells` warns of a subset larger than the set, of too few probes, and of
+    missing rejected answers."""
     kept = probe_set.narrow(max_probes, subset)
     if tells and subset is not None and subset > len(kept):
         logger.warning(
@@ -99,6 +101,11 @@ def narrow(probe_set: ProbeSet, max_probes: int | None, subset: float | None, *,
         )
     if tells and "rejected" not in kept.response_types:
         logger.warning(f"probe set {kept.name!r} has no rejected answers: {WITHOUT_REJECTED}")
+    if tells and len(kept) < MIN_PROBES:
+        logger.warning(
+            f"{len(kept)} probes are scored: their numbers are recorded, but no change of them is judged, which takes "
+            f"at least {MIN_PROBES} probes"
+        )
     return kept
 
 

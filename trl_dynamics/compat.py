@@ -149,6 +149,14 @@ def reset_rope(model: nn.Module) -> None:
                 setattr(module, name, trained)
 
 
+def longrope_boundaries(config) -> tuple[int, ...]:
+    """Lengths above which LongRoPE takes its long factors for a whole batch; none for other models."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    found = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return tuple(sorted({int(boundary) for boundary in found if boundary}))
+
+
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal LM whose forward runs backbone and head: the model itself, or the one inside a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

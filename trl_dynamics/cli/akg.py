@@ -14,6 +14,7 @@ import trl
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from trl_dynamics import stats_head
 from trl_dynamics.akg import losses
 from trl_dynamics.akg.influence import Force, Influence, predict, update_gradient
 from trl_dynamics.akg.several import predict_together
@@ -141,7 +142,8 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     ends = sources.end_ids(path)
     observed = list(encode(probe_set, tokenizer, limits, ends).items)
     prompts = {probe.probe_id: _key(probe.prompt) for probe in probe_set}
-    batches = [collate(items, pad_id_of(tokenizer), device) for items in split(observed, args.tokens_per_batch)]
+    parts = split(observed, args.tokens_per_batch, stats_head.length_boundaries(model))
+    batches = [collate(items, pad_id_of(tokenizer), device) for items in parts]
     rounding = [_rounding(task, batch) if args.verify else None for batch in batches]
     rows: list[dict] = []
     updates = list(read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, device))

@@ -35,7 +35,11 @@ class Likelihood:
         self._ends = {self.tokenizer.eos_token_id, *ends} - {None}
         self._context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         pad_id = self.tokenizer.pad_token_id
-        self._layout = PaddedLayout(judge.batch_size, min(self._ends) if pad_id is None else pad_id)
+        self._layout = PaddedLayout(
+            judge.batch_size,
+            min(self._ends) if pad_id is None else pad_id,
+            boundaries=stats_head.length_boundaries(self.model),
+        )
         self._settled = False
         self.about = {"model": judge.name, "unit": "nats per token"}
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trl_dynamics.probing.encode import EncodedResponse
+from trl_dynamics.probing.layouts import side_of
 
 # transformers' label of a position that is not looked at.
 IGNORED = -100
@@ -34,12 +35,18 @@ def collate(
     return {name: values.to(device) for name, values in batch.items()}
 
 
-def split(items: Sequence[EncodedResponse], tokens_per_batch: int) -> Iterator[list[EncodedResponse]]:
-    """Consecutive answers whose padded rows hold at most so many tokens, at least one."""
+def split(
+    items: Sequence[EncodedResponse], tokens_per_batch: int, boundaries: Sequence[int] = ()
+) -> Iterator[list[EncodedResponse]]:
+    """Consecutive answers whose padded rows hold at most so many tokens, at least one.
+
+    No batch has rows on both sides of one of the `boundaries`, lengths above which a model computes otherwise.
+    """
     batch: list[EncodedResponse] = []
     for item in items:
         width = max(len(other.input_ids) for other in [*batch, item])
-        if batch and width * (len(batch) + 1) > tokens_per_batch:
+        apart = side_of(width, boundaries) != side_of(min(len(o.input_ids) for o in [*batch, item]), boundaries)
+        if batch and (apart or width * (len(batch) + 1) > tokens_per_batch):
             yield batch
             batch = []
         batch.append(item)

@@ -4,6 +4,9 @@
 
 A layout depends on the encoded probes and its own settings alone: not on the number of processes, the step or the
 model's weights. So a response is always scored in the same company, and its numbers are comparable bit by bit.
+
+Models with LongRoPE pick their factors by the longest row of a batch. Where a model has such `boundaries`, lengths
+above which it computes otherwise, all rows of a batch lie on the same side of each.
 """
 
 from collections.abc import Sequence
@@ -72,8 +75,14 @@ class Layout(Protocol):
 
     name: str
     tokens_per_batch: int | None
+    boundaries: tuple[int, ...]
 
     def groups(self, encoded: EncodedProbes) -> list[BatchGroup]: ...
+
+
+def side_of(length: int, boundaries: Sequence[int]) -> tuple[bool, ...]:
+    """On which side of each boundary a row of this length lies: True above it."""
+    return tuple(length > boundary for boundary in boundaries)
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,14 @@ class PaddedLayout:
         pad_id (`int`, *optional*): Token id of the padding.
         padding_side (`str`, *optional*): `"right"` or `"left"`.
         tokens_per_batch (`int`, *optional*): Most tokens of a batch, padding included; a longer row is its own batch.
+        boundaries (`tuple[int, ...]`, *optional*): Lengths above which the model computes otherwise.
     """
 
     batch_size: int | None = None
     pad_id: int = 0
     padding_side: str = "right"
     tokens_per_batch: int | None = None
+    boundaries: tuple[int, ...] = ()
     name: str = field(default="padded", init=False)
 
     def __post_init__(self):
@@ -110,16 +121,18 @@ class PaddedLayout:
         """One group per batch."""
         return [BatchGroup((batch,)) for batch in self.batches(encoded)]
 
-    def batches(self, encoded: EncodedProbes) -> list[ProbeBatch]:
-        """The frozen batches of a run, by ascending length."""
-        order = sorted(range(len(encoded.items)), key=lambda index: (len(encoded.items[index].input_ids), index))
+    def batches(self, encoded: EncodedProbes, indices: Sequence[int] | None = None) -> list[ProbeBatch]:
+        """The frozen batches of a run, by ascending length; with `indices` those of some responses."""
+        lengths = [len(item.input_ids) for item in encoded.items]
+        order = sorted(range(len(lengths)) if indices is None else indices, key=lambda index: (lengths[index], index))
         cuts, start = [0], 0
         for position, index in enumerate(order):
             # Lengths ascend, so this row is as wide as the batch would be with it.
             rows = position - start + 1
             too_many = self.batch_size is not None and rows > self.batch_size
-            too_wide = self.tokens_per_batch and rows * len(encoded.items[index].input_ids) > self.tokens_per_batch
-            if rows > 1 and (too_many or too_wide):
+            too_wide = self.tokens_per_batch and rows * lengths[index] > self.tokens_per_batch
+            apart = side_of(lengths[order[start]], self.boundaries) != side_of(lengths[index], self.boundaries)
+            if rows > 1 and (too_many or too_wide or apart):
                 cuts.append(position)
                 start = position
         cuts.append(len(order))
@@ -148,24 +161,33 @@ class SharedPrefixLayout:
         tokens_per_batch (`int`, *optional*): Most tokens of a group, padding included; prompt and responses of one
             probe stay together even where they are more, but no forward is larger unless a single row is.
         pad_id (`int`, *optional*): Token id of the padding.
+        boundaries (`tuple[int, ...]`, *optional*): Lengths above which the model computes otherwise, prompts included:
+            longer rows are padded instead.
     """
 
     tokens_per_batch: int = 4096
     pad_id: int = 0
+    boundaries: tuple[int, ...] = ()
     name: str = field(default="shared_prefix", init=False)
 
     def __post_init__(self):
         _check_budget(self.tokens_per_batch)
 
     def groups(self, encoded: EncodedProbes) -> list[BatchGroup]:
-        """The frozen groups of a run, by ascending length of their prompts."""
-        return [self._group(encoded, families) for families in self._families_by_group(encoded)]
+        """The frozen groups of a run, by ascending length of their prompts; rows above a boundary follow."""
+        above = [i for i, item in enumerate(encoded.items) if any(side_of(len(item.input_ids), self.boundaries))]
+        shared = [self._group(encoded, families) for families in self._families_by_group(encoded, set(above))]
+        if not above:
+            return shared
+        padded = PaddedLayout(None, self.pad_id, "right", self.tokens_per_batch, self.boundaries)
+        return shared + [BatchGroup((batch,)) for batch in padded.batches(encoded, above)]
 
-    def _families_by_group(self, encoded: EncodedProbes) -> list[list[list[int]]]:
+    def _families_by_group(self, encoded: EncodedProbes, left_out: set[int]) -> list[list[list[int]]]:
         """Responses with the same prompt are a family; families in groups that keep to the budget."""
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for index, item in enumerate(encoded.items):
-            by_prompt.setdefault(item.prompt_ids, []).append(index)
+            if index not in left_out:
+                by_prompt.setdefault(item.prompt_ids, []).append(index)
         families = sorted(by_prompt.values(), key=lambda family: (len(encoded.items[family[0]].prompt_ids), family[0]))
         groups: list[list[list[int]]] = []
         response_tokens = 0

@@ -15,7 +15,7 @@ from trl_dynamics.stats_head.forward import (
     whole_head,
 )
 from trl_dynamics.stats_head.module_state import kept_state
-from trl_dynamics.stats_head.ways import own_forward_tokens
+from trl_dynamics.stats_head.ways import length_boundaries, own_forward_tokens
 
 __all__ = [
     "StatsRequest",
@@ -24,6 +24,7 @@ __all__ = [
     "install",
     "is_installed",
     "kept_state",
+    "length_boundaries",
     "own_forward_tokens",
     "prompts_only",
     "remove",

@@ -13,7 +13,14 @@ from torch import nn
 from trl_dynamics.compat import base_causal_lm
 from trl_dynamics.ops.tiled_head import KnownLogits, token_stats
 from trl_dynamics.stats_head.forward import StatsRequest, own_logits, prompts_only
-from trl_dynamics.stats_head.ways import OWN, has_split_weights, own_forward_tokens, use_own_forward, way_of
+from trl_dynamics.stats_head.ways import (
+    OWN,
+    has_split_weights,
+    length_boundaries,
+    own_forward_tokens,
+    use_own_forward,
+    way_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +123,8 @@ class _Check:
         # Hooks on a root gather split weights; where none are split, the model runs without them.
         self.call = model if has_split_weights(model) else model.forward
         device = next(model.parameters()).device
-        self.row_1T = torch.tensor([list(ids[:CHECKED_TOKENS])], dtype=torch.int64, device=device)
+        most = min((CHECKED_TOKENS, *length_boundaries(model)))
+        self.row_1T = torch.tensor([list(ids[:most])], dtype=torch.int64, device=device)
         self.num_tokens = self.row_1T.shape[1]
         self.own_TV = self.own(self.num_tokens) if self.num_tokens > 1 else torch.empty(0)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from trl_dynamics.compat import base_causal_lm, is_plain_linear
+from trl_dynamics.compat import base_causal_lm, is_plain_linear, longrope_boundaries
 
 MATRIX, MODULE, OWN = "matrix", "module", "own forward"
 # Most bytes of the float32 logits (B, T, V) of one forward of the model's own; a longer row is a batch of its own.
@@ -49,6 +49,11 @@ def own_forward_tokens(model: nn.Module) -> int | None:
     """Most tokens of one forward, padding included, where the model's own forward is used; None elsewhere."""
     own = getattr(base_causal_lm(model), _OWN, None)
     return None if own is None else max(1, OWN_LOGITS_BYTES // (4 * own.num_labels))
+
+
+def length_boundaries(model: nn.Module) -> tuple[int, ...]:
+    """Lengths of a row above which the model computes otherwise, for every row of a batch as soon as one is longer."""
+    return longrope_boundaries(base_causal_lm(model).config)
 
 
 def num_labels_of(base: nn.Module, head: nn.Module) -> int:

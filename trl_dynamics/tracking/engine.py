@@ -150,7 +150,10 @@ class ProbeEngine:
             turn = self.groups[first : first + world]
             # A process without a group of its own in the last turn repeats one, and one with fewer batches its last.
             group = turn[rank] if rank < len(turn) else turn[0]
-            cache = self._run_prompts(model, group.prompts, device) if group.prompts else None
+            # Where others run prompts, a process without any runs theirs for nothing.
+            prompts = group.prompts or next((each.prompts for each in turn if each.prompts), None)
+            cache = self._run_prompts(model, prompts, device) if prompts else None
+            cache = cache if group.prompts else None
             for index in range(max(len(each.batches) for each in turn)):
                 batch = group.batches[min(index, len(group.batches) - 1)]
                 stats = self._run(model, batch, cache, stars, device)

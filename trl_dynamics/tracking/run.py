@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 
-from trl_dynamics import compat
+from trl_dynamics import compat, stats_head
 from trl_dynamics.probing.encode import LengthLimits, encode, encode_prompts
 from trl_dynamics.probing.labelled import pad_id_of
 from trl_dynamics.probing.layouts import Layout, PaddedLayout, SharedPrefixLayout
@@ -43,7 +43,8 @@ def build_engine(
         accelerator=accelerator,
         float32=args.probe_dtype == "float32",
     )
-    return engine, PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens)
+    boundaries = stats_head.length_boundaries(model)
+    return engine, PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens, boundaries=boundaries)
 
 
 def build_sampler(model, processing_class, probe_set: ProbeSet, args, engine: ProbeEngine) -> GreedySampler | None:
@@ -112,8 +113,8 @@ def recorded_layout(plan: dict, args, fallback: PaddedLayout) -> Layout:
     tokens = plan.get("tokens_per_batch") if tokens is None else tokens
     if name == "padded":
         rows = plan.get("batch_size") if tokens is None else None
-        return PaddedLayout(rows, fallback.pad_id, tokens_per_batch=tokens)
-    return SharedPrefixLayout(tokens or fallback.tokens_per_batch, fallback.pad_id)
+        return PaddedLayout(rows, fallback.pad_id, tokens_per_batch=tokens, boundaries=fallback.boundaries)
+    return SharedPrefixLayout(tokens or fallback.tokens_per_batch, fallback.pad_id, fallback.boundaries)
 
 
 def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Layout:
@@ -124,14 +125,15 @@ def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Lay
     """
     if wanted not in ("auto", "shared_prefix", "padded"):
         raise ValueError(f"probe_layout is {wanted!r}, expected 'auto', 'shared_prefix' or 'padded'")
+    boundaries = stats_head.length_boundaries(model)
     if wanted != "padded" and compat.can_share_prompts(model):
-        return SharedPrefixLayout(tokens_per_batch, pad_id)
+        return SharedPrefixLayout(tokens_per_batch, pad_id, boundaries)
     if wanted == "shared_prefix":
         raise ValueError(
             f"probe_layout='shared_prefix' does not fit {model.config.model_type}: it needs plain or sliding-window "
             "attention in every layer and no prompt-learning adapter; use 'auto' or 'padded'"
         )
-    return PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens_per_batch)
+    return PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens_per_batch, boundaries=boundaries)
 
 
 def describe_run(

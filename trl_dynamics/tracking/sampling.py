@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from trl_dynamics import stats_head
 from trl_dynamics.probing.encode import EncodedPrompt, answer_text
+from trl_dynamics.probing.layouts import side_of
 from trl_dynamics.stats_head import StatsRequest, is_installed
 from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.repetition import distinct_share, longest_repeat, repeat_share, same_shares
@@ -138,11 +139,21 @@ class GreedySampler:
             width, rows = len(self.prompts[index].input_ids), len(found[-1]) + 1 if found else 0
             keys = rows * (width + self.max_new_tokens)
             fits = rows * width <= budget and keys <= _KEYS_PER_TOKEN * budget if cached else keys <= budget
-            if found and fits:
+            if found and fits and self._side(index) == self._side(found[-1][0]):
                 found[-1].append(index)
             else:
                 found.append([index])
         return found
+
+    def _crosses(self, index: int) -> bool:
+        """Whether an answer may begin below a length above which the model computes otherwise, and end beyond."""
+        length, boundaries = len(self.prompts[index].input_ids), self.engine.layout.boundaries
+        return side_of(length, boundaries) != side_of(length + self.max_new_tokens, boundaries)
+
+    def _side(self, index: int) -> tuple:
+        """Equal for prompts that may be answered together."""
+        length = len(self.prompts[index].input_ids)
+        return (index,) if self._crosses(index) else side_of(length, self.engine.layout.boundaries)
 
     def _answer(
         self, model: nn.Module, group: list[int], limit: int, cached: bool, device: torch.device
@@ -150,7 +161,8 @@ class GreedySampler:
         """Ids and log-probabilities (B, T) of `limit` new tokens, or fewer where all processes' answers have ended;
         what stands behind an end means nothing."""
         prompts = [self.prompts[index].input_ids for index in group]
-        kind = _CachedRows if cached else _WholeRows
+        # Keys that were kept from below a boundary are not those that the model has above it.
+        kind = _CachedRows if cached and not self._crosses(group[0]) else _WholeRows
         rows = kind(model, prompts, limit, self.reading, device, self.engine.float32)
         ends = torch.tensor(sorted(self.reading.end_ids), device=device)
         room_B = torch.tensor([self._room[index] for index in group], device=device)

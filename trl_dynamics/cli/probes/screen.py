@@ -117,7 +117,7 @@ def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> 
     limits = LengthLimits(args.max_prompt_length, args.max_length or context, context)
     ends = {tokenizer.eos_token_id, *sources.end_ids(path)}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    layout, scored = PaddedLayout(args.batch_size, pad_id), []
+    layout, scored = PaddedLayout(args.batch_size, pad_id, boundaries=stats_head.length_boundaries(model)), []
     for start in range(0, len(probes), CHUNK):
         chunk, items = [], []
         for row, probe in enumerate(probes[start : start + CHUNK], start=start):

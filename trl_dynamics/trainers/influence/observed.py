@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import Trainer
 
-from trl_dynamics.probing.encode import EncodedProbes, encode, token_texts
+from trl_dynamics import stats_head
+from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse, encode, token_texts
 from trl_dynamics.probing.labelled import collate, pad_id_of, split
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.run import end_ids_of, limits_of, tokens_per_batch_of
@@ -36,6 +37,7 @@ class Observed:
         texts (`list[list[str]]`): What each token of each answer adds to the text.
         tokens_per_batch (`int`): Most tokens of a forward, padding included.
         pad_id (`int`): What fills rows up.
+        boundaries (`tuple[int, ...]`, *optional*): As of [`PaddedLayout`].
     """
 
     probe_set: ProbeSet
@@ -43,6 +45,7 @@ class Observed:
     texts: list[list[str]]
     tokens_per_batch: int
     pad_id: int
+    boundaries: tuple[int, ...] = ()
 
     @property
     def description(self) -> dict:
@@ -69,11 +72,14 @@ class Observed:
     def answers(self, response_type: str, device: torch.device) -> list[Batch]:
         """All answers of a type as SFT trains on them: their end-of-turn token is learnt as well."""
         chosen = [item for item in self.encoded.items if item.response_type == response_type]
-        return [collate(part, self.pad_id, device, ends=True) for part in split(chosen, self.tokens_per_batch)]
+        return [collate(part, self.pad_id, device, ends=True) for part in self._parts(chosen)]
+
+    def _parts(self, items: Sequence[EncodedResponse]) -> Iterator[list[EncodedResponse]]:
+        return split(items, self.tokens_per_batch, self.boundaries)
 
     def _numbered(self) -> Iterator[Sequence[int]]:
         first = 0
-        for part in split(self.encoded.items, self.tokens_per_batch):
+        for part in self._parts(self.encoded.items):
             yield list(range(first, first + len(part)))
             first += len(part)
 
@@ -88,4 +94,5 @@ def observe(trainer: Trainer, probe_set: ProbeSet) -> Observed:
     model, args = trainer.model, trainer.args
     encoded = encode(probe_set, tokenizer, limits_of(model, args), end_ids_of(model))
     texts = [token_texts(tokenizer, item) for item in encoded.items]
-    return Observed(probe_set, encoded, texts, tokens_per_batch_of(args, trainer.accelerator), pad_id_of(tokenizer))
+    tokens, boundaries = tokens_per_batch_of(args, trainer.accelerator), stats_head.length_boundaries(model)
+    return Observed(probe_set, encoded, texts, tokens, pad_id_of(tokenizer), boundaries)

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import yaml
 
+from trl_dynamics import places
+from trl_dynamics.errors import root_cause
 from trl_dynamics.plain import plain_or_text
+from trl_dynamics.probing.files import quiet_readers, read_lines, read_mapping, refusal
 from trl_dynamics.probing.flat_rows import from_rows
 from trl_dynamics.probing.schema import ProbeSet
 
@@ -61,14 +64,11 @@ def read_rows(source: str | Path) -> list[dict]:
     """
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        return _read_lines(path)
+        return read_lines(path, "probe set")
     if path.exists():
         return _read_with_datasets(path)
-    if path.suffix in _FILE_KINDS or path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
-        raise ValueError(
-            f"probe set {str(source)!r} does not exist; expected a folder with {DATA_FILE}, a .jsonl or .parquet "
-            "file, or the name of a dataset on the hub"
-        )
+    expected = f"a folder with {DATA_FILE}, a .jsonl or .parquet file, or the name of a dataset on the hub"
+    places.refuse_missing(str(source), "probe set", expected, kind="dataset")
     return _read_hub(str(source))
 
 
@@ -87,7 +87,8 @@ def read_jsonl(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"probe set file {str(path)!r} does not exist")
-    return from_rows(_read_lines(path), name=name or path.stem, required_types=required_types, types=types)
+    rows = read_lines(path, "probe set")
+    return from_rows(rows, name=name or path.stem, required_types=required_types, types=types)
 
 
 def save(probe_set: ProbeSet, folder: str | Path) -> None:
@@ -226,24 +227,9 @@ def _hub_refusal(repo_id: str, error) -> str:
     return f"the hub refused to take {repo_id!r} (status {status}): {advice}"
 
 
-def _read_lines(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as lines:
-        return [_parse_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _parse_line(path: Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} is a {type(row).__name__}; expected one object per line")
-    return row
-
-
 def _read_folder(path: Path, name: str | None, types: Sequence[str]) -> ProbeSet:
     card_path = path / CARD_FILE
-    card = _parse_card(card_path) if card_path.is_file() else {}
+    card = read_mapping(card_path, "the card of a probe set") if card_path.is_file() else {}
     required = tuple(card["required_types"]) if "required_types" in card else None
     probe_set = read_jsonl(
         path / DATA_FILE,
@@ -255,22 +241,12 @@ def _read_folder(path: Path, name: str | None, types: Sequence[str]) -> ProbeSet
     return ProbeSet(probe_set.probes, probe_set.name, metadata, probe_set.required_types)
 
 
-def _parse_card(path: Path) -> dict:
-    try:
-        card = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(card, dict):
-        raise ValueError(f"{path} holds {card!r:.40}; expected the fields of a probe set's card, such as name")
-    return card
-
-
 def _hub_card(name: str) -> dict:
     """What `probe.yaml` of a set on the hub says; nothing where a dataset has no such file."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return _parse_card(Path(hf_hub_download(name, CARD_FILE, repo_type="dataset")))
+        return read_mapping(Path(hf_hub_download(name, CARD_FILE, repo_type="dataset")), "the card of a probe set")
     except Exception:  # no such file, or no way to the hub; its HTTP library has errors of its own
         return {}
 
@@ -285,12 +261,18 @@ def _read_with_datasets(path: Path) -> list[dict]:
             raise ValueError(
                 f"folder {str(path)!r} holds no probe set; expected {DATA_FILE}, or a dataset written by save_to_disk"
             ) from error
+        except Exception as error:
+            raise refusal(path, error, "probe set") from error
     if path.suffix not in _FILE_KINDS:
         raise ValueError(
             f"probe set {str(path)!r} is a {path.suffix or 'file without suffix'}; expected .jsonl, .json, "
             ".parquet or .csv"
         )
-    return list(load_dataset(_FILE_KINDS[path.suffix], data_files=str(path), split="train"))
+    try:
+        with quiet_readers():
+            return list(load_dataset(_FILE_KINDS[path.suffix], data_files=str(path), split="train"))
+    except Exception as error:  # each reader has its own errors for a damaged file
+        raise refusal(path, error, "probe set") from error
 
 
 def _read_hub(name: str) -> list[dict]:
@@ -300,5 +282,6 @@ def _read_hub(name: str) -> list[dict]:
         return list(load_dataset(name, split="train"))
     except Exception as error:
         raise ValueError(
-            f"probe set {name!r} is neither a local folder or file nor a dataset that the hub returned: {error}"
+            f"probe set {name!r} is neither a local folder or file nor a dataset that the hub returned: "
+            f"{root_cause(error)}"
         ) from error

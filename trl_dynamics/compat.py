@@ -6,6 +6,7 @@ Each name has a contract test in tests/integration/test_compat.py. Nothing else 
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -75,6 +76,20 @@ def can_share_prompts(model: nn.Module) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     shared_kv = getattr(config, "num_kv_shared_layers", 0)
     return kinds <= {"full_attention", "sliding_attention"} and not base._is_stateful and not shared_kv
+
+
+@contextlib.contextmanager
+def without_zero3() -> Iterator[None]:
+    """Load models whole on this process, also where training arguments have switched on ZeRO-3 for all loading."""
+    zero3 = sys.modules.get("transformers.integrations.deepspeed")
+    if zero3 is None:
+        yield
+        return
+    reference, zero3._hf_deepspeed_config_weak_ref = zero3._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        zero3._hf_deepspeed_config_weak_ref = reference
 
 
 @contextlib.contextmanager

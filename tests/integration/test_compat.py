@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from tiny import tiny_model
 from tiny_runs import make_trainer
@@ -198,3 +202,14 @@ def test_layers_checkpoint_without_reentry_and_as_before_afterwards(reentrant):
         assert len(layers) > 1
         assert all(m._gradient_checkpointing_func.keywords["use_reentrant"] is False for m in layers)
     assert [m._gradient_checkpointing_func for m in layers] == before
+
+
+def test_models_load_whole_where_arguments_have_switched_on_zero3():
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        assert is_deepspeed_zero3_enabled()
+        with compat.without_zero3():
+            assert not is_deepspeed_zero3_enabled()
+        assert is_deepspeed_zero3_enabled() and config.is_zero3()
+    finally:
+        unset_hf_deepspeed_config()

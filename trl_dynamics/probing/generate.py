@@ -1,6 +1,7 @@
 """Answers that a model writes: the request, what may come back, and a local model that answers in batches."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +10,6 @@ from typing import Protocol
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trl_dynamics.loading import load_causal_lm, load_tokenizer
 from trl_dynamics.probing.encode import answer_text, cut_prompt
 from trl_dynamics.probing.schema import Prompt
 
@@ -131,16 +131,23 @@ class LocalModel:
         self.label = Path(name).name if Path(name).is_dir() else name
         self.name = f"{self.label}@{weights_fingerprint(model)[:16]}"
         self._ends = _end_ids(model, tokenizer)
+        # Padding would stand between a learned prompt and the text, and shift the positions of the latter.
+        adapters = getattr(model, "peft_config", {}).values()
+        self._may_pad = not any(config.is_prompt_learning for config in adapters)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @classmethod
     def load(
         cls, path: str, *, dtype: str = "auto", batch_size: int = 16, trust_remote_code: bool = False
     ) -> "LocalModel":
-        """The model and tokenizer at a folder or hub name, on the first accelerator if there is one."""
+        """The model (or adapter on its base) and tokenizer at a folder or hub name, on the first accelerator if any.
+
+        Raises:
+            NotLoadable: If it is no causal language model with a tokenizer, or a file is missing or damaged.
+        """
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         return cls(model.to(device), tokenizer, str(path), batch_size)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer | Failure]]:
@@ -159,8 +166,9 @@ class LocalModel:
                 rows.append((min(room, request.sampling.max_new_tokens), ids, request))
         # Rows of one batch share their limit: past the context a model may have no positions left for any of them.
         rows.sort(key=lambda row: (row[0], len(row[1]), row[2].prompt_json, row[2].sampling.seed))
-        for limit in sorted({row[0] for row in rows}):
-            alike = [row for row in rows if row[0] == limit]
+        for _, alike in itertools.groupby(rows, key=lambda row: row[0] if self._may_pad else (row[0], len(row[1]))):
+            alike = list(alike)
+            limit = alike[0][0]
             for start in range(0, len(alike), self.batch_size):
                 group = alike[start : start + self.batch_size]
                 yield from self._answer([row[1] for row in group], [row[2] for row in group], limit)
@@ -240,6 +248,11 @@ class _SeededSampling(LogitsProcessor):
         rows = []
         for logits, sampling, generator in zip(scores, self.sampling, self.generators, strict=True):
             logits = logits.float()
+            if logits.isnan().any():
+                raise ValueError(
+                    "the model's logits are not finite (NaN), so that it has no answer; look for NaN in its weights, "
+                    "or load it in float32"
+                )
             if sampling.temperature > 0:
                 logits = logits / sampling.temperature
                 if sampling.top_p < 1:

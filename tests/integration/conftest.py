@@ -1,8 +1,13 @@
 """What several integration tests start."""
 
+import json
+
+import pandas as pd
 import pytest
 
 from serving import Serve, free_port
+from tiny import tiny_model, tiny_tokenizer
+from tiny_runs import PAIRS, PROBES
 from trl_dynamics import embedded
 
 
@@ -19,3 +24,15 @@ def serve(tmp_path):
         yield start
         for one in started:
             one.kill()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model folder, a training file and a probe file."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for name, rows in (("train", PAIRS), ("probes", PROBES)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pd.DataFrame(PAIRS).to_parquet(folder / "train.parquet")
+    return folder

@@ -10,50 +10,12 @@ import pytest
 import yaml
 
 import trl_dynamics
-from tiny import tiny_model, tiny_tokenizer
-from tiny_runs import PAIRS, PROBES
+from cli_runs import failure, flags
+from tiny_runs import PAIRS
 from trl_dynamics.cli.grpo import find_reward
 from trl_dynamics.cli.main import COMMANDS, main
 from trl_dynamics.cli.track import find_targets
 from trl_dynamics.cli.training import TrainingCommand
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A model folder, a training file and a probe file."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny_model("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    for name, rows in (("train", PAIRS), ("probes", PROBES)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pd.DataFrame(PAIRS).to_parquet(folder / "train.parquet")
-    return folder
-
-
-def flags(world, output_dir, **options) -> list[str]:
-    values = {
-        "model_name_or_path": world / "model",
-        "dataset_name": world / "train.jsonl",
-        "probe_set": world / "probes.jsonl",
-        "output_dir": output_dir,
-        "max_steps": 2,
-        "probe_every": 0.05,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    } | options
-    return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
-
-
-def failure(capsys, argv: list[str]) -> str:
-    """The one line that a wrong command prints."""
-    assert main(argv) == 1
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if line.startswith(f"trl-dynamics {argv[0]}: error:")]
-    assert len(errors) == 1 and lines[-1] == errors[0]
-    return errors[0]
 
 
 def means(frame: pd.DataFrame) -> pd.DataFrame:

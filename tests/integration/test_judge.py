@@ -244,7 +244,7 @@ def test_wrong_inputs_are_one_line(files, capsys):
         f"{sides} {prompts} {out} {server} --judge_url localhost": "neither http:// nor https://",
         f"{sides} {prompts} {out} {server} --judge_url http://h --judge_prompt {{0}}/q.txt": "no {first}",
         f"{sides} {prompts} {out} {server} --judge_url http://h --judge_prompt {{0}}/z.txt": "cannot be read",
-        f"{sides} {prompts} {out} {server} --judge_url http://h --server_options [1]": "is no JSON object",
+        f"{sides} {prompts} {out} {server} --judge_url http://h --server_options [1]": "expected a mapping",
         f"{sides} {prompts} {out} --judge reward --judge_model {{0}}/lm": "a LlamaForCausalLM, no reward model",
         f"{sides} {prompts} {out} --judge reward --judge_model {{0}}/rm2": "has 2 outputs",
         f"{sides} {prompts} {out} --judge reward --judge_model {{0}}/nothing": "cannot be loaded",
@@ -260,7 +260,7 @@ def test_wrong_inputs_are_one_line(files, capsys):
         f"{sides} {out} --judge embedded --prompts {{0}}/columns.jsonl": "found the columns ['question']",
         f"{{0}}/gone.jsonl {{0}}/wrong.jsonl {prompts} {out} --judge embedded": "file of answers",
         f"{{0}}/right.jsonl {{0}}/gone/model {prompts} {out} --judge embedded": "does not exist",
-        f"{{0}}/right.jsonl {{0}}/nothing {prompts} {out} --judge embedded": "cannot be loaded",
+        f"{{0}}/right.jsonl {{0}}/nothing {prompts} {out} --judge embedded": "holds no model",
         f"{sides} {prompts} -o {{0}} --judge embedded": "not empty and holds no comparison",
         f"{sides} {prompts} {out} --judge embedded --confidence 1.5": "confidence 1.5",
     }

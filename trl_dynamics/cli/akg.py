@@ -6,23 +6,23 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import trl
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from trl_dynamics import stats_head
+from trl_dynamics import loading, stats_head
 from trl_dynamics.akg import losses
 from trl_dynamics.akg.influence import Force, Influence, predict, update_gradient
 from trl_dynamics.akg.several import predict_together
 from trl_dynamics.akg.steps import Step, step_of
 from trl_dynamics.akg.task import Task, causal_lm
 from trl_dynamics.akg.verify import fixed_features, label_logp, last_bits, moved
-from trl_dynamics.cli import sources
-from trl_dynamics.cli.options import option
+from trl_dynamics.cli import finite, sources
+from trl_dynamics.cli.options import option, parse
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.encode import EncodedResponse, LengthLimits, encode, encode_response
 from trl_dynamics.probing.labelled import collate, pad_id_of, split
@@ -40,7 +40,10 @@ DPO = "dpo"
 class AkgArguments:
     """Options of `trl-dynamics akg`."""
 
-    model_name_or_path: str | None = option(None, "The model that the step starts from: folder, hub name, embedded.")
+    model_name_or_path: str | None = option(
+        None,
+        "The model that the step starts from: folder, hub name, embedded. Of an adapter, its weights take the step.",
+    )
     probe_set: str | None = option(None, "What is observed: every answer of every probe.")
     probe_max_probes: int | None = option(None, "Observe the first so many probes only.")
     dataset_name: str | None = option(
@@ -92,7 +95,7 @@ def run(argv: list[str]) -> int:
         ValueError: If an option, the model or the data is wrong; then nothing is written.
     """
     parser = trl.TrlParser((AkgArguments, trl.DatasetMixtureConfig), prog="trl-dynamics akg")
-    args, mixture, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    args, mixture, unknown = parse(parser, argv)
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}; see trl-dynamics akg --help")
     for name in ("probe_set", "output_dir"):
@@ -103,16 +106,20 @@ def run(argv: list[str]) -> int:
     for name in ("probe_max_probes", "dataset_num_rows", "updates_at_once"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}, expected at least 1")
-    folder = Path(args.output_dir)
-    if folder.exists() and any(folder.iterdir()) and not (args.overwrite and (folder / INFLUENCE_FILE).is_file()):
-        raise ValueError(f"{args.output_dir!r} is not empty; choose another folder, or --overwrite earlier results")
+    folder = sources.require_free(args.output_dir, INFLUENCE_FILE, args.overwrite)
     frame = measure(args, mixture)
     summary = summarise(frame, args)
     with probe_io.complete_folder(folder) as part:
         frame.to_parquet(part / INFLUENCE_FILE, index=False)
         (part / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(*report(frame, args), f"results: {folder}", sep="\n")
-    return 0
+    return finite.exit_status("akg", *not_finite(frame), where=INFLUENCE_FILE)
+
+
+def not_finite(frame: pd.DataFrame) -> tuple[int, int]:
+    """How many rows (an update and an observed answer each) have a number that is not finite, and how many rows."""
+    names = [name for name in frame if name.endswith("_sum") or name.startswith("delta_sum/") or name == "update_loss"]
+    return int((~np.isfinite(frame[names])).any(axis=1).sum()), len(frame)
 
 
 def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFrame:
@@ -126,20 +133,20 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     `force_norm`, the norm of G over all its positions and labels.
     """
     path = sources.find_model(args.model_name_or_path)
-    with sources.loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=args.dtype,
-            trust_remote_code=args.trust_remote_code,
-            **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
-        )
+    tokenizer = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+    model = loading.load_causal_lm(
+        path,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+        trainable=True,
+    )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     task = causal_lm(model.to(device))
-    context = sources.context_length(path)
+    context = loading.context_length(path, trust_remote_code=args.trust_remote_code)
     limits = LengthLimits(args.max_prompt_length, args.max_length or context, context)
     probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes)
-    ends = sources.end_ids(path)
+    ends = loading.end_ids(path)
     observed = list(encode(probe_set, tokenizer, limits, ends).items)
     prompts = {probe.probe_id: _key(probe.prompt) for probe in probe_set}
     parts = split(observed, args.tokens_per_batch, stats_head.length_boundaries(model))
@@ -277,12 +284,16 @@ def summarise(frame: pd.DataFrame, args: AkgArguments) -> dict:
         "order": args.order,
         "num_updates": int(frame.groupby(["update_row", "update_type"]).ngroups),
         "delta_mean": {
-            f"{update}/{observed}": value for (update, observed), value in _per_token(frame, "delta_sum").items()
+            f"{update}/{observed}": finite.or_none(value)
+            for (update, observed), value in _per_token(frame, "delta_sum").items()
         },
+        "num_not_finite": not_finite(frame)[0],
     }
     if args.verify:
-        summary["relative_error"] = relative_errors(frame)
-        summary["relative_error_fixed_features"] = relative_errors(frame, "fixed_features_sum")
+        for name, predicted in (("", "delta_sum"), ("_fixed_features", "fixed_features_sum")):
+            errors = relative_errors(frame, predicted)
+            shown = {kind: None if error is None else finite.or_none(error) for kind, error in errors.items()}
+            summary[f"relative_error{name}"] = shown
     return summary
 
 
@@ -290,8 +301,9 @@ def relative_errors(frame: pd.DataFrame, predicted: str = "delta_sum") -> dict[s
     """||predicted - true|| / ||true|| over all observed answers, by type of update; None where nothing moved."""
     errors: dict[str, float | None] = {}
     for kind, rows in frame.groupby("update_type"):
-        scale = rows["true_sum"].pow(2).sum()
-        errors[kind] = float(((rows[predicted] - rows["true_sum"]).pow(2).sum() / scale) ** 0.5) if scale else None
+        scale = rows["true_sum"].pow(2).sum(skipna=False)
+        off = (rows[predicted] - rows["true_sum"]).pow(2).sum(skipna=False)
+        errors[kind] = float((off / scale) ** 0.5) if scale else None
     return errors
 
 

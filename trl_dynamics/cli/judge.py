@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trl
-import yaml
 from transformers import HfArgumentParser
 
+from trl_dynamics import loading, places
 from trl_dynamics.cli import sources
 from trl_dynamics.cli.options import option
 from trl_dynamics.judging.answers import FileSide, ModelSide
@@ -23,6 +23,7 @@ from trl_dynamics.judging.scores import ScoreJudge
 from trl_dynamics.judging.table import table
 from trl_dynamics.judging.world import WorldChecker
 from trl_dynamics.probing import io as probe_io
+from trl_dynamics.probing.files import parse_mapping
 from trl_dynamics.probing.generate import LocalModel, Sampling
 from trl_dynamics.probing.rows import read_prompts
 from trl_dynamics.probing.schema import Prompt
@@ -156,8 +157,7 @@ def find_side(name: str, side: str, args: JudgeArguments) -> Side:
         args.max_new_tokens, args.temperature, args.top_p, args.seed, tuple(args.stop), args.max_prompt_length
     )
     if Path(name).suffix == ".jsonl":
-        if not Path(name).is_file():
-            raise ValueError(f"file of answers {name!r} does not exist")
+        places.refuse_folder(name, "file of answers")
         return FileSide(name)
     path = sources.find_model(name)
     return ModelSide(lambda: _local(path, args), sampling, side)
@@ -183,14 +183,19 @@ def find_judge(args: JudgeArguments, prompts: list[Prompt]) -> Callable[[], Judg
         return lambda: server
     path = sources.find_model(args.judge_model)
     if args.judge == "reward":
-        with sources.loading(path):
+        if loading.find_adapter_config(path) is not None:
+            raise ValueError(
+                f"{path!r} is an adapter, but a reward model is taken whole; merge it into its base (peft's "
+                "merge_and_unload) and save that"
+            )
+        with loading.naming(path):
             require_reward_model(path, args.trust_remote_code)
     make = _reward if args.judge == "reward" else _likelihood
     return lambda: ScoreJudge(make(path, args), args.tie_margin)
 
 
 def _reward(path: str, args: JudgeArguments) -> RewardModel:
-    with sources.loading(path):
+    with loading.naming(path):
         return RewardModel.load(
             path,
             dtype=args.dtype,
@@ -201,14 +206,13 @@ def _reward(path: str, args: JudgeArguments) -> RewardModel:
 
 
 def _likelihood(path: str, args: JudgeArguments) -> Likelihood:
-    return Likelihood(_local(path, args), sources.end_ids(path))
+    return Likelihood(_local(path, args), loading.end_ids(path))
 
 
 def _local(path: str, args: JudgeArguments) -> LocalModel:
-    with sources.loading(path):
-        return LocalModel.load(
-            path, dtype=args.dtype, batch_size=args.batch_size, trust_remote_code=args.trust_remote_code
-        )
+    return LocalModel.load(
+        path, dtype=args.dtype, batch_size=args.batch_size, trust_remote_code=args.trust_remote_code
+    )
 
 
 def _server_judge(args: JudgeArguments) -> PairwiseJudge:
@@ -221,7 +225,7 @@ def _server_judge(args: JudgeArguments) -> PairwiseJudge:
         timeout=args.timeout,
         max_retries=args.max_retries,
         requests_per_minute=args.requests_per_minute,
-        options=_mapping(args.server_options) if args.server_options else None,
+        options=parse_mapping(args.server_options, "--server_options") if args.server_options else None,
     )
     instruction = INSTRUCTION if args.judge_prompt is None else _read(args.judge_prompt)
     return PairwiseJudge(server, instruction, args.judge_max_new_tokens)
@@ -232,16 +236,6 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--judge_prompt {path!r} cannot be read: {error}") from error
-
-
-def _mapping(given: str) -> dict:
-    try:
-        found = yaml.safe_load(given)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--server_options {given!r} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"--server_options {given!r} is no JSON object")
-    return found
 
 
 def _progress(what: str, done: int, total: int) -> None:

@@ -4,9 +4,14 @@ import difflib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
+from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import broadcast_object_list
+
+from trl_dynamics.probing.files import read_mapping
 
 # `accelerate launch` sets the second for a single process too. Read before training arguments can set it as well.
 LAUNCHED = "RANK" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ
@@ -18,10 +23,33 @@ def needs_launcher(launch_args: list[str]) -> bool:
 
 
 def launch(name: str, launch_args: list[str], argv: list[str]) -> int:
-    """Start the command on many processes; returns the exit status of `accelerate launch`."""
-    arguments = ["--config_file" if arg == "--accelerate_config" else arg for arg in launch_args]
+    """Start the command on many processes; returns the exit status of `accelerate launch`.
+
+    Raises:
+        ValueError: If the file of `--accelerate_config` is missing or no YAML mapping.
+    """
+    for option, value in zip(launch_args, [*launch_args[1:], ""], strict=False):
+        name, equals, given = option.partition("=")
+        if name in ("--accelerate_config", "--config_file"):
+            read_mapping(given if equals else value, name)
+    arguments = [arg.replace("--accelerate_config", "--config_file", 1) for arg in launch_args]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "-m", "trl_dynamics.cli.main", name]
     return subprocess.run([*command, *_without(argv, launch_args)], check=False).returncode
+
+
+def on_main(work: Callable[[], object]) -> object:
+    """Run `work` on the main process; its result, or its error, reaches every process."""
+    state, outcome = PartialState(), [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def refuse_unknown(launch_args: list[str], own_options: set[str], name: str) -> None:

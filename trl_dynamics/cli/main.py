@@ -6,11 +6,10 @@ import importlib
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
+from trl_dynamics.errors import first_line, from_outside, raised_here
 from trl_dynamics.tracking.console import OUR_LOGGER, ConsoleHandler
 
 COMMANDS = {
@@ -27,11 +26,10 @@ COMMANDS = {
     "quickstart": "see the squeezing effect on the embedded model, in minutes on a CPU",
     "env": "print versions for a bug report",
 }
-PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 wrong input or environment, 2 wrong usage."""
+    """Run one command; returns the exit status, 0 if all went well; [`usage`] says what the others mean."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -48,11 +46,21 @@ def main(argv: list[str] | None = None) -> int:
         command = importlib.import_module(f"trl_dynamics.cli.{argv[0].replace('-', '_')}")
         with short_usage_errors():
             return command.run(argv[1:])
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TRL_DYNAMICS_DEBUG") or not raised_here(error):
+    except Exception as error:
+        message = one_line(error)
+        if os.environ.get("TRL_DYNAMICS_DEBUG") or message is None:
             raise
-        print(f"trl-dynamics {argv[0]}: error: {error}", file=sys.stderr)
+        print(f"trl-dynamics {argv[0]}: error: {message}", file=sys.stderr)
         return 1
+
+
+def one_line(error: Exception) -> str | None:
+    """What a user reads of an error; None where it is a fault of this package, whose traceback is then wanted."""
+    if isinstance(error, ValueError | OSError | ImportError) and raised_here(error):
+        return str(error)
+    if from_outside(error):
+        return f"{first_line(error)} (TRL_DYNAMICS_DEBUG=1 shows where)"
+    return None
 
 
 @contextlib.contextmanager
@@ -80,15 +88,10 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "Errors are one line; set TRL_DYNAMICS_DEBUG=1 for the traceback.",
+            "Errors are one line; set TRL_DYNAMICS_DEBUG=1 for the traceback. Exit status: 0 done, 1 wrong input or",
+            "environment, 2 wrong usage, 4 numbers that are not finite (track, akg, probes screen); diagnose has more",
         ]
     )
-
-
-def raised_here(error: BaseException) -> bool:
-    """Whether the error was raised by this package's own code: its message is then all a user needs."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE_ROOT)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import trl
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import AutoConfig, GenerationConfig
+from transformers.integrations import get_available_reporting_integrations
 
-from trl_dynamics import embedded
-from trl_dynamics.cli.main import raised_here
+from trl_dynamics import embedded, places
+from trl_dynamics.errors import first_line, is_unreadable, root_cause
 from trl_dynamics.probing import io as probe_io
+from trl_dynamics.probing.files import quiet_readers, refusal, require_utf8
 from trl_dynamics.probing.schema import ProbeSet
 
 # As model, dataset or probe set: what this package ships, so that a run needs neither files nor a hub.
@@ -19,6 +20,20 @@ EMBEDDED = "embedded"
 EMBEDDED_ROWS, EMBEDDED_PROBES = 200, 40
 
 _LOCAL_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# Trackers that the Trainer can log to, and the package of each.
+REPORTERS = {
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
 _ACCEPTED_COLUMNS = {
     "dpo": [{"chosen", "rejected"}],
     "grpo": [{"prompt"}, {"chosen", "rejected"}],
@@ -47,45 +62,62 @@ def find_model(name_or_path: str | None) -> str:
     return require_folder(name_or_path, "model")
 
 
-@contextlib.contextmanager
-def loading(path: str) -> Iterator[None]:
-    """Say of a model that cannot be loaded which one it is.
-
-    Raises:
-        ValueError: In place of what transformers raises.
-    """
-    try:
-        yield
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        if raised_here(error):
-            raise
-        raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
 def require_folder(name_or_path: str, what: str) -> str:
     """Refuse a local model folder that does not exist; `what` says what the model is for.
 
     Raises:
-        ValueError: If it does not exist.
+        ValueError: If it does not exist, or is a file.
     """
-    if looks_local(name_or_path) and not Path(name_or_path).is_dir():
-        raise ValueError(f"{what} {name_or_path!r} does not exist; expected a folder with a model, or a hub name")
+    expected = "a folder with a model, or a hub name"
+    places.refuse_missing(name_or_path, what, expected)
+    if Path(name_or_path).is_file():
+        raise ValueError(f"{what} {name_or_path!r} is a file; expected {expected}")
     return name_or_path
 
 
-def context_length(model: str) -> int | None:
-    """How many tokens the model can take, by its config; None if it does not say."""
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+def find_checkpoint(given: str | bool | None, output_dir: str) -> str | bool | None:
+    """What training resumes from: a checkpoint's folder, True for the last one of the run, or None.
+
+    Raises:
+        ValueError: If there is no such checkpoint.
+    """
+    value = {"true": True, "false": None}.get(str(given).lower(), given)
+    if not value:
+        return None
+    there = sorted(path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json"))
+    hint = f"; {output_dir!r} has {', '.join(path.name for path in there)}" if there else ""
+    if value is True and not there:
+        raise ValueError(f"resume_from_checkpoint is True, but {output_dir!r} has no checkpoint; start without it")
+    if value is not True and not Path(value, "trainer_state.json").is_file():
+        what = "is no checkpoint (it has no trainer_state.json)" if Path(value).exists() else "does not exist"
+        raise ValueError(f"resume_from_checkpoint {value!r} {what}; expected a folder checkpoint-N of a run{hint}")
+    return value
 
 
-def end_ids(model: str) -> list[int]:
-    """Token ids that end a turn by the model's generation config."""
-    try:
-        ends = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        return []
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+def require_template(path: str | None) -> None:
+    """Refuse a chat template that does not exist, before anything is loaded.
+
+    Raises:
+        ValueError: If it is neither a file nor a model's folder nor a name that may be on the hub.
+    """
+    if path is not None:
+        places.refuse_missing(path, "chat_template_path", "a .jinja file, or a folder or hub name of a tokenizer")
+
+
+def require_reporters(report_to: list[str] | str | None) -> None:
+    """Refuse trackers whose package is missing, before anything is loaded.
+
+    Raises:
+        ValueError: Names the package to install.
+    """
+    wanted = [report_to] if isinstance(report_to, str) else report_to or []
+    available = get_available_reporting_integrations()
+    for name, package in REPORTERS.items():
+        if name not in wanted or name in available:
+            continue
+        raise ValueError(
+            f"report_to has {name!r}, whose package is missing; pip install {package}, or --report_to none"
+        )
 
 
 def find_probe_set(source: str | None, num_probes: int | None, types: Sequence[str] = ()) -> ProbeSet | None:
@@ -112,26 +144,82 @@ def load_splits(script_args, dataset_args):
             "give exactly one of --dataset_name (a file, folder or hub dataset) and `datasets:` in the YAML"
         )
     if dataset_args.datasets:
-        return trl.get_dataset(dataset_args)
+        return _mixture(dataset_args)
     name, path = script_args.dataset_name, Path(script_args.dataset_name)
     if name == EMBEDDED:
         num_rows = script_args.dataset_num_rows or EMBEDDED_ROWS
         splits = {split: embedded.preference_rows(num_rows, split=split) for split in ("train", "test")}
         return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+    places.refuse_missing(name, "dataset", "a .jsonl or .parquet file, a folder or a hub name", kind="dataset")
+    kind = _kind(path) if path.is_file() else None
     streaming = script_args.dataset_streaming
-    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-        loaded = load_from_disk(name)
-        return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
-    if path.is_file():
-        if path.suffix not in _LOCAL_KINDS:
-            raise ValueError(f"dataset file {name!r} is of kind {path.suffix!r}; expected one of {list(_LOCAL_KINDS)}")
-        return load_dataset(_LOCAL_KINDS[path.suffix], data_files=name, streaming=streaming)
-    if not path.exists() and looks_local(name):
+    with reading(name), quiet_readers():
+        if path.is_dir() and any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+            loaded = load_from_disk(name)
+            return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+        if kind is not None:
+            return load_dataset(kind, data_files=name, streaming=streaming)
+        data_dir = getattr(script_args, "dataset_data_dir", None)
+        return load_dataset(name, name=script_args.dataset_config, data_dir=data_dir, streaming=streaming)
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Say which dataset cannot be read, and of a .jsonl file which line.
+
+    Raises:
+        ValueError: In place of what the readers raise: each has errors of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if Path(name).exists():
+            raise refusal(name, error, "dataset") from error
         raise ValueError(
-            f"dataset {name!r} does not exist; expected a .jsonl or .parquet file, a folder or a hub name"
+            f"dataset {name!r} is neither a file or folder here nor a dataset that the hub returned: "
+            f"{first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def streaming(script_args) -> Iterator[None]:
+    """[`reading`] for a local file that is streamed: its lines are read while it is used.
+
+    Raises:
+        ValueError: In place of what the readers of data files raise.
+    """
+    try:
+        with quiet_readers():
+            yield
+    except Exception as error:
+        name = script_args.dataset_name
+        if not script_args.dataset_streaming or not is_unreadable(error) or not Path(name or "").exists():
+            raise
+        raise refusal(name, error, "dataset") from error
+
+
+def _mixture(dataset_args) -> DatasetDict:
+    parts = dataset_args.datasets
+    for part in parts:
+        places.refuse_missing(part.path, "dataset", "a folder, a hub name or a kind of files", kind="dataset")
+    try:
+        return trl.get_dataset(dataset_args)
+    except Exception as error:
+        names = ", ".join(str(part.path) for part in parts)
+        raise ValueError(f"the mixture of {names} cannot be read: {root_cause(error)}") from error
+
+
+def _kind(path: Path) -> str:
+    """Which reader of `datasets` a file is for."""
+    if path.suffix not in _LOCAL_KINDS:
+        raise ValueError(
+            f"dataset file {str(path)!r} is of kind {path.suffix!r}; expected one of {list(_LOCAL_KINDS)}: convert or "
+            "unpack it"
         )
-    data_dir = getattr(script_args, "dataset_data_dir", None)
-    return load_dataset(name, name=script_args.dataset_config, data_dir=data_dir, streaming=streaming)
+    places.refuse_folder(path, "dataset file")
+    if path.suffix != ".parquet":
+        require_utf8(path)
+    return _LOCAL_KINDS[path.suffix]
 
 
 def take_split(splits, name: str):
@@ -157,6 +245,24 @@ def require_columns(dataset: Dataset, method: str) -> None:
         raise ValueError(f"training data has the columns {sorted(columns)}; {method} needs {listed}")
 
 
+def require_free(output_dir: str, own_file: str, overwrite: bool) -> Path:
+    """The folder of new results, which takes the place of earlier ones only when told to.
+
+    Args:
+        output_dir (`str`): As given.
+        own_file (`str`): What results of this command have in their folder.
+        overwrite (`bool`): Replace such results.
+
+    Raises:
+        ValueError: If it is a file, cannot be written, or holds something else.
+    """
+    folder = Path(output_dir)
+    require_writable(output_dir)
+    if folder.exists() and any(folder.iterdir()) and not (overwrite and (folder / own_file).is_file()):
+        raise ValueError(f"{output_dir!r} is not empty; choose another folder, or --overwrite earlier results")
+    return folder
+
+
 def require_writable(output_dir: str) -> None:
     """Refuse an output directory that cannot be written, before anything is loaded; it is not made yet.
 
@@ -170,8 +276,3 @@ def require_writable(output_dir: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {output_dir!r}: {error.strerror}; choose another one") from error
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name can only mean a path: it could not be that of a hub repository."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in _LOCAL_KINDS

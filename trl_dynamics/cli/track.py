@@ -5,19 +5,21 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from accelerate.utils import parse_flag_from_env, set_seed
+from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from trl_dynamics import stats_head
-from trl_dynamics.cli import sources
+from trl_dynamics import loading, stats_head
+from trl_dynamics.cli import finite, sources
+from trl_dynamics.cli.launching import on_main
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.progress import with_bar
 from trl_dynamics.tracking.aggregate import summarise_store
@@ -95,6 +97,8 @@ class Target:
 def run(argv: list[str]) -> int:
     """Score every target and print a table of the mean log-probability per token.
 
+    The status is 4 if an answer's log-probability is not finite.
+
     Raises:
         ValueError: If an option is missing or a path does not exist.
     """
@@ -108,11 +112,20 @@ def run(argv: list[str]) -> int:
     # An option that was given wins over the run's, also where it says what is the default anyway.
     given = {arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")}
     store = track(args, given)
-    if PartialState().is_main_process:
-        paths = {model: summary.path() for model, summary in summarise_store(store).items()}
-        table = pd.concat(paths, names=["model"])
-        print("mean log-probability per token (nats):", table.round(3).to_string(), f"records: {store.root}", sep="\n")
-    return 0
+    if not PartialState().is_main_process:
+        return 0
+    paths = {model: summary.path() for model, summary in summarise_store(store).items()}
+    table = pd.concat(paths, names=["model"])
+    print("mean log-probability per token (nats):", table.round(3).to_string(), f"records: {store.root}", sep="\n")
+    return finite.exit_status("track", *not_finite(store), where=str(store.records_dir))
+
+
+def not_finite(store: DynamicsStore) -> tuple[int, int]:
+    """How many of all recorded answers have a log-probability that is not finite, and how many there are."""
+    indices = {target["model_index"] for target in store.read_meta()["targets"]}
+    steps = sorted({step for index in indices for step in store.recorded_steps(index)})
+    columns = [store.read_records({step})["logp_sum"] for step in steps]
+    return sum(int((~np.isfinite(column)).sum()) for column in columns), sum(map(len, columns))
 
 
 def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
@@ -302,21 +315,6 @@ def what_differs(earlier: dict, facts: dict, probe_set: ProbeSet) -> list[str]:
     return news + ([f"these models are not among those asked for now: {', '.join(gone)}"] if gone else [])
 
 
-def on_main(work: Callable[[], object]) -> object:
-    """Run `work` on the main process; its result, or its error, reaches every process."""
-    state, outcome = PartialState(), [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
 def recorded_run(args: TrackArguments) -> RecordedRun | None:
     """The run that the first model is the output of; None if it has no records."""
     source = DynamicsStore(args.model_name_or_path[0])
@@ -378,7 +376,6 @@ def _step_of(path: Path) -> int | None:
 
 def _load(path: str, args: TrackArguments, device: torch.device):
     options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=args.dtype, attn_implementation=args.attn_implementation, **options
-    )
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(path, **options)
+    tokenizer = loading.load_tokenizer(path, **options)
+    model = loading.load_causal_lm(path, dtype=args.dtype, attn_implementation=args.attn_implementation, **options)
+    return model.to(device), tokenizer

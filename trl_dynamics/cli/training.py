@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import trl
 from datasets import Dataset
-from transformers import AutoTokenizer
 
-from trl_dynamics.cli import launching, sources
+from trl_dynamics import loading
+from trl_dynamics.cli import launching, merging, options, sources
 from trl_dynamics.tracking.run import changed_fields
 from trl_dynamics.trainers.data import check_answers, limit_prompts
 
@@ -51,7 +51,8 @@ class TrainingCommand:
         configs, launch_args = self.parse(argv)
         if launching.needs_launcher(launch_args):
             return launching.launch(self.name, launch_args, argv)
-        self.train(*configs)
+        with sources.streaming(configs[0]):
+            self.train(*configs)
         return 0
 
     def parse(self, argv: list[str]) -> tuple[list, list[str]]:
@@ -63,14 +64,11 @@ class TrainingCommand:
         types = (self.script_class, self.config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
         parser = trl.TrlParser(types, prog=f"trl-dynamics {self.name}")
         try:
-            *configs, from_yaml, from_line = parser.parse_args_and_config(
-                argv, return_remaining_strings=True, separate_remaining_strings=True
-            )
+            *configs, from_yaml, from_line = options.parse(parser, argv, separate_remaining_strings=True)
         except ValueError as error:
-            # All that happens in there is about the arguments: what the config classes say is for the user to read.
-            message = " ".join(str(error).split())
-            if "support bf16" in message:
-                message = "no GPU here computes in bf16, which is TRL's default: add --use_cpu True --bf16 False"
+            if "support bf16" not in str(error):
+                raise
+            message = "no GPU here computes in bf16, which is TRL's default: add --use_cpu True --bf16 False"
             raise ValueError(message) from error
         launch_args = from_yaml + from_line
         own_options = {option for action in parser._actions for option in action.option_strings}
@@ -91,6 +89,9 @@ class TrainingCommand:
         given = changed_fields(script_args, model_args, dataset_args)
         model = sources.find_model(model_args.model_name_or_path)
         sources.require_writable(training_args.output_dir)
+        sources.require_template(getattr(training_args, "chat_template_path", None))
+        sources.require_reporters(training_args.report_to)
+        resume_from = sources.find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         more = self.trainer_arguments(script_args)
         _ = training_args.device  # sets up the processes, which logging needs, on the devices asked for
         training_args.model_init_kwargs = {
@@ -104,9 +105,8 @@ class TrainingCommand:
         probe_set = sources.find_probe_set(training_args.probe_set, training_args.probe_max_probes, types)
         observed = sources.find_probe_set(training_args.akg_observe, training_args.akg_max_probes, types)
         splits = sources.load_splits(script_args, dataset_args)
-        tokenizer = AutoTokenizer.from_pretrained(
-            model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
+        revision = model_args.model_revision
+        tokenizer = loading.load_tokenizer(model, revision=revision, trust_remote_code=training_args.trust_remote_code)
         train_dataset = self._prepare(
             sources.take_split(splits, script_args.dataset_train_split), script_args, tokenizer
         )
@@ -114,6 +114,8 @@ class TrainingCommand:
         if training_args.eval_strategy != "no":
             eval_split = sources.take_split(splits, script_args.dataset_test_split)
             eval_dataset = self._prepare(eval_split, script_args, tokenizer)
+        dtype = training_args.model_init_kwargs["dtype"]
+        model = merging.whole_model(model, training_args, dtype=dtype, revision=revision)
         trainer = self.trainer_class(
             model=model,
             args=training_args,
@@ -129,7 +131,7 @@ class TrainingCommand:
             trainer.remove_callback(callback)
         if trainer.store_keeper:
             trainer.store_keeper.config |= given
-        trainer.train(resume_from_checkpoint=_resume_from(training_args))
+        trainer.train(resume_from_checkpoint=resume_from)
         trainer.save_model(training_args.output_dir)
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -147,8 +149,3 @@ class TrainingCommand:
         if script_args.max_prompt_length is not None:
             dataset = limit_prompts(dataset, tokenizer, script_args.max_prompt_length)
         return dataset
-
-
-def _resume_from(training_args) -> str | bool | None:
-    value = training_args.resume_from_checkpoint
-    return {"true": True, "false": None}.get(str(value).lower(), value)

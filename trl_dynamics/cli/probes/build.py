@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trl
-import yaml
-from transformers import AutoTokenizer
 
+from trl_dynamics import loading
 from trl_dynamics.cli import sources
 from trl_dynamics.cli.options import option
+from trl_dynamics.cli.options import parse as parse_options
 from trl_dynamics.probing import card
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.build import DEFAULT_PROBES, Built, build, read_lines, settle_seams
 from trl_dynamics.probing.cache import AnswerCache
+from trl_dynamics.probing.files import parse_mapping, read_mapping
 from trl_dynamics.probing.generate import LocalModel, Sampling
 from trl_dynamics.probing.generated import Generation
 from trl_dynamics.probing.quality import Embedder, Gate
@@ -111,7 +112,7 @@ def parse(arguments: type, argv: list[str], action: str) -> tuple:
         ValueError: If an option is unknown or the output folder is not given.
     """
     parser = trl.TrlParser((arguments, trl.DatasetMixtureConfig), prog=f"trl-dynamics probes {action}")
-    args, mixture, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    args, mixture, unknown = parse_options(parser, argv)
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}; see trl-dynamics probes {action} --help")
     if not args.output_dir:
@@ -151,7 +152,7 @@ def build_from(args: BuildArguments, mixture: trl.DatasetMixtureConfig) -> Built
         )
     if args.model:
         model = sources.find_model(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        tokenizer = loading.load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         built = settle_seams(built, tokenizer)
     return built
 
@@ -213,7 +214,7 @@ def _generation(args: BuildArguments, cache: AnswerCache) -> Generation:
     model = None
     if args.model:
         model = _local(sources.find_model(args.model), args)
-    similarity = Embedder(args.embedding_model) if args.embedding_model else None
+    similarity = _embedder(args.embedding_model) if args.embedding_model else None
     return Generation(
         model=model,
         rephraser=_rephraser(args, model),
@@ -227,13 +228,18 @@ def _generation(args: BuildArguments, cache: AnswerCache) -> Generation:
     )
 
 
+def _embedder(name: str) -> Embedder:
+    with loading.naming(sources.require_folder(name, "embedding model")):
+        return Embedder(name)
+
+
 def _rephraser(args: BuildArguments, model: LocalModel | None) -> Rephraser | None:
     if not args.rephraser:
         return None
     if Path(args.rephraser).suffix in (".jsonl", ".parquet"):
         return FileRephraser(args.rephraser)
     sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
-    instructions = _mapping(Path(args.instructions), "--instructions") if args.instructions else None
+    instructions = read_mapping(args.instructions, "--instructions") if args.instructions else None
     if args.rephraser.startswith(("http://", "https://")):
         generator = OpenAIServer(
             args.rephraser,
@@ -242,24 +248,13 @@ def _rephraser(args: BuildArguments, model: LocalModel | None) -> Rephraser | No
             timeout=args.timeout,
             max_retries=args.max_retries,
             requests_per_minute=args.requests_per_minute,
-            options=_mapping(args.server_options, "--server_options") if args.server_options else None,
+            options=parse_mapping(args.server_options, "--server_options") if args.server_options else None,
         )
     elif args.rephraser == args.model:
         generator = model
     else:
         generator = _local(sources.find_model(args.rephraser), args)
     return GeneratedRephraser(generator, sampling, instructions)
-
-
-def _mapping(given: str | Path, option: str) -> dict:
-    """A YAML or JSON mapping, from the option itself or from the file it names."""
-    try:
-        found = yaml.safe_load(given.read_text(encoding="utf-8") if isinstance(given, Path) else given)
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{option} {str(given)!r} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{option} {str(given)!r} holds {found!r:.60}; expected a mapping")
-    return found
 
 
 def _local(path: str, args: BuildArguments) -> LocalModel:

@@ -2,8 +2,7 @@
 
 import argparse
 
-from transformers import AutoTokenizer
-
+from trl_dynamics import loading
 from trl_dynamics.cli import sources
 from trl_dynamics.probing.check import CheckReport, check
 from trl_dynamics.probing.encode import LengthLimits
@@ -22,9 +21,11 @@ def run(argv: list[str]) -> int:
     probe_set = sources.find_probe_set(args.probe_set, None)
     held_out = sources.find_probe_set(args.held_out, None)
     model = sources.find_model(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-    limits = LengthLimits(args.max_prompt_length, args.max_length, sources.context_length(model))
-    report = check(probe_set, tokenizer, limits, sources.end_ids(model), held_out)
+    loading.require_causal_lm(model, trust_remote_code=args.trust_remote_code)
+    tokenizer = loading.load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+    context = loading.context_length(model, trust_remote_code=args.trust_remote_code)
+    limits = LengthLimits(args.max_prompt_length, args.max_length, context)
+    report = check(probe_set, tokenizer, limits, loading.end_ids(model), held_out)
     print(*length_table(report), "", *report.lines(), sep="\n")
     return 1 if report.errors else 0
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from operator import add
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import trl
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_dynamics import stats_head
-from trl_dynamics.cli import sources
+from trl_dynamics import loading, stats_head
+from trl_dynamics.cli import finite, sources
 from trl_dynamics.cli.probes.build import parse
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, encode_response
@@ -75,6 +75,8 @@ class Screened:
 def run(argv: list[str]) -> int:
     """Score, rank, filter and write; prints the distribution and the riskiest pairs.
 
+    The status is 4 if an answer's log-probability is not finite.
+
     Raises:
         ValueError: If an option, the model or the data is wrong, or no pair could be scored; then nothing is written.
     """
@@ -83,9 +85,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"keep_fraction is {args.keep_fraction}, expected more than 0 and at most 1")
     if args.dataset_streaming:
         raise ValueError("screening writes the filtered rows, so that it cannot stream; leave --dataset_streaming out")
-    folder = Path(args.output_dir)
-    if folder.exists() and any(folder.iterdir()) and not (args.overwrite and (folder / SCORES_FILE).is_file()):
-        raise ValueError(f"{args.output_dir!r} is not empty; choose another folder, or --overwrite earlier results")
+    folder = sources.require_free(args.output_dir, SCORES_FILE, args.overwrite)
     rows, probes, unusable = _read(args, mixture)
     screened = screen(probes, args, unusable)
     kept = _kept(screened.frame, args.keep_fraction)
@@ -96,7 +96,14 @@ def run(argv: list[str]) -> int:
         (part / SUMMARY_FILE).write_text(json.dumps(summary(screened, kept, args), indent=2) + "\n")
     print(*_report(screened, kept, rows), sep="\n")
     print(f"results: {folder}")
-    return 0
+    return finite.exit_status("probes screen", *not_finite(screened.frame), where=SCORES_FILE)
+
+
+def not_finite(frame: pd.DataFrame) -> tuple[int, int]:
+    """How many of all scored answers have a log-probability that is not finite, and how many there are."""
+    names = [name.removeprefix("num_tokens/") for name in frame if name.startswith("num_tokens/")]
+    scored = [frame.loc[frame[f"num_tokens/{name}"].notna(), f"logp_sum/{name}"] for name in names]
+    return sum(int((~np.isfinite(column)).sum()) for column in scored), sum(map(len, scored))
 
 
 def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> Screened:
@@ -108,14 +115,14 @@ def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> 
     of CHES's authors does on rows that end with one.
     """
     path = sources.find_model(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    tokenizer = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+    model = loading.load_causal_lm(path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = model.to(device).eval()
+    model = model.to(device)
     stats_head.install(model)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = LengthLimits(args.max_prompt_length, args.max_length or context, context)
-    ends = {tokenizer.eos_token_id, *sources.end_ids(path)}
+    ends = {tokenizer.eos_token_id, *loading.end_ids(path)}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     layout, scored = PaddedLayout(args.batch_size, pad_id, boundaries=stats_head.length_boundaries(model)), []
     for start in range(0, len(probes), CHUNK):
@@ -174,12 +181,15 @@ def _score(chunk: list[tuple[int, Probe]], items: list, model, layout: PaddedLay
 def summary(screened: Screened, kept: list[str], args: ScreenArguments) -> dict:
     """What was done and found, for programs."""
     frame = screened.frame
-    means = {name.split("/", 1)[1]: frame[name].mean() for name in frame if name.startswith("logp_mean/")}
+    means = {
+        name.split("/", 1)[1]: finite.or_none(frame[name].mean()) for name in frame if name.startswith("logp_mean/")
+    }
     return {
         "model": args.model,
         "source": args.probe_set or args.dataset_name,
         "num_scored": len(frame),
         "num_unscored": len(screened.unscored),
+        "num_not_finite": not_finite(frame)[0],
         "num_kept": len(kept),
         "keep_fraction": args.keep_fraction,
         "max_prompt_length": args.max_prompt_length,

@@ -3,10 +3,9 @@
 import json
 import logging
 
-import pandas as pd
 import pytest
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from trl_dynamics import ProbeSet
 from trl_dynamics.probing.flat_rows import PUBLISHED_NAMES, clean_self_rephrase, from_rows
@@ -267,18 +266,6 @@ def test_a_card_on_the_hub_declares_types_too(tmp_path, monkeypatch):
     assert load("someone/probes").response_types == ["chosen", "rejected"]
 
 
-def test_what_is_no_list_of_rows_is_refused():
-    rows = Dataset.from_list([ROW])
-    for wrong, said in (
-        (DatasetDict({"train": rows, "test": rows}), "give one split of it, such as probe_set.'train'."),
-        ({"prompt": ["a"], "chosen": ["b"]}, "or a list of rows"),
-        (pd.DataFrame([ROW]), "to_dict"),
-        (["prompt"], "row 0 is 'prompt'"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            load(wrong)
-
-
 def test_missing_prompt_column_and_no_rows():
     with pytest.raises(ValueError, match="'mine' has no column 'prompt'; found \\['chosen', 'rejected'\\]"):
         from_rows([{"chosen": " x", "rejected": " y"}], name="mine")
@@ -348,3 +335,16 @@ def test_clean_self_rephrase(raw, cleaned):
 def test_a_rephrase_may_begin_with_a_labels_word():
     text = "Rephrasing your own question may help."
     assert clean_self_rephrase(text) == text
+
+
+def test_what_is_not_made_of_rows_is_named():
+    rows = Dataset.from_list([ROW])
+    splits = r"probe_set is a \w*DatasetDict with the splits \['test', 'train'\]; pass one of them"
+    for kind, data in ((DatasetDict, rows), (IterableDatasetDict, rows.to_iterable_dataset())):
+        with pytest.raises(ValueError, match=splits):
+            load(kind({"test": data, "train": data}))
+    for source in ({"prompt": ["Why?"], "chosen": [" a"], "rejected": [" b"]}, rows.to_pandas(), 5, ["Why?"]):
+        with pytest.raises(ValueError, match=f"probe_set is a {type(source).__name__}, which is not made of rows"):
+            load(source)
+    for source in (rows, rows.to_iterable_dataset(), iter([ROW])):
+        assert len(load(source)) == 1

@@ -70,12 +70,6 @@ def from_rows(
     Raises:
         ValueError: If the rows are not a valid probe set, or a column of answers holds something else than text.
     """
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"probe set {name!r}, row {index} is {row!r:.60}; expected rows as dictionaries (a pandas.DataFrame "
-                'gives them with frame.to_dict("records"))'
-            )
     columns = {column for row in rows for column in row}
     if rows and "prompt" not in columns:
         raise ValueError(f"probe set {name!r} has no column 'prompt'; found {sorted(columns)}")

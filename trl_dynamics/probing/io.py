@@ -7,7 +7,7 @@ or null. [`flat_rows`] says which columns are read.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,13 +40,8 @@ def load(source, *, name: str | None = None, types: Sequence[str] = ()) -> Probe
     """
     if isinstance(source, ProbeSet):
         return source
-    if isinstance(source, Mapping):
-        raise ValueError(
-            f"a probe set cannot be a {type(source).__name__} with {list(source)}; give one split of it, such as "
-            f"probe_set[{next(iter(source), 'test')!r}], or a list of rows"
-        )
     if not isinstance(source, (str, Path)):
-        return from_rows(list(source), name=name or "probes", types=types)
+        return from_rows(_rows_of(source), name=name or "probes", types=types)
     path = Path(source)
     if path.is_dir() and (path / DATA_FILE).is_file():
         return _read_folder(path, name, types)
@@ -54,6 +49,25 @@ def load(source, *, name: str | None = None, types: Sequence[str] = ()) -> Probe
     card = {} if path.exists() else _hub_card(str(source))
     types = [*types, *card.get("response_types", ())]
     return from_rows(rows, name=name or (path.stem if path.exists() else str(source)), types=types)
+
+
+def _rows_of(source) -> list[Mapping]:
+    """The rows of an object, for example a `datasets.Dataset`.
+
+    Raises:
+        ValueError: If it is not made of rows, for example a `datasets.DatasetDict`.
+    """
+    kind = type(source).__name__
+    if isinstance(source, Mapping) and source and all(hasattr(split, "features") for split in source.values()):
+        names = list(source)
+        raise ValueError(f"probe_set is a {kind} with the splits {names}; pass one of them, as in data[{names[0]!r}]")
+    rows = list(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else [source]
+    if not all(isinstance(row, Mapping) for row in rows) or isinstance(source, Mapping):
+        raise ValueError(
+            f"probe_set is a {kind}, which is not made of rows; expected a folder, a file, a hub name, a "
+            "datasets.Dataset (Dataset.from_dict and Dataset.from_pandas make one) or a list of dicts"
+        )
+    return rows
 
 
 def read_rows(source: str | Path) -> list[dict]:

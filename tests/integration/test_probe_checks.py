@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import trl
 
+from tiny import tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl_dynamics.cli.track import TrackArguments
@@ -63,6 +64,21 @@ def test_a_trainer_refuses_before_it_loads_a_model(trainer, plain, tmp_path):
     with pytest.raises(ValueError, match="has no response type 'chosen'"):
         start(tmp_path / "run", [{"prompt": "a", "rejected": " b"}])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_training_refuses_answers_that_its_template_changes(method, tmp_path, monkeypatch):
+    """Before the first step, when the trainer is made, in one line."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('</think>')[-1]"
+    )
+    monkeypatch.setattr("tiny_runs.tiny_tokenizer", lambda: tokenizer)
+    chat = [{"role": "user", "content": "Why?"}]
+    rows = [{"prompt": chat, "chosen": "<think>hm</think>So.", "rejected": f"No. {i}"} for i in range(5)]
+    with pytest.raises(ValueError, match="^5 of 10 responses cannot be scored; the first: probe '0'.*probe '2'"):
+        make_trainer(method, tmp_path / "run", probes=rows)
+    assert not (tmp_path / "run" / "dynamics").exists()
 
 
 def test_a_probe_set_of_the_config_is_read_before_the_model(tmp_path):

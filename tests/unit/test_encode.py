@@ -91,7 +91,9 @@ def test_equals_what_trls_sft_trainer_makes(name, rows, side, request, tmp_path)
         assert list(item.prompt_ids) == row["input_ids"][:start]
         expected = up_to_the_end(row["input_ids"][start:], tokenizer.eos_token_id)
         assert [*item.response_ids, item.eos_id] == expected
-        assert not item.prompt_cut and not item.response_cut
+        # What comes behind an end-of-turn token inside an answer is not scored, and counts as cut.
+        behind = [token for token in row["input_ids"][start + len(expected) :] if token != tokenizer.eos_token_id]
+        assert not item.prompt_cut and item.response_cut == bool(tokenizer.decode(behind).strip())
 
 
 @pytest.mark.parametrize(("name", "rows"), CASES, ids=CASE_IDS)

@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tiny import tiny_tokenizer
+from tokenizer_zoo import sentence_piece
 from trl_dynamics.probing.build import Built, settle_seams
 from trl_dynamics.probing.check import check
 from trl_dynamics.probing.encode import LengthLimits, encode, find_seam
@@ -149,6 +150,45 @@ def test_ends():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     assert "no EOS token" in kinds(check(make(), tokenizer))[0]
+
+
+def test_what_a_template_or_tokenizer_does_to_the_text():
+    dropping = with_template(QWEN3_LIKE.replace("<think>\n\n</think>\n\n", ""))
+    probe_set = make(
+        Probe("p", TURNS[:1], {"chosen": "<think>hm</think>So", "rejected": "no"}),
+        Probe("q", TURNS[:1], {"chosen": "<think>ha</think>So", "rejected": "yes"}),
+    )
+    cases = check(probe_set, dropping).errors["a response cannot be scored"]
+    assert [case.split(",")[0] for case in cases] == ["probe 'p'", "probe 'q'"]
+    added = check(make(prompt=TURNS[:1]), with_template(QWEN3_LIKE)).warnings
+    assert added["the chat template writes text that is scored with the response"] == [
+        "probe 'p', response 'chosen': '<think></think>'",
+        "probe 'p', response 'rejected': '<think></think>'",
+    ]
+    lost = check(make(prompt=TURNS), with_template(QWEN3_LIKE)).warnings
+    assert len(lost["the chat template does not write a message of the prompt as it is"]) == 1
+
+
+def test_special_tokens_that_end_nothing_are_a_warning():
+    report = check(make(chosen="a<|im_start|>b"), tiny_tokenizer())
+    assert report.errors == {}
+    assert report.warnings == {"a response holds a special token": ["probe 'p', response 'chosen': '<|im_start|>'"]}
+    assert check(make(chosen="a<|im_end|>b"), tiny_tokenizer()).lengths["chosen"]["cut"] == 1
+
+
+def test_two_bos_tokens_are_an_error():
+    tokenizer = sentence_piece()
+    assert check(make(), tokenizer).errors == {}
+    assert list(check(make(prompt="<s>Why?"), tokenizer).errors) == ["a prompt starts with two BOS tokens"]
+    # A chat goes in without the tokenizer's own BOS token.
+    assert check(make(prompt=[{"role": "user", "content": "Why?"}]), tokenizer).errors == {}
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + tokenizer.chat_template
+    assert list(check(make(prompt=TURNS[:1]), tokenizer).errors) == ["a prompt starts with two BOS tokens"]
+
+
+def test_white_space_in_a_shared_token_is_a_warning():
+    report = check(make(prompt="why ", chosen="a time", rejected=" no"), sentence_piece())
+    assert report.errors == {} and len(report.warnings["prompt and response share white space in a token"]) == 1
 
 
 def test_repetitions():

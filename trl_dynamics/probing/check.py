@@ -7,7 +7,9 @@ from statistics import mean, median
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_dynamics.probing.encode import EncodedResponse, LengthLimits, encode_response, find_seam
+from trl_dynamics.probing.chat import shorten, tokenizer_of
+from trl_dynamics.probing.encode import NO_EOS, EncodedResponse, Encoder, LengthLimits, doubled_bos, find_seam
+from trl_dynamics.probing.prompts import SharedTokenError, where_of
 from trl_dynamics.probing.schema import Probe, ProbeSet, order_types
 
 # Findings of one kind that are told in full.
@@ -61,13 +63,14 @@ def check(
         held_out ([`ProbeSet`], *optional*): A set over prompts that are not trained on; nothing may be in both.
     """
     report = CheckReport()
-    if tokenizer.eos_token_id is None:
-        report.error("the tokenizer has no EOS token, which ends every response", "set tokenizer.eos_token")
+    if tokenizer_of(tokenizer).eos_token_id is None:
+        report.error("the tokenizer has no EOS token, which ends every response", NO_EOS)
         return report
-    encoded = []
+    encoder, encoded = Encoder(tokenizer, limits, end_ids), []
     for probe in probe_set:
+        _check_prompt(probe, encoder, report)
         for name in order_types(probe.responses):
-            item = _check_response(probe, name, tokenizer, limits, {tokenizer.eos_token_id, *end_ids}, report)
+            item = _check_response(probe, name, encoder, report)
             encoded += [item] if item else []
     report.lengths = _lengths(encoded)
     _check_repetitions(probe_set, report)
@@ -75,34 +78,52 @@ def check(
     return report
 
 
-def _check_response(
-    probe: Probe,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    limits: LengthLimits,
-    ends: set[int],
-    report: CheckReport,
-) -> EncodedResponse | None:
-    where = f"probe {probe.probe_id!r}, response {name!r}"
+def _check_prompt(probe: Probe, encoder: Encoder, report: CheckReport) -> None:
+    where, tokenizer = f"probe {probe.probe_id!r}", encoder.tokenizer
     try:
-        item = encode_response(probe, name, tokenizer, limits, ends)
+        ids = encoder.prompts.ids(probe.prompt, where)
+        history = encoder.prompts.frame(probe.prompt, where).history if probe.is_conversational else None
+    except ValueError:
+        return  # every response of it is an error as well
+    if doubled_bos(ids, tokenizer.bos_token_id):
+        case = f"{where}: the tokenizer adds {tokenizer.bos_token!r} to the one in the prompt; leave it out there"
+        report.error("a prompt starts with two BOS tokens", case)
+    for message in probe.prompt if probe.is_conversational else ():
+        if message["content"].strip() not in history:
+            case = f"{where}, message of the {message['role']}: {shorten(message['content'])}"
+            report.warn("the chat template does not write a message of the prompt as it is", case)
+
+
+def _check_response(probe: Probe, name: str, encoder: Encoder, report: CheckReport) -> EncodedResponse | None:
+    where, tokenizer = where_of(probe, name), encoder.tokenizer
+    try:
+        item, seam = encoder.response(probe, name), encoder.prompts.seam(probe, name)
     except ValueError as error:
-        report.error("a response cannot be scored", str(error))
+        if isinstance(error, SharedTokenError):
+            report.error("prompt and response share a token, so part of the prompt is scored as response", error.case)
+        else:
+            report.error("a response cannot be scored", str(error))
         return None
-    if case := seam_case(probe, name, tokenizer):
-        report.error("prompt and response share a token, so part of the prompt is scored as response", case)
+    if seam:
+        report.warn("prompt and response share white space in a token", f"{where}: {seam.text}")
     if item.prompt_cut:
         report.warn("the prompt is cut", where)
-    if item.response_cut:
+    if item.response_cut and item.eos_id is not None:
+        end = tokenizer.decode([item.eos_id])
+        report.error("a response holds a special token, which may end it early", f"{where}: {end!r}")
+    elif item.response_cut:
         report.warn("the response is cut", where)
+    elif special := next((token for token in tokenizer.all_special_tokens if token in probe.responses[name]), None):
+        report.warn("a response holds a special token", f"{where}: {special!r}")
     if item.eos_id is None and not item.response_cut:
         report.warn("the chat template ends the response with no end-of-turn token, so its end is not scored", where)
+    if item.added:
+        report.warn(
+            "the chat template writes text that is scored with the response", f"{where}: {shorten(item.added)}"
+        )
     if num_unknown := sum(token == tokenizer.unk_token_id for token in item.response_ids):
         case = f"{where}: {num_unknown} of {len(item.response_ids)} tokens"
         report.warn(f"a response has letters that the tokenizer only knows as {tokenizer.unk_token!r}", case)
-    special = next((token for token in tokenizer.all_special_tokens if token in probe.responses[name]), None)
-    if special is not None:
-        report.error("a response holds a special token, which may end it early", f"{where}: {special!r}")
     return item
 
 
@@ -111,10 +132,7 @@ def seam_case(probe: Probe, name: str, tokenizer: PreTrainedTokenizerBase) -> st
     seam = find_seam(probe, name, tokenizer)
     if seam is None:
         return None
-    return (
-        f"probe {probe.probe_id!r}, response {name!r}: the prompt ends with the tokens {list(seam.prompt_tokens)}, "
-        f"which become {list(seam.joined_tokens)} when the response follows"
-    )
+    return f"{where_of(probe, name)}: {seam.text}"
 
 
 def _check_repetitions(probe_set: ProbeSet, report: CheckReport) -> None:

@@ -2,18 +2,33 @@
 
 Rows are tokenised as TRL's trainers tokenise training data: a plain response continues the prompt's text and ends with
 the EOS token, a chat goes through the chat template; the response starts where the tokens of prompt and of prompt +
-response part.
+response part. Tokens that are not the response are refused: see `probing.round_trip`.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
+from trl_dynamics.probing.chat import shorten
+from trl_dynamics.probing.prompts import Prompts, Seam, SharedTokenError, UnscorableError, where_of
+from trl_dynamics.probing.round_trip import RoundTrip, Wanted
 from trl_dynamics.probing.schema import Probe, ProbeSet, order_types
+
+logger = logging.getLogger(__name__)
+
+# Probes that one error about many responses names.
+MOST_NAMED = 3
+NO_EOS = (
+    "the tokenizer has no EOS token, which ends every scored response; set tokenizer.eos_token to the token that ends "
+    "an answer, and save the tokenizer with the model for the command line"
+)
+_KEEP_APART = "begin the responses, or end the prompts, with white space that the tokenizer keeps apart"
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,12 @@ class LengthLimits:
 
 @dataclass(frozen=True)
 class EncodedResponse:
-    """One response of one probe as token ids; `eos_id` is None where the end was cut or the template has none."""
+    """One response of one probe as token ids.
+
+    `eos_id` is None where the end was cut or the template has none. A response that goes on behind an end-of-turn
+    token is scored up to that one, its `eos_id`, and is cut as well. `added` is what the chat template wrote before
+    the response and is scored with it, without white space.
+    """
 
     probe_id: str
     response_type: str
@@ -48,6 +68,7 @@ class EncodedResponse:
     eos_id: int | None
     prompt_cut: bool
     response_cut: bool
+    added: str = ""
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -89,24 +110,51 @@ def encode(
 
     Args:
         probe_set ([`ProbeSet`]): What to score.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's; chat prompts need its chat template.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): The model's; chat
+            prompts need its chat template.
         limits ([`LengthLimits`], *optional*): What to cut and what to refuse.
         end_ids (`Sequence[int]`, *optional*): End-of-turn token ids besides the tokenizer's EOS, such as those of the
             model's generation config.
 
     Raises:
-        ValueError: If a row is longer than the model's context, a limit leaves no response token, or a chat prompt
-            meets a tokenizer without a chat template; the row is named.
+        ValueError: If there is no EOS token, or no chat template for a chat. Or one error for all responses that
+            cannot be scored, with their number and the first ones: the tokens are not the response, the row is longer
+            than the model's context, or a limit leaves no response token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, which ends every scored response; set tokenizer.eos_token")
-    ends = {tokenizer.eos_token_id, *end_ids}
-    return EncodedProbes(
-        tuple(
-            encode_response(probe, response_type, tokenizer, limits, ends)
-            for probe in probe_set
-            for response_type in order_types(probe.responses)
+    encoder, items, refused = Encoder(tokenizer, limits, end_ids), [], []
+    for probe in probe_set:
+        for response_type in order_types(probe.responses):
+            try:
+                items.append(encoder.response(probe, response_type))
+            except UnscorableError as error:
+                refused.append((probe.probe_id, error))
+    if refused:
+        raise ValueError(_refusal(refused, len(items) + len(refused)))
+    bos_id = encoder.tokenizer.bos_token_id
+    if doubled := len({item.probe_id for item in items if doubled_bos(item.prompt_ids, bos_id)}):
+        logger.warning(
+            "%d of %d prompts start with two BOS tokens: the tokenizer adds one to that of the text; leave %r out of "
+            "the prompts",
+            doubled,
+            len(probe_set),
+            encoder.tokenizer.bos_token,
         )
+    return EncodedProbes(tuple(items))
+
+
+def _refusal(refused: list[tuple[str, UnscorableError]], total: int) -> str:
+    """All refused responses in one line: how many, the first of each of the first probes, and what to do."""
+    if len(refused) == 1:
+        return f"1 of {total} responses cannot be scored: {refused[0][1]}"
+    first: dict[str, UnscorableError] = {}
+    for probe_id, error in refused:
+        if len(first) < MOST_NAMED:
+            first.setdefault(probe_id, error)
+    cases = "; ".join(error.case for error in first.values())
+    remedies = "; ".join(dict.fromkeys(error.remedy for error in first.values()))
+    return (
+        f"{len(refused)} of {total} responses cannot be scored; the first: {cases}. What to do: {remedies}. "
+        "`trl-dynamics probes check` lists all"
     )
 
 
@@ -127,16 +175,17 @@ def encode_prompts(
     Raises:
         ValueError: If a chat prompt meets a tokenizer without a chat template, or a prompt has no token.
     """
-    encoded = []
+    encoded, prompts = [], Prompts(tokenizer)
+    bos_id, eos_id = prompts.tokenizer.bos_token_id, prompts.tokenizer.eos_token_id
     for probe in probe_set:
-        response_type = order_types(probe.responses)[0]
-        ids = list(_both_ids(probe, response_type, tokenizer)[0])
+        where = f"the prompt of probe {probe.probe_id!r}"
+        ids = list(prompts.ids(probe.prompt, where))
         # Some tokenizers close every text with EOS, behind which nothing is left to say.
-        if not probe.is_conversational and ids and ids[-1] == tokenizer.eos_token_id:
+        if not probe.is_conversational and ids and ids[-1] == eos_id:
             ids.pop()
         if not ids:
-            raise ValueError(f"the prompt of probe {probe.probe_id!r} has no token, so it cannot be answered")
-        kept = cut_prompt(ids, limits.max_prompt_length, tokenizer.bos_token_id)
+            raise ValueError(f"{where} has no token, so it cannot be answered")
+        kept = cut_prompt(ids, limits.max_prompt_length, bos_id)
         encoded.append(EncodedPrompt(probe.probe_id, tuple(kept), len(kept) < len(ids)))
     return tuple(encoded)
 
@@ -166,27 +215,14 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, item: EncodedResponse) -> li
     return texts
 
 
-@dataclass(frozen=True)
-class Seam:
-    """Tokens that join a prompt's end to a response's start: the prompt's alone, and those in their place with the
-    response behind it."""
-
-    prompt_tokens: tuple[str, ...]
-    joined_tokens: tuple[str, ...]
-
-
 def find_seam(probe: Probe, response_type: str, tokenizer: PreTrainedTokenizerBase) -> Seam | None:
-    """Where the prompt's tokens change when the response follows; None if they stay, as they should."""
-    prompt_ids, full_ids = _both_ids(probe, response_type, tokenizer)
-    start = common_prefix_length(prompt_ids, full_ids)
-    if start == len(prompt_ids):
-        return None
-    end = min(len(prompt_ids), start + 5)
-    joined = full_ids[start : start + max(1, end - start)]
-    return Seam(
-        tuple(tokenizer.decode([token]) for token in prompt_ids[start:end]),
-        tuple(tokenizer.decode([token]) for token in joined),
-    )
+    """Where the prompt's tokens change when the response follows; see [`Prompts.seam`]."""
+    return Prompts(tokenizer).seam(probe, response_type)
+
+
+def doubled_bos(ids: Sequence[int], bos_id: int | None) -> bool:
+    """Whether token ids start with two BOS tokens."""
+    return bos_id is not None and list(ids[:2]) == [bos_id, bos_id]
 
 
 def encode_response(
@@ -195,87 +231,135 @@ def encode_response(
     """One response of one probe; see [`encode`]. `ends` holds all end-of-turn token ids.
 
     Raises:
-        ValueError: As [`encode`]; and if a chat template renders the prompt differently once a response follows.
+        ValueError: As [`encode`].
     """
-    where = f"probe {probe.probe_id!r}, response {response_type!r}"
-    prompt_ids, full_ids = _both_ids(probe, response_type, tokenizer)
-    start = common_prefix_length(prompt_ids, full_ids)
-    if probe.is_conversational and start < len(prompt_ids):
-        seam = find_seam(probe, response_type, tokenizer)
-        raise ValueError(
-            f"{where}: the chat template changes the prompt when a response follows, so the response's start cannot "
-            f"be told: token {start} begins {''.join(seam.prompt_tokens)!r} without and "
-            f"{''.join(seam.joined_tokens)!r} with the response. Use a template that only appends (trl ships such "
-            "training templates for common models)"
-        )
-    prompt, response = list(full_ids[:start]), list(full_ids[start:])
-    end = _end_of_turn(response, ends, tokenizer if probe.is_conversational else None)
-    eos_id = response[end] if end < len(response) else None
-    response = response[:end]
-    if not prompt or not response:
-        raise ValueError(f"{where} has {len(prompt)} prompt and {len(response)} response tokens; both need at least 1")
+    return Encoder(tokenizer, limits, ends).response(probe, response_type)
 
-    kept = cut_prompt(prompt, limits.max_prompt_length, tokenizer.bos_token_id)
-    length = len(kept) + len(response) + (eos_id is not None)
-    response_cut = limits.max_length is not None and length > limits.max_length
-    if response_cut:
-        response, eos_id = response[: limits.max_length - len(kept)], None
-        if len(kept) >= limits.max_length:
-            raise ValueError(
-                f"{where}: the prompt's {len(kept)} tokens leave no room for a response within probe_max_length="
-                f"{limits.max_length}; set probe_max_prompt_length below it"
+
+class Encoder:
+    """Responses as token ids, one after the other; see [`encode`] for the arguments.
+
+    Raises:
+        ValueError: If the tokenizer has no EOS token.
+    """
+
+    def __init__(self, processing_class, limits: LengthLimits = LengthLimits(), end_ids: Iterable[int] = ()):
+        self.prompts, self._limits = Prompts(processing_class), limits
+        self.tokenizer = self.prompts.tokenizer
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(NO_EOS)
+        self._trip = RoundTrip(self.tokenizer)
+        self._ends = frozenset({self.tokenizer.eos_token_id, *end_ids} - {None})
+
+    def response(self, probe: Probe, response_type: str) -> EncodedResponse:
+        """One response of one probe.
+
+        Raises:
+            UnscorableError: If it cannot be scored as it is.
+            ValueError: If it answers a chat and there is no chat template.
+        """
+        where = where_of(probe, response_type)
+        full_ids = self.prompts.full_ids(probe, response_type)
+        start = common_prefix_length(self.prompts.ids(probe.prompt, where), full_ids)
+        wanted = self._wanted(probe, response_type, start)
+        found = self._trip.find(full_ids, wanted)
+        if found is None:
+            raise self._misread(probe, response_type, wanted.answer, full_ids[start:])
+        prompt, response = full_ids[: found.start], full_ids[found.start : found.end]
+        if not prompt or not response:
+            lengths = f" has {len(prompt)} prompt and {len(response)} response tokens"
+            raise UnscorableError(where, lengths, "both need at least 1")
+        item = EncodedResponse(
+            *(probe.probe_id, response_type, tuple(prompt), tuple(response), found.eos_id),
+            prompt_cut=False,
+            response_cut=found.cut,
+            added=found.added,
+        )
+        return self._limited(item, where)
+
+    def _wanted(self, probe: Probe, response_type: str, start: int) -> Wanted:
+        """What is to be scored, and at which tokens it may start: at `start`, or else near it.
+
+        Raises:
+            UnscorableError: If the chat template does not write prompt and response as they are.
+        """
+        answer, prompts, where = probe.responses[response_type], self.prompts, where_of(probe, response_type)
+        if not probe.is_conversational:
+            return Wanted(answer, answer, range(start, start + 1), self._ends)
+        frame, chat = prompts.frame(probe.prompt, where), prompts.full_text(probe, response_type)
+        if not chat.startswith(frame.history):
+            raise _changed_prompt(where, prompts.seam(probe, response_type), start)
+        span = frame.locate(answer, chat)
+        if span is None:
+            remedy = f"write it as the template does, {shorten(frame.written(chat))}, or set a template that keeps it"
+            raise UnscorableError(where, f": the chat template {frame.difference(answer, chat)}", remedy)
+        answer, framed, starts = chat[slice(*span)], chat[len(frame.history) : span[1]], range(start, start + 1)
+        if not frame.opening.strip():
+            # A template without a generation prompt: what it writes before an answer asks for it.
+            header = chat[len(frame.history) : span[0]]
+            framed, starts = answer, range(start, start + len(header.encode()) + 1)
+        elif len(os.path.commonprefix([frame.history + frame.opening, chat])) > span[0]:
+            # The generation prompt holds the start of the answer, which is to be scored as well.
+            starts = range(start, max(0, start - len(framed)), -1)
+        return Wanted(answer, framed, starts, self._ends, prompts.special_ids, chat[span[1] :])
+
+    def _misread(self, probe: Probe, response_type: str, answer: str, ids: list[int]) -> UnscorableError:
+        """Why the tokens behind a prompt are not the answer."""
+        where, tokenizer = where_of(probe, response_type), self.tokenizer
+        seam = self.prompts.seam(probe, response_type)
+        if seam:
+            return SharedTokenError(f"{where}: ", seam.text, _KEEP_APART)
+        if tokenizer.eos_token_id not in tokenizer(text=tokenizer.eos_token, add_special_tokens=False)["input_ids"]:
+            found = f": the tokenizer does not read its EOS token {tokenizer.eos_token!r} as one token"
+            return UnscorableError(where, found, "add it to the tokenizer as a special token")
+        read, alone = shorten(self._trip.decode(ids)), shorten(self._trip.of(answer))
+        found = f": its tokens read {read}, the response alone {alone} (both without white space)"
+        return UnscorableError(where, found, "leave it out, or take the tokenizer that the model has")
+
+    def _limited(self, item: EncodedResponse, where: str) -> EncodedResponse:
+        """What the limits leave of it.
+
+        Raises:
+            UnscorableError: If they leave no response token, or the row is longer than the model's context.
+        """
+        limits, response, eos_id = self._limits, item.response_ids, item.eos_id
+        kept = tuple(cut_prompt(list(item.prompt_ids), limits.max_prompt_length, self.tokenizer.bos_token_id))
+        length = len(kept) + len(response) + (eos_id is not None)
+        response_cut = limits.max_length is not None and length > limits.max_length
+        if response_cut:
+            if len(kept) >= limits.max_length:
+                raise UnscorableError(
+                    where,
+                    f": the prompt's {len(kept)} tokens leave no room for a response within probe_max_length="
+                    f"{limits.max_length}",
+                    "set probe_max_prompt_length below it",
+                )
+            response, eos_id, length = response[: limits.max_length - len(kept)], None, limits.max_length
+        if limits.context_length is not None and length > limits.context_length:
+            raise UnscorableError(
+                where,
+                f" has {length} tokens, more than the model's context of {limits.context_length}",
+                "set probe_max_length (cuts the response's end) and probe_max_prompt_length (keeps the prompt's last "
+                "tokens)",
             )
-        length = limits.max_length
-    if limits.context_length is not None and length > limits.context_length:
-        raise ValueError(
-            f"{where} has {length} tokens, more than the model's context of {limits.context_length}; set "
-            "probe_max_length (cuts the response's end) and probe_max_prompt_length (keeps the prompt's last tokens)"
+        return replace(
+            item,
+            prompt_ids=kept,
+            response_ids=response,
+            eos_id=eos_id,
+            prompt_cut=len(kept) < len(item.prompt_ids),
+            response_cut=response_cut or item.response_cut,
         )
-    return EncodedResponse(
-        probe.probe_id, response_type, tuple(kept), tuple(response), eos_id, len(kept) < len(prompt), response_cut
+
+
+def _changed_prompt(where: str, seam: Seam | None, start: int) -> UnscorableError:
+    changed = "".join(seam.prompt_tokens) if seam else "", "".join(seam.joined_tokens) if seam else ""
+    return UnscorableError(
+        where,
+        ": the chat template changes the prompt when a response follows, so the response's start cannot be told: "
+        f"token {start} begins {changed[0]!r} without and {changed[1]!r} with the response",
+        "end the prompts with the first user turn, or set a template that writes earlier turns alike",
     )
-
-
-def _both_ids(probe: Probe, response_type: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt alone and of prompt + response."""
-    text = probe.responses[response_type]
-    if probe.is_conversational:
-        return _chat_ids(probe.prompt, text, tokenizer, f"probe {probe.probe_id!r}, response {response_type!r}")
-    return _plain_ids(probe.prompt, text, tokenizer)
-
-
-def _plain_ids(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    eos = "" if response.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return tokenizer(text=prompt)["input_ids"], tokenizer(text=prompt + response + eos)["input_ids"]
-
-
-def _chat_ids(
-    prompt: list[dict], response: str, tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[int], list[int]]:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{where} is a chat, but the tokenizer has no chat template; use plain text prompts or set one"
-        )
-    whole = [*prompt, {"role": "assistant", "content": response}]
-    prompt_ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
-    full_ids = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)
-    return prompt_ids["input_ids"], full_ids["input_ids"]
-
-
-def _end_of_turn(response: list[int], ends: set[int], chat_tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Index of the first end-of-turn token; the length where there is none.
-
-    A chat template may close a turn with a special token that is nobody's EOS, so that counts as well.
-    """
-    for index, token in enumerate(response):
-        if token in ends:
-            return index
-    if chat_tokenizer is not None:
-        special = set(chat_tokenizer.all_special_ids) - {chat_tokenizer.unk_token_id}
-        for index, token in enumerate(response):
-            if token in special and index > 0:
-                return index
-    return len(response)
 
 
 def cut_prompt(prompt: list[int], limit: int | None, bos_id: int | None) -> list[int]:

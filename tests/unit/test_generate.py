@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from trl_dynamics.probing.generate import Answer, Failure, LocalModel, Request, Sampling, seed_of, weights_fingerprint
 
 CHATS = [[{"role": "user", "content": text}] for text in ("Hi", "How are you today?", "x" * 40, "ü 日本")]
@@ -69,6 +69,29 @@ def test_independent_of_batch_order_and_company(model):
     assert len(set(found.values())) > 4
     for batch_size, order in ((1, wanted), (3, wanted[::-1]), (5, wanted[2:] + wanted[:2])):
         assert answers(local(model, batch_size), order) == found
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", "a", None, "<new>"])
+def test_independent_of_the_padding_token(model, pad):
+    """It may be EOS, a letter, missing, or unknown to the model."""
+    wanted = [Request.of(p, Sampling(10, 1.0, seed=i)) for i, p in enumerate(TEXTS * 2)]
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.add_special_tokens({"pad_token": pad}) if pad == "<new>" else setattr(tokenizer, "pad_token", pad)
+    assert pad != "<new>" or tokenizer.pad_token_id >= VOCAB_SIZE
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        assert answers(LocalModel(model, tokenizer, "tiny", 5), wanted) == answers(local(model), wanted)
+
+
+def test_a_template_that_reads_parts_gets_parts(model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'][0]['text']")
+    wanted = [Request.of(prompt, Sampling(6)) for prompt in CHATS]
+    assert answers(LocalModel(model, tokenizer, "tiny"), wanted) == answers(local(model), wanted)
+    tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
+    with pytest.raises(ValueError, match="the chat template refuses the messages: Roles must alternate"):
+        answers(LocalModel(model, tokenizer, "tiny"), wanted)
 
 
 def test_an_answer_ends_at_the_stop_text_and_at_the_limit(model):

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from trl_dynamics.embedded import model_path, probe_set
 from trl_dynamics.probing.encode import EncodedResponse, encode, token_texts
 from trl_dynamics.probing.labelled import collate, pad_id_of, split
@@ -33,6 +33,10 @@ def test_what_fills_rows_up():
     assert pad_id_of(tokenizer) == tokenizer.pad_token_id
     tokenizer.pad_token = None
     assert pad_id_of(tokenizer) == tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    new = tokenizer.pad_token_id
+    assert pad_id_of(tokenizer) == new == pad_id_of(tokenizer, tiny_model(vocab_size=new + 1))
+    assert pad_id_of(tokenizer, tiny_model(vocab_size=new)) == tokenizer.eos_token_id != new
 
 
 @pytest.mark.parametrize("answer", [" It is 5.", " grün, naïve"])

@@ -126,11 +126,11 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     """A row per update and observed answer.
 
     Columns: `update_row`, `update_type`, `same_prompt` (whether the update has the probe's prompt), `probe_id`,
-    `response_type`, `num_tokens`, `logp_sum` before the step and `delta_sum`, its predicted change (nats, without the
-    end-of-turn token); `delta_sum/PART` per part of the step where there are several; with `verify` `true_sum`,
-    `fixed_features_sum`, the prediction of a model whose head alone moves, and `rounding_sum`, what weights moved by
-    their last bits do; and of the update `update_loss` (nats) and
-    `force_norm`, the norm of G over all its positions and labels.
+    `response_type`, `num_tokens`, `truncated` (prompt or answer was cut), `logp_sum` before the step and `delta_sum`,
+    its predicted change (nats, without the end-of-turn token); `delta_sum/PART` per part of the step where there are
+    several; with `verify` `true_sum`, `fixed_features_sum`, the prediction of a model whose head alone moves, and
+    `rounding_sum`, what weights moved by their last bits do; and of the update `update_loss` (nats) and `force_norm`,
+    the norm of G over all its positions and labels.
     """
     path = sources.find_model(args.model_name_or_path)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
@@ -150,7 +150,7 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     observed = list(encode(probe_set, tokenizer, limits, ends).items)
     prompts = {probe.probe_id: _key(probe.prompt) for probe in probe_set}
     parts = split(observed, args.tokens_per_batch, stats_head.length_boundaries(model))
-    batches = [collate(items, pad_id_of(tokenizer), device) for items in parts]
+    batches = [collate(items, pad_id_of(tokenizer, model), device) for items in parts]
     rounding = [_rounding(task, batch) if args.verify else None for batch in batches]
     rows: list[dict] = []
     updates = list(read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, device))
@@ -210,6 +210,7 @@ def _row(update: Update, force: Force, item: EncodedResponse, sums: dict[str, fl
         "probe_id": item.probe_id,
         "response_type": item.response_type,
         "num_tokens": len(item.response_ids),
+        "truncated": item.prompt_cut or item.response_cut,
         **sums,
         "update_loss": force.loss,
         "force_norm": float(torch.linalg.vector_norm(force.norm_U)),

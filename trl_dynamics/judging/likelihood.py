@@ -9,14 +9,14 @@ import torch
 
 from trl_dynamics import stats_head
 from trl_dynamics.judging.scores import Score
-from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse, LengthLimits, encode_response
+from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse, Encoder
 from trl_dynamics.probing.generate import Failure, LocalModel
+from trl_dynamics.probing.labelled import pad_id_of
 from trl_dynamics.probing.layouts import PaddedLayout, ProbeBatch
+from trl_dynamics.probing.prompts import UnscorableError
 from trl_dynamics.probing.schema import Probe, Prompt, is_blank
 from trl_dynamics.progress import with_bar
 from trl_dynamics.stats_head import StatsRequest
-
-_NO_LIMITS = LengthLimits()
 
 
 class Likelihood:
@@ -27,24 +27,27 @@ class Likelihood:
     Args:
         judge ([`LocalModel`]): The third model with its tokenizer; its `batch_size` is that of the forward passes.
         ends (`Sequence[int]`, *optional*): End-of-turn token ids besides the tokenizer's EOS.
+
+    Raises:
+        ValueError: If the tokenizer has no EOS token.
     """
 
     def __init__(self, judge: LocalModel, ends: Sequence[int] = ()):
         self.model, self.tokenizer, self.is_chat = judge.model, judge.tokenizer, judge.is_chat
+        self._encoder = Encoder(self.tokenizer, end_ids=ends)
         stats_head.install(self.model)
-        self._ends = {self.tokenizer.eos_token_id, *ends} - {None}
         self._context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        pad_id = self.tokenizer.pad_token_id
         self._layout = PaddedLayout(
             judge.batch_size,
-            min(self._ends) if pad_id is None else pad_id,
+            pad_id_of(self.tokenizer, self.model),
             boundaries=stats_head.length_boundaries(self.model),
         )
         self._settled = False
         self.about = {"model": judge.name, "unit": "nats per token"}
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score | Failure]:
-        """The mean log-probability of each answer; one that is too long for the model fails.
+        """The mean log-probability of each answer; one that is too long for the model fails, or that it reads as
+        another text.
 
         Raises:
             ValueError: If a prompt is a chat and the model has no chat template.
@@ -76,11 +79,11 @@ class Likelihood:
                 "the prompts are chats, but the judge's tokenizer has no chat template; take another model"
             )
         try:
-            row = encode_response(
-                Probe("", prompt, {"answer": text}), "answer", self.tokenizer, _NO_LIMITS, self._ends
-            )
-        except ValueError as error:
+            row = self._encoder.response(Probe("", prompt, {"answer": text}), "answer")
+        except UnscorableError as error:
             return Failure(str(error))
+        if row.response_cut:
+            return Failure(f"the answer holds {self.tokenizer.decode([row.eos_id])!r}, which ends it for the judge")
         if self._context is not None and len(row.input_ids) > self._context:
             return Failure(f"prompt and answer have {len(row.input_ids)} tokens, the judge takes {self._context}")
         return row

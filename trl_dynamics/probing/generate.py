@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from trl_dynamics.loading import load_causal_lm, load_tokenizer
+from trl_dynamics.probing.chat import Chats
 from trl_dynamics.probing.encode import answer_text, cut_prompt
+from trl_dynamics.probing.labelled import pad_id_of
 from trl_dynamics.probing.schema import Prompt
 
 # How many of the last tokens are read for a stop string after each step.
@@ -127,7 +129,7 @@ class LocalModel:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        self.is_chat = bool(tokenizer.chat_template)
+        self.is_chat, self._chats = bool(tokenizer.chat_template), Chats(tokenizer)
         self.label = Path(name).name if Path(name).is_dir() else name
         self.name = f"{self.label}@{weights_fingerprint(model)[:16]}"
         self._ends = _end_ids(model, tokenizer)
@@ -154,7 +156,7 @@ class LocalModel:
         """Answer batch by batch, short prompts first.
 
         Raises:
-            ValueError: If a request is a chat and the tokenizer has no chat template.
+            ValueError: If a request is a chat and the tokenizer has no chat template, or one that refuses it.
         """
         rows = []
         for request in requests:
@@ -192,16 +194,14 @@ class LocalModel:
                 f"the prompts are chats, but the tokenizer of {self.label!r} has no chat template; use plain prompts "
                 "or a model with a template"
             )
-        return self.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)[
-            "input_ids"
-        ]
+        return self._chats.ids(prompt, self._chats.frame(prompt).parts, opening=True)
 
     @torch.inference_mode()
     def _answer(
         self, prompts: list[list[int]], requests: list[Request], limit: int
     ) -> Iterator[tuple[Request, Answer | Failure]]:
         width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
+        pad = pad_id_of(self.tokenizer, self.model)
         pad = min(self._ends) if pad is None else pad
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])

@@ -6,6 +6,7 @@ B rows, one answer each   T tokens of a row
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trl_dynamics.probing.encode import EncodedResponse
@@ -54,6 +55,14 @@ def split(
         yield batch
 
 
-def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up, which no number depends on."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+def pad_id_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None) -> int:
+    """The token that fills rows up, which no number depends on.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its padding token, or else its EOS token.
+        model (`nn.Module`, *optional*): Of a tokenizer with a padding token that this model has no embedding for, the
+            EOS token.
+    """
+    pad_id, embedding = tokenizer.pad_token_id, None if model is None else model.get_input_embeddings()
+    known = pad_id is not None and pad_id < getattr(embedding, "num_embeddings", pad_id + 1)
+    return pad_id if known else tokenizer.eos_token_id

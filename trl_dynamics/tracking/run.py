@@ -25,14 +25,14 @@ def build_engine(
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): Read for its context length and end-of-turn tokens.
-        processing_class: Its tokenizer, or a processor that holds one.
+        processing_class: Its tokenizer, or a processor that holds one, with the chat template that TRL uses.
         probe_set ([`ProbeSet`]): What to score.
         args: Anything with the fields of [`ProbeArguments`].
         accelerator ([`~accelerate.Accelerator`], *optional*): Processes that share the work.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    encoded = encode(probe_set, tokenizer, limits_of(model, args), end_ids_of(model))
-    pad_id = pad_id_of(tokenizer)
+    encoded = encode(probe_set, processing_class, limits_of(model, args), end_ids_of(model))
+    pad_id = pad_id_of(tokenizer, model)
     if args.probe_dtype not in (None, "float32"):
         raise ValueError(f"probe_dtype is {args.probe_dtype!r}, expected 'float32' or none")
     tokens = tokens_per_batch_of(args, accelerator)
@@ -65,8 +65,8 @@ def build_sampler(model, processing_class, probe_set: ProbeSet, args, engine: Pr
     limits = limits_of(model, args)
     ends = {tokenizer.eos_token_id, *end_ids_of(model), *(item.eos_id for item in engine.encoded.items)} - {None}
     return GreedySampler(
-        encode_prompts(probe_set.sample(args.probe_samples), tokenizer, limits),
-        Reading(tokenizer, frozenset(ends), pad_id_of(tokenizer), limits.context_length),
+        encode_prompts(probe_set.sample(args.probe_samples), processing_class, limits),
+        Reading(tokenizer, frozenset(ends), pad_id_of(tokenizer, model), limits.context_length),
         args.probe_sample_tokens,
         engine,
         tokens_per_batch_of(args, engine.accelerator),

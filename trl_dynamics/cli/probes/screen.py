@@ -18,6 +18,7 @@ from trl_dynamics.cli import finite, sources
 from trl_dynamics.cli.probes.build import parse
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, encode_response
+from trl_dynamics.probing.labelled import pad_id_of
 from trl_dynamics.probing.layouts import PaddedLayout
 from trl_dynamics.probing.rows import Pair, read_pairs
 from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_types
@@ -109,10 +110,11 @@ def not_finite(frame: pd.DataFrame) -> tuple[int, int]:
 def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> Screened:
     """Score every probe that fits the model; the others are listed with reasons.
 
-    The frame has `row`, `probe_id`, per type `logp_sum/TYPE`, `logp_mean/TYPE` (nats) and `num_tokens/TYPE`, and for
-    probes with both answers `ches`, `ches_normalized` and `risk`, the rank of the latter in (0, 1]. These leave the
-    state out that predicts the end-of-turn token; `ches_with_eos` and `ches_normalized_with_eos` count it, as the code
-    of CHES's authors does on rows that end with one.
+    The frame has `row`, `probe_id`, per type `logp_sum/TYPE`, `logp_mean/TYPE` (nats), `num_tokens/TYPE` and
+    `truncated/TYPE` (prompt or answer was cut), and for probes with both answers `ches`, `ches_normalized` and
+    `risk`, the rank of the latter in (0, 1]. These leave the state out that predicts the end-of-turn token;
+    `ches_with_eos` and `ches_normalized_with_eos` count it, as the code of CHES's authors does on rows that end with
+    one.
     """
     path = sources.find_model(args.model)
     tokenizer = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
@@ -123,7 +125,7 @@ def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> 
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = LengthLimits(args.max_prompt_length, args.max_length or context, context)
     ends = {tokenizer.eos_token_id, *loading.end_ids(path)}
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = pad_id_of(tokenizer, model)
     layout, scored = PaddedLayout(args.batch_size, pad_id, boundaries=stats_head.length_boundaries(model)), []
     for start in range(0, len(probes), CHUNK):
         chunk, items = [], []
@@ -166,6 +168,7 @@ def _score(chunk: list[tuple[int, Probe]], items: list, model, layout: PaddedLay
                 f"logp_sum/{name}": float(sums.logp_sum_I[i]),
                 f"logp_mean/{name}": float(sums.logp_sum_I[i]) / num_tokens,
                 f"num_tokens/{name}": num_tokens,
+                f"truncated/{name}": items[i].prompt_cut or items[i].response_cut,
             }
         if set(REQUIRED_TYPES) <= set(probe.responses):
             both = [index[probe.probe_id, name] for name in REQUIRED_TYPES]
@@ -191,6 +194,7 @@ def summary(screened: Screened, kept: list[str], args: ScreenArguments) -> dict:
         "num_unscored": len(screened.unscored),
         "num_not_finite": not_finite(frame)[0],
         "num_kept": len(kept),
+        "num_truncated": int(frame.filter(like="truncated/").eq(True).to_numpy().sum()),
         "keep_fraction": args.keep_fraction,
         "max_prompt_length": args.max_prompt_length,
         "max_length": args.max_length,

@@ -92,7 +92,7 @@ def observe(trainer: Trainer, probe_set: ProbeSet) -> Observed:
     """
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     model, args = trainer.model, trainer.args
-    encoded = encode(probe_set, tokenizer, limits_of(model, args), end_ids_of(model))
+    encoded = encode(probe_set, trainer.processing_class, limits_of(model, args), end_ids_of(model))
     texts = [token_texts(tokenizer, item) for item in encoded.items]
     tokens, boundaries = tokens_per_batch_of(args, trainer.accelerator), stats_head.length_boundaries(model)
-    return Observed(probe_set, encoded, texts, tokens, pad_id_of(tokenizer), boundaries)
+    return Observed(probe_set, encoded, texts, tokens, pad_id_of(tokenizer, model), boundaries)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, FNetConfig
 
 from http_backend import Backend
-from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tiny import END, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from trl_dynamics import embedded
 from trl_dynamics.embedded.recogniser import parse_answer
 from trl_dynamics.judging.folder import to_row
@@ -209,6 +209,54 @@ def test_rewards_equal_those_of_one_answer_at_a_time(as_chat):
     assert len({round(score.value, 3) for score in scores}) == len(ITEMS)
 
 
+@pytest.mark.parametrize("model_pad", [None, 0, 257, 258])
+@pytest.mark.parametrize("pad", ["<|im_end|>", "<pad>", None, "a"])
+def test_rewards_do_not_depend_on_padding(pad, model_pad):
+    """Neither on the padding token of tokenizer or model, nor on the padding side, nor on the size of a batch."""
+    model, tokenizer = tiny_reward_model(), tiny_tokenizer()
+    tokenizer.pad_token = pad
+    items = [*ITEMS, ("Ends with", f" its end.{END}"), ("and with", " padding<pad>"), ("aaa", "a")]
+    expected = [slow_reward(model, tokenizer(text=whole)["input_ids"]) for whole in map(plain, items)]
+    for batch_size, side in ((1, "right"), (2, "left"), (8, "right")):
+        model.config.pad_token_id, tokenizer.padding_side = model_pad, side
+        judge = RewardModel(model, tokenizer, as_chat=False, batch_size=batch_size)
+        assert [score.value for score in judge.score(items)] == pytest.approx(expected, abs=1e-4)
+        assert model.config.pad_token_id == model_pad
+
+
+def plain(item):
+    prompt, text = item
+    return prompt + text if isinstance(prompt, str) else f"{prompt_text(prompt)}\n{text}"
+
+
+def test_rewards_of_a_model_that_reads_padding_come_one_by_one():
+    """Fourier mixing knows no attention mask, and a vocabulary may have no token left to pad with."""
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
+    config = FNetConfig(num_labels=1, initializer_range=0.3, **sizes)
+    model, tokenizer = AutoModelForSequenceClassification.from_config(config).eval(), tiny_tokenizer()
+    scores = RewardModel(model, tokenizer, as_chat=False).score(ITEMS)
+    for item, score in zip(ITEMS, scores, strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([tokenizer(text=plain(item))["input_ids"]])).logits.item()
+        assert score.value == pytest.approx(expected, abs=1e-4)
+    rows = [[0, 1], [VOCAB_SIZE - 1, *range(VOCAB_SIZE)]]
+    model = tiny_reward_model()
+    assert RewardModel(model, tokenizer)._rewards(rows) == pytest.approx(
+        [slow_reward(model, r) for r in rows], abs=1e-4
+    )
+
+
+def test_a_reward_model_whose_template_drops_the_answer_fails_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}"
+    )
+    kept, dropped = RewardModel(tiny_reward_model(), tokenizer).score([(CHAT, "So."), (CHAT, "<think>hm</think>So.")])
+    assert isinstance(kept, Score)
+    assert dropped == Failure("the reward model's chat template leaves out '<think>hm</think>'")
+
+
 def test_reward_models_that_cannot_judge_are_refused():
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="has 2 outputs"):
@@ -247,6 +295,25 @@ def test_likelihood_is_the_mean_log_probability_per_token():
         assert score.value == pytest.approx(slow_logp_mean(model, tokenizer, prompt, text), abs=1e-4)
         assert score.numbers == {"logp_mean": score.value}
     assert blank.value == -math.inf and "takes 512" in too_long.reason
+
+
+def test_likelihood_refuses_what_it_would_score_in_part():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    (cut,) = Likelihood(LocalModel(model, tokenizer, "third")).score([("Why?", f" So{END} and on")])
+    assert cut == Failure("the answer holds '<|im_end|>', which ends it for the judge")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no EOS token.*set tokenizer.eos_token"):
+        Likelihood(LocalModel(model, tokenizer, "third"))
+
+
+def test_likelihoods_do_not_depend_on_padding():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    scores = [score.value for score in Likelihood(LocalModel(model, tokenizer, "third", batch_size=1)).score(ITEMS)]
+    tokenizer.add_tokens(["<other>"])
+    for pad in (END, "a", None, "<new>"):
+        tokenizer.add_special_tokens({"pad_token": pad}) if pad == "<new>" else setattr(tokenizer, "pad_token", pad)
+        judge = Likelihood(LocalModel(model, tokenizer, "third", batch_size=4))
+        assert [score.value for score in judge.score(ITEMS)] == pytest.approx(scores, abs=1e-5)
 
 
 def test_likelihood_of_chats_needs_a_template():

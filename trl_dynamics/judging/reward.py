@@ -1,6 +1,7 @@
 """A reward model as judge: a Hugging Face sequence classifier with one output."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +15,12 @@ from transformers import (
 
 from trl_dynamics.judging.match import prompt_text
 from trl_dynamics.judging.scores import Score
+from trl_dynamics.probing.chat import Chats, answer_message
 from trl_dynamics.probing.generate import Failure, weights_fingerprint
 from trl_dynamics.probing.schema import Prompt
+
+# Share of a reward by which padding may change it, which is rounding.
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
 
 
 class RewardModel:
@@ -51,10 +56,9 @@ class RewardModel:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.as_chat = bool(tokenizer.chat_template) if as_chat is None else as_chat
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._pad_id = 0 if pad_id is None else pad_id
-        # Decoders find the last token of a row by the padding behind it.
-        model.config.get_text_config().pad_token_id = self._pad_id
+        self._chats = Chats(tokenizer)
+        # Whether rows may be padded; not known before the first ones are.
+        self._pads: bool | None = None
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._context = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
         label = Path(name).name if Path(name).is_dir() else name
@@ -89,35 +93,81 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score | Failure]:
-        """The reward of each answer, in the classifier's own unit; one that is too long for it fails."""
-        rows = [self._ids(prompt, text) for prompt, text in items]
-        scores: list[Score | Failure] = [
-            Failure(f"prompt and answer have {len(ids)} tokens, the reward model takes {self._context}")
-            for ids in rows
-        ]
-        order = sorted((i for i, ids in enumerate(rows) if len(ids) <= self._context), key=lambda i: len(rows[i]))
+        """The reward of each answer, in the classifier's own unit.
+
+        One that is too long for it fails, and one that the chat template does not write as it is.
+        """
+        scores: list[Score | Failure] = []
+        rows: dict[int, list[int]] = {}
+        for index, (prompt, text) in enumerate(items):
+            ids = self._ids(prompt, text)
+            if isinstance(ids, list) and len(ids) > self._context:
+                ids = Failure(f"prompt and answer have {len(ids)} tokens, the reward model takes {self._context}")
+            scores.append(ids if isinstance(ids, Failure) else Failure("not scored"))
+            if isinstance(ids, list):
+                rows[index] = ids
+        order = sorted(rows, key=lambda index: len(rows[index]))
         for start in range(0, len(order), self.batch_size):
             group = order[start : start + self.batch_size]
-            for index, reward in zip(group, self._forward([rows[i] for i in group]), strict=True):
+            for index, reward in zip(group, self._rewards([rows[i] for i in group]), strict=True):
                 scores[index] = Score(reward, {"reward": reward})
         return scores
 
-    def _ids(self, prompt: Prompt, text: str) -> list[int]:
+    def _ids(self, prompt: Prompt, text: str) -> list[int] | Failure:
         if not self.as_chat:
-            return self.tokenizer(text=prompt + text if isinstance(prompt, str) else f"{prompt_text(prompt)}\n{text}")[
-                "input_ids"
-            ]
+            whole = prompt + text if isinstance(prompt, str) else f"{prompt_text(prompt)}\n{text}"
+            return self.tokenizer(text=whole)["input_ids"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [*messages, {"role": "assistant", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        frame, whole = self._chats.frame(messages), [*messages, answer_message(text)]
+        chat = self._chats.text(whole, frame.parts)
+        if text.strip() and frame.locate(text, chat) is None:
+            return Failure(f"the reward model's chat template {frame.difference(text, chat)}")
+        return self._chats.ids(whole, frame.parts)
+
+    def _rewards(self, rows: list[list[int]]) -> list[float]:
+        """The rewards of rows of ascending length, padded where that changes none."""
+        if len(rows[0]) == len(rows[-1]) or self._pads:
+            return self._forward(rows)
+        if self._pads is None:
+            alone, together = self._forward(rows[:1])[0], self._forward(rows)
+            tolerance = _TOLERANCE if self.model.dtype == torch.float32 else _HALF_TOLERANCE
+            self._pads = abs(alone - together[0]) <= tolerance * max(1.0, abs(alone))
+            if self._pads:
+                return together
+        return [self._forward([row])[0] for row in rows]
 
     def _forward(self, rows: list[list[int]]) -> list[float]:
+        """One forward, rows padded on the right with a token that none of them has.
+
+        Decoders read the reward at the last token that is not the padding of their config.
+        """
+        used = set().union(*rows)
+        unused = next(
+            (token for token in range(self.model.get_input_embeddings().num_embeddings) if token not in used), None
+        )
+        if unused is None and len(rows) > 1:
+            return [self._forward([row])[0] for row in rows]
         width = max(map(len, rows))
-        input_ids = torch.tensor([ids + [self._pad_id] * (width - len(ids)) for ids in rows])
+        input_ids = torch.tensor([ids + [unused] * (width - len(ids)) for ids in rows])
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows])
         device = self.model.device
-        logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
+        with _padded_with(self.model, unused):
+            logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
         return logits[:, 0].float().tolist()
+
+
+@contextlib.contextmanager
+def _padded_with(model: PreTrainedModel, pad_id: int | None) -> Iterator[None]:
+    """The model takes this token for padding, or none."""
+    configs = [model.config, model.config.get_text_config()]
+    before = [config.pad_token_id for config in configs]
+    try:
+        for config in configs:
+            config.pad_token_id = pad_id
+        yield
+    finally:
+        for config, found in zip(configs, before, strict=True):
+            config.pad_token_id = found
 
 
 def require_one_output(config, name: str) -> None:

@@ -12,6 +12,7 @@ import yaml
 import trl_dynamics
 from cli_runs import failure, flags
 from tiny_runs import PAIRS
+from trl_dynamics.cli import launching
 from trl_dynamics.cli.grpo import find_reward
 from trl_dynamics.cli.main import COMMANDS, main
 from trl_dynamics.cli.track import find_targets
@@ -150,6 +151,26 @@ def test_launch_options_are_told_apart(world, tmp_path):
     _, launch_args = command().parse(argv)
     assert launch_args == ["--accelerate_config", "x.yaml", "--num_processes", "2"]
     assert isinstance(command(), TrainingCommand)
+
+
+def test_the_launched_command_keeps_its_own_options(world, tmp_path, monkeypatch):
+    """A value of `accelerate launch` may be that of another option too: here both have a 2."""
+    started = []
+    monkeypatch.setattr(launching, "LAUNCHED", False)
+    monkeypatch.setattr(launching.subprocess, "run", lambda command, check: started.append(command) or Done())
+    (tmp_path / "ddp.yaml").write_text("num_processes: 8\n")
+    (tmp_path / "recipe.yaml").write_text("mixed_precision: no\n")
+    own = [*flags(world, tmp_path / "run", max_steps=2), "--config", str(tmp_path / "recipe.yaml")]
+    assert main(["dpo", *own, "--accelerate_config", str(tmp_path / "ddp.yaml"), "--num_processes", "2"]) == 7
+    (command,) = started
+    assert command[command.index("dpo") + 1 :] == own
+    assert command[command.index("--num_processes") + 1] == "2" and str(tmp_path / "ddp.yaml") in command
+
+
+class Done:
+    """A process that has ended."""
+
+    returncode = 7
 
 
 def test_track_models_and_checkpoints(world, tmp_path, capsys):

@@ -25,7 +25,7 @@ def test_lines_are_read_however_they_end(content, tmp_path):
 FAULTS = {
     "cut": (f'{ROW}\n{{"prompt": '.encode(), "line 2 is not JSON"),
     "text": (f'{ROW}\n"text"\n'.encode(), "line 2 is a str"),
-    "array": (f"[{ROW}]".encode(), "begins a list"),
+    "array": (f"[{ROW}]".encode(), "is a list"),
     "latin": (ROW.encode("latin-1"), "is not UTF-8"),
     "gzip": (gzip.compress(ROW.encode()), "unpack it"),
     "empty": (b"", "is empty"),

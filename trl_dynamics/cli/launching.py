@@ -28,10 +28,10 @@ def launch(name: str, launch_args: list[str], argv: list[str]) -> int:
     Raises:
         ValueError: If the file of `--accelerate_config` is missing or no YAML mapping.
     """
-    for option, value in zip(launch_args, [*launch_args[1:], ""], strict=False):
-        name, equals, given = option.partition("=")
-        if name in ("--accelerate_config", "--config_file"):
-            read_mapping(given if equals else value, name)
+    for arg, value in zip(launch_args, [*launch_args[1:], ""], strict=False):
+        option, equals, given = arg.partition("=")
+        if option in ("--accelerate_config", "--config_file"):
+            read_mapping(given if equals else value, option)
     arguments = [arg.replace("--accelerate_config", "--config_file", 1) for arg in launch_args]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "-m", "trl_dynamics.cli.main", name]
     return subprocess.run([*command, *_without(argv, launch_args)], check=False).returncode
@@ -71,11 +71,14 @@ def refuse_unknown(launch_args: list[str], own_options: set[str], name: str) -> 
 
 
 def _without(argv: list[str], taken: list[str]) -> list[str]:
-    """`argv` without the subsequence `taken` of it; entries of `taken` that came from elsewhere are passed over."""
-    left, rest = list(taken), []
-    for arg in argv:
-        if arg in left:
-            left = left[left.index(arg) + 1 :]
-        else:
-            rest.append(arg)
+    """`argv` without the options in `taken` and their values; those that came from elsewhere are passed over."""
+    rest = list(argv)
+    starts = [index for index, arg in enumerate(taken) if arg.startswith("-")]
+    for start, stop in zip(starts, [*starts[1:], len(taken)], strict=True):
+        option = taken[start:stop]
+        for index in range(len(rest)):
+            # The value alone may be that of another option.
+            if rest[index : index + len(option)] == option:
+                del rest[index : index + len(option)]
+                break
     return rest

@@ -58,7 +58,7 @@ def _is_gzip(path: str | Path) -> bool:
 
 def _parse_line(path: str | Path, number: int, line: str) -> dict:
     if number == 1 and line.lstrip().startswith("["):
-        raise ValueError(f"{path}, line 1 begins a list; expected one object per line, or name the file .json")
+        raise ValueError(f"{path}, line 1 is a list; expected one object per line, or name the file .json")
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

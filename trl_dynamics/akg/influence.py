@@ -19,6 +19,11 @@ from trl_dynamics.akg.steps import UPDATE, Step, step_of
 from trl_dynamics.akg.task import Task, causal_lm
 
 OUTPUTS = ("target", "stats", "topk", "full")
+NOT_FINITE_MODEL = (
+    "the model's own logits are so. Look for weights that are not finite; where rows are padded at the left, load it "
+    "with attn_implementation='sdpa' (transformers' eager attention is NaN there in float64), or pad at the right"
+)
+NOT_FINITE_STEP = "look for a gradient or a state of the optimiser that is not finite, or take a smaller lr"
 FORWARD_MODE, CENTRAL_DIFFERENCES = "forward mode", "central differences"
 
 
@@ -145,14 +150,35 @@ def influence(
 
     Raises:
         ValueError: If an argument is none of these, nothing can be trained, weights are quantised or split over
-            processes, or the model has an operation without a forward-mode derivative.
+            processes, the model has an operation without a forward-mode derivative or cannot read a batch, or a
+            number is not finite.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
     check_output(output, top_k, order)
     refuse(task.model)
     force = update_gradient(task, update)
     step = step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm)
-    return predict(task, force, step, observe, output=output, top_k=top_k, order=order)
+    return finite(predict(task, force, step, observe, output=output, top_k=top_k, order=order))
+
+
+def finite(found: Influence, *, change: bool = True) -> Influence:
+    """An influence as it is, if its numbers are finite.
+
+    Args:
+        change (`bool`): Whether the predicted change has to be, too.
+
+    Raises:
+        ValueError: If any is not; the message says whether the model or the step is to blame.
+    """
+    for value_N, what, remedy in (
+        (found.logp_N, "ln pi of {} of {} observed labels is", NOT_FINITE_MODEL),
+        (torch.tensor([0.0 if found.loss is None else found.loss]), "the update's loss is", NOT_FINITE_MODEL),
+        (found.total.target_N, "the predicted change of {} of {} observed labels is", NOT_FINITE_STEP),
+    ):
+        if not value_N.isfinite().all() and (change or value_N is not found.total.target_N):
+            counts = int((~value_N.isfinite()).sum()), len(value_N)
+            raise ValueError(f"{what.format(*counts)} not finite (NaN or infinite): {remedy}")
+    return found
 
 
 def predict(

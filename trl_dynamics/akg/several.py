@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trl_dynamics.akg.dual import push_forward_together, refuse
-from trl_dynamics.akg.influence import Change, Force, Influence, View, check_output, predict, update_gradient
+from trl_dynamics.akg.influence import Change, Force, Influence, View, check_output, finite, predict, update_gradient
 from trl_dynamics.akg.steps import Step, Tensors, step_of
 from trl_dynamics.akg.task import Task, causal_lm
 
@@ -57,7 +57,7 @@ def influences(
             force = update_gradient(task, update)
             steps.append(step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm))
             forces.append(dataclasses.replace(force, gradients={}))  # which the step took in
-        yield from predict_together(task, forces, steps, observe, output=output, top_k=top_k)
+        yield from map(finite, predict_together(task, forces, steps, observe, output=output, top_k=top_k))
 
 
 def predict_together(

@@ -55,7 +55,8 @@ def step_of(
             optimiser as it stands (`SGD`, `Adam` or `AdamW`; its state, rates and groups count, and nothing of it is
             changed), or a function from gradients to changes.
         lr (`float`, *optional*): The rate; needed by name, otherwise the optimiser's own.
-        max_grad_norm (`float`, *optional*): Clips the whole gradient first, as `clip_grad_norm_` does.
+        max_grad_norm (`float`, *optional*): Clips the whole gradient first, as `clip_grad_norm_` does. None and 0 do
+            not clip, as in transformers' Trainer.
 
     Raises:
         ValueError: If the direction is unknown, a rate is missing or given twice, or an optimiser holds none of the
@@ -198,7 +199,7 @@ def _fresh(name: str, parameters: Mapping[str, nn.Parameter], lr: float | None) 
 
 
 def _clip_factor(gradients: Mapping[str, torch.Tensor], max_norm: float | None) -> float:
-    if max_norm is None or not gradients:
+    if max_norm is None or max_norm <= 0 or not gradients:
         return 1.0
     return min(1.0, float(max_norm / (whole_norm(gradients) + 1e-6)))
 

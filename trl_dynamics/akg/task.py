@@ -37,6 +37,8 @@ class Task:
         items (`Callable`): `items(batch)` says which observer each position belongs to, (N,) int64.
         loss (`Callable`): `loss(logits_NV, label_N, item_N, batch)` is the scalar that the update descends.
         head (`nn.Module`, *optional*): The linear layer that makes logits of features, where there is one.
+        check (`Callable`, *optional*): `check(model, batch, what)` raises a ValueError for a batch that the model
+            cannot read, or would read as another; `what` names the batch.
     """
 
     model: nn.Module
@@ -45,14 +47,17 @@ class Task:
     items: Callable[[Any], torch.Tensor]
     loss: Loss
     head: nn.Module | None = None
+    check: Callable[[nn.Module, Any, str], None] | None = None
 
     def labels_of(self, batch: Any, what: str) -> torch.Tensor:
         """`labels(batch)`.
 
         Raises:
-            ValueError: If there are none; `what` names the batch.
+            ValueError: If there are none, or as `check`; `what` names the batch.
         """
         label_N = self.labels(batch)
+        if self.check is not None:
+            self.check(self.model, batch, what)
         if not len(label_N):
             raise ValueError(f"{what} has no labelled position: every label is ignored")
         return label_N
@@ -89,13 +94,20 @@ def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ValueError("adapters that learn a prompt are not supported by akg; use LoRA or the full model")
     _check_head(model)
-    return Task(model, causal_lm_logits, causal_lm_labels, row_of_label, loss, base.get_output_embeddings())
+    head = base.get_output_embeddings()
+    return Task(model, causal_lm_logits, causal_lm_labels, row_of_label, loss, head, check_causal_lm_batch)
 
 
 def causal_lm_logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """Logits of the labelled positions, the head applied tile by tile."""
     base = base_causal_lm(model)
-    hidden_BTD = base.base_model(**model_inputs(base, batch), use_cache=False).last_hidden_state
+    try:
+        hidden_BTD = base.base_model(**model_inputs(base, batch), use_cache=False).last_hidden_state
+    except IndexError as error:
+        raise ValueError(
+            f"rows of {batch['input_ids'].shape[1]} tokens are too long for the positions that "
+            f"{type(base).__name__} has learnt ({error}); cut them to its context"
+        ) from error
     row_N, column_N = predicting(batch["labels"])
     hidden_ND = hidden_BTD[row_N, column_N]
     head, (factor, softcap) = base.get_output_embeddings(), logit_transform(base)
@@ -113,6 +125,49 @@ def causal_lm_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     _check_batch(batch)
     labels_BT = batch["labels"][:, 1:]
     return labels_BT[labels_BT != IGNORED]
+
+
+def check_causal_lm_batch(model: nn.Module, batch: Mapping[str, torch.Tensor], what: str) -> None:
+    """Refuse a batch that a causal LM cannot read, or would read padding of as text.
+
+    Raises:
+        ValueError: If ids or labels are outside the vocabulary, or rows begin with padding and there is no
+            `attention_mask`.
+    """
+    base, ids_BT, labels_BT = base_causal_lm(model), batch["input_ids"], batch["labels"]
+    embedding, head = getattr(base.get_input_embeddings(), "weight", None), base.get_output_embeddings().weight
+    if embedding is not None:
+        _refuse_outside(ids_BT, embedding.shape[0], f"{what}: input_ids")
+    _refuse_outside(labels_BT[labels_BT != IGNORED], head.shape[0], f"{what}: labels")
+    pad, ends = padding_of(base)
+    if pad is None or "attention_mask" in batch:
+        return
+    # A text may begin with one token of those that begin or end texts, but not with two.
+    padded_B = (ids_BT[:, : 2 if pad in ends else 1] == pad).all(dim=1)
+    if bool(padded_B.any()):
+        raise ValueError(
+            f"{what}: {int(padded_B.sum())} of {len(ids_BT)} rows begin with padding (token {pad}) and there is no "
+            "attention_mask, so that it would be read as text; add the attention_mask, or pad at the right"
+        )
+
+
+def padding_of(base: nn.Module) -> tuple[int | None, set[int]]:
+    """The token that a model's configuration says is padding, and those that begin and end texts."""
+    config = base.config.get_text_config()
+    values = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")]
+    ends = {token for value in values for token in (value if isinstance(value, list) else [value])}
+    return getattr(config, "pad_token_id", None), ends - {None}
+
+
+def _refuse_outside(ids: torch.Tensor, size: int, what: str, where: str = "vocabulary") -> None:
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        remedy = (
+            f"use its own tokenizer, and {IGNORED} for labels to ignore" if where == "vocabulary" else "count from 0"
+        )
+        raise ValueError(
+            f"{what} are from {int(ids.min())} to {int(ids.max())}, expected 0 to {size - 1}, the model's {where}; "
+            f"{remedy}"
+        )
 
 
 def row_of_label(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -139,7 +194,9 @@ def classifier_logits(model: nn.Module, batch: Any) -> Iterator[torch.Tensor]:
         output = model(**{name: value for name, value in batch.items() if name != "labels"})
     else:
         output = model(batch[0])
-    yield getattr(output, "logits", output)
+    logits_BC = getattr(output, "logits", output)
+    _refuse_outside(classifier_labels(batch), logits_BC.shape[-1], "the labels of a batch", "classes")
+    yield logits_BC
 
 
 def classifier_labels(batch: Any) -> torch.Tensor:

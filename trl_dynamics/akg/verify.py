@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_dynamics.akg.dual import evaluated, push_forward_head
-from trl_dynamics.akg.influence import Influence, View, influence
-from trl_dynamics.akg.steps import Tensors
+from trl_dynamics.akg.dual import evaluated, push_forward_head, refuse
+from trl_dynamics.akg.influence import Influence, View, finite, predict, update_gradient
+from trl_dynamics.akg.steps import Tensors, step_of
 from trl_dynamics.akg.task import Task, causal_lm
 
 # Relative error of the first order from which on the step is called too large for it.
@@ -66,15 +66,17 @@ def verify(
 ) -> Verification:
     """Compare the influence of a step with what the step does; the parameters are put back, bit for bit.
 
-    Args: as [`influence`].
+    Args: as [`akg.influence.influence`].
 
-    The first order is what [`influence`] predicts. Where it is off by more than `LARGE_ERROR`, the verdict names the
-    largest of: the softmax's second-order term (A changes along the step), that of the logits (K changes), what is
-    beyond both, and rounding; the first two only where they bring the prediction closer to the truth.
+    The first order is what [`akg.influence.influence`] predicts. Where it is off by more than `LARGE_ERROR`, the
+    verdict names the largest of: the softmax's second-order term (A changes along the step), that of the logits (K
+    changes), what is beyond both, and rounding; the first two only where they bring the prediction closer to truth.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
-    options = {"direction": direction, "lr": lr, "max_grad_norm": max_grad_norm}
-    predicted = influence(task, update, observe, **options, order=2)
+    refuse(task.model)
+    force = update_gradient(task, update)
+    step = step_of(force.gradients, task.trainable(), direction, lr, max_grad_norm)
+    predicted = finite(predict(task, force, step, observe, order=2), change=False)  # a step may diverge
     curved = predicted.total
     first_N = curved.target_N - curved.kernel_N - curved.softmax_N
     before_N = label_logp(task, observe)

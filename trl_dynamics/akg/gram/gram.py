@@ -10,11 +10,12 @@ No gradient of a row is ever stored, but what layers read and what came back to 
 gradients of all rows are then formed for some of a matrix' rows, multiplied, and dropped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from trl_dynamics.akg.dual import evaluated
 from trl_dynamics.akg.gram.journal import Journal, fingerprint
 from trl_dynamics.akg.gram.plan import all_at_once, estimate
 from trl_dynamics.akg.gram.tiles import LabelTiles, RowTiles, Side
+from trl_dynamics.akg.influence import NOT_FINITE_MODEL
 from trl_dynamics.akg.task import Task, causal_lm, refuse_split
 
 __all__ = ["SPLITS", "GramResult", "estimate", "gram", "loss_weights"]
@@ -94,8 +96,8 @@ def gram(
 
     Raises:
         ValueError: If an argument is none of these, nothing can be trained, the budget is too small for one row of
-            either side, the journal is of something else, the weights are split over processes, or the rows of this
-            model cannot be told apart.
+            either side, the journal is of something else, the weights are split over processes, the rows of this model
+            cannot be told apart, or a product is not finite; tiles before it are in the journal.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
     weight_M = _checked(task, update, observe, by, weight, diagonal)
@@ -109,6 +111,7 @@ def gram(
     with tqdm(total=plan.tiles, disable=disable_tqdm or plan.tiles == 1, desc="gram", unit="tile") as bar:
         for tile in tiles.run(kept.tiles, check):
             if tile.arrays is not None:
+                _refuse_not_finite(tile.arrays.values())
                 kept.add(tile.name, tile.arrays)
             bar.update()
     return GramResult(
@@ -144,6 +147,11 @@ def _checked(
     if weight_M.shape != label_M.shape:
         raise ValueError(f"weight has shape {tuple(weight_M.shape)}, expected one for each label: ({len(label_M)},)")
     return weight_M
+
+
+def _refuse_not_finite(arrays: Iterable[np.ndarray]) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError(f"an inner product of gradients is not finite (NaN or infinite): {NOT_FINITE_MODEL}")
 
 
 def loss_weights(task: Task, update: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ import trl
 from transformers import AutoTokenizer, ProcessorMixin
 
 from tiny import END, START, tiny_tokenizer
-from tokenizer_zoo import BOS, EOS, ZOO, byte_level, sentence_piece
+from tokenizer_zoo import BOS, EOS, ZOO, byte_level, sentence_piece, word_piece
 from trl_dynamics import ProbeSet, embedded
 from trl_dynamics.probing.encode import LengthLimits, encode, encode_prompts
 from trl_dynamics.probing.round_trip import RoundTrip
@@ -101,6 +101,10 @@ def test_tokens_shared_with_the_prompt_are_refused_but_for_white_space():
     with pytest.raises(ValueError, match=r"\['a'\], which become \['ab'\] .* white space"):
         encode(one("(a", "bc"), byte_level())
     assert item_of("why ", "a time", sentence_piece()).response_cut is False
+    # A word of both that is unknown reads as the answer alone does.
+    assert word_piece()(text="a🙂")["input_ids"] == word_piece()(text="🙂")["input_ids"]
+    with pytest.raises(ValueError, match=r"\['a'\], which become \['<unk>'\]"):
+        encode(one("why a", "🙂"), word_piece())
     # A letter that is lost in the prompt's unknown token would not be scored.
     with pytest.raises(ValueError, match="its tokens read 'abc</s>', the response alone '<unk>abc'"):
         encode(one("漢", "漢 abc"), ZOO["sentence piece without bytes"]())

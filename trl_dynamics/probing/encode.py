@@ -259,9 +259,12 @@ class Encoder:
             ValueError: If it answers a chat and there is no chat template.
         """
         where = where_of(probe, response_type)
-        full_ids = self.prompts.full_ids(probe, response_type)
-        start = common_prefix_length(self.prompts.ids(probe.prompt, where), full_ids)
+        prompt_ids, full_ids = self.prompts.ids(probe.prompt, where), self.prompts.full_ids(probe, response_type)
+        start = common_prefix_length(prompt_ids, full_ids)
         wanted = self._wanted(probe, response_type, start)
+        seam = self.prompts.seam(probe, response_type) if start < len(prompt_ids) else None
+        if seam and not seam.is_blank:
+            raise SharedTokenError(f"{where}: ", seam.text, _KEEP_APART)
         found = self._trip.find(full_ids, wanted)
         if found is None:
             raise self._misread(probe, response_type, wanted.answer, full_ids[start:])
@@ -306,9 +309,6 @@ class Encoder:
     def _misread(self, probe: Probe, response_type: str, answer: str, ids: list[int]) -> UnscorableError:
         """Why the tokens behind a prompt are not the answer."""
         where, tokenizer = where_of(probe, response_type), self.tokenizer
-        seam = self.prompts.seam(probe, response_type)
-        if seam:
-            return SharedTokenError(f"{where}: ", seam.text, _KEEP_APART)
         if tokenizer.eos_token_id not in tokenizer(text=tokenizer.eos_token, add_special_tokens=False)["input_ids"]:
             found = f": the tokenizer does not read its EOS token {tokenizer.eos_token!r} as one token"
             return UnscorableError(where, found, "add it to the tokenizer as a special token")

@@ -31,10 +31,11 @@ class SharedTokenError(UnscorableError):
 @dataclass(frozen=True)
 class Seam:
     """Tokens that join a prompt's end to a response's start: the prompt's alone, and those in their place with the
-    response behind it."""
+    response behind it; `is_blank` if the prompt's are white space."""
 
     prompt_tokens: tuple[str, ...]
     joined_tokens: tuple[str, ...]
+    is_blank: bool = False
 
     @property
     def text(self) -> str:
@@ -105,7 +106,9 @@ class Prompts:
         end = min(len(prompt_ids), start + 5)
         joined = full_ids[start : start + max(1, end - start)]
         decode = self.tokenizer.decode
-        return Seam(*(tuple(decode([token]) for token in ids) for ids in (prompt_ids[start:end], joined)))
+        changed = [token for token in prompt_ids[start:] if token not in self.special_ids]
+        shown = (tuple(decode([token]) for token in ids) for ids in (prompt_ids[start:end], joined))
+        return Seam(*shown, is_blank=not decode(changed).strip())
 
     def _ids(self, prompt: Prompt, where: str) -> list[int]:
         if isinstance(prompt, str):

@@ -223,3 +223,11 @@ def test_the_first_cases_of_each_kind_are_told():
     probes = [Probe(str(i), "Why?", {"chosen": "a", "rejected": "a"}) for i in range(9)]
     lines = check(make(*probes), tiny_tokenizer()).lines()
     assert lines[0] == "error: two responses of a probe are the same (9)" and lines[4] == "    and 6 more"
+
+
+def test_all_responses_that_training_refuses_are_listed():
+    probes = [Probe(str(i), "say a", {"chosen": "bc", "rejected": "x" * 40}) for i in range(9)]
+    lines = check(make(*probes), merging_tokenizer(), LengthLimits(context_length=20)).lines()
+    for kind in ("share a token", "cannot be scored"):
+        (head,) = (index for index, line in enumerate(lines) if line.startswith("error") and kind in line)
+        assert lines[head].endswith("(9)") and all(f"'{i}'" in lines[head + 1 + i] for i in range(9))

@@ -12,8 +12,10 @@ from trl_dynamics.probing.encode import NO_EOS, EncodedResponse, Encoder, Length
 from trl_dynamics.probing.prompts import SharedTokenError, where_of
 from trl_dynamics.probing.schema import Probe, ProbeSet, order_types
 
-# Findings of one kind that are told in full.
+# Findings of one kind that are told in full, but for those that training refuses: of these, all.
 MOST_SHOWN = 3
+UNSCORABLE = "a response cannot be scored"
+SHARED = "prompt and response share a token, so part of the prompt is scored as response"
 
 
 @dataclass
@@ -35,14 +37,15 @@ class CheckReport:
         self.warnings.setdefault(kind, []).append(case)
 
     def lines(self) -> list[str]:
-        """The findings as text, the first few cases of each kind."""
+        """The findings as text: all responses that training refuses, and the first few cases of each other kind."""
         lines = []
         for level, findings in (("error", self.errors), ("warning", self.warnings)):
             for kind, cases in findings.items():
                 lines.append(f"{level}: {kind} ({len(cases)})")
-                lines += [f"    {case}" for case in cases[:MOST_SHOWN]]
-                if len(cases) > MOST_SHOWN:
-                    lines.append(f"    and {len(cases) - MOST_SHOWN} more")
+                shown = len(cases) if kind in (UNSCORABLE, SHARED) else MOST_SHOWN
+                lines += [f"    {case}" for case in cases[:shown]]
+                if len(cases) > shown:
+                    lines.append(f"    and {len(cases) - shown} more")
         return lines or ["no findings"]
 
 
@@ -100,9 +103,9 @@ def _check_response(probe: Probe, name: str, encoder: Encoder, report: CheckRepo
         item, seam = encoder.response(probe, name), encoder.prompts.seam(probe, name)
     except ValueError as error:
         if isinstance(error, SharedTokenError):
-            report.error("prompt and response share a token, so part of the prompt is scored as response", error.case)
+            report.error(SHARED, error.case)
         else:
-            report.error("a response cannot be scored", str(error))
+            report.error(UNSCORABLE, str(error))
         return None
     if seam:
         report.warn("prompt and response share white space in a token", f"{where}: {seam.text}")

@@ -189,6 +189,7 @@ def test_two_bos_tokens_are_an_error():
 def test_white_space_in_a_shared_token_is_a_warning():
     report = check(make(prompt="why ", chosen="a time", rejected=" no"), sentence_piece())
     assert report.errors == {} and len(report.warnings["prompt and response share white space in a token"]) == 1
+    assert settle_seams(Built(make(prompt="why ", chosen="a time", rejected=" no")), sentence_piece()).rejected == ()
 
 
 def test_repetitions():

@@ -131,9 +131,9 @@ def _check_response(probe: Probe, name: str, encoder: Encoder, report: CheckRepo
 
 
 def seam_case(probe: Probe, name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """How a prompt's end and a response's start become other tokens together; None if they stay as they are."""
+    """How a prompt's end and a response's start become other tokens together; None if only white space moves."""
     seam = find_seam(probe, name, tokenizer)
-    if seam is None:
+    if seam is None or seam.is_blank:
         return None
     return f"{where_of(probe, name)}: {seam.text}"
 

@@ -225,6 +225,9 @@ def test_wrong_inputs_are_one_line(files, capsys):
     tiny_model().save_pretrained(files / "lm")
     tiny_tokenizer().save_pretrained(files / "lm")
     save_reward_model(files / "rm2", num_labels=2)
+    endless = tiny_tokenizer()
+    endless.eos_token = None
+    endless.save_pretrained(files / "endless")
     (files / "nothing").mkdir()
     (files / "q.txt").write_text("{prompt}")
     write(files / "other.jsonl", [{"prompt": "Who wrote Emma?"}])
@@ -249,6 +252,7 @@ def test_wrong_inputs_are_one_line(files, capsys):
         f"{sides} {prompts} {out} --judge reward --judge_model {{0}}/rm2": "has 2 outputs",
         f"{sides} {prompts} {out} --judge reward --judge_model {{0}}/nothing": "cannot be loaded",
         f"{sides} {prompts} {out} --judge likelihood --judge_model ./gone": "'./gone' does not exist",
+        f"{sides} {prompts} {out} --judge likelihood --judge_model {{0}}/endless": "has no EOS token",
         f"{sides} {prompts} {out} --judge embedded --judge_format json": "judge_format is 'json'",
         f"{sides} {prompts} {out} --judge embedded --tie_margin -1": "tie_margin is -1",
         f"{sides} {prompts} {out} --judge embedded --temperature -1": "temperature -1",

@@ -302,6 +302,16 @@ def test_screen_refuses_what_it_cannot_rank(data, capsys):
         assert message in capsys.readouterr().err and not (data / "out").exists()
 
 
+def test_screen_needs_a_token_that_ends_answers(data, capsys):
+    model = model_folder(data / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    assert probes("screen --model {1} -o {0}/out --dataset {0}/train.jsonl", data, model) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has no EOS token" in error and "set tokenizer.eos_token" in error and not (data / "out").exists()
+
+
 def test_similarity_by_an_encoder(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(

@@ -15,7 +15,7 @@ from trl_dynamics.cli.options import option
 from trl_dynamics.judging.answers import FileSide, ModelSide
 from trl_dynamics.judging.compare import Side, compare
 from trl_dynamics.judging.folder import SUMMARY_FILE, ComparisonFolder
-from trl_dynamics.judging.likelihood import Likelihood
+from trl_dynamics.judging.likelihood import Likelihood, require_eos
 from trl_dynamics.judging.match import SIDES, Judge
 from trl_dynamics.judging.pairwise import INSTRUCTION, PairwiseJudge
 from trl_dynamics.judging.reward import RewardModel, require_reward_model
@@ -190,6 +190,9 @@ def find_judge(args: JudgeArguments, prompts: list[Prompt]) -> Callable[[], Judg
             )
         with loading.naming(path):
             require_reward_model(path, args.trust_remote_code)
+    if args.judge == "likelihood":
+        with sources.loading(path):
+            require_eos(path, args.trust_remote_code)
     make = _reward if args.judge == "reward" else _likelihood
     return lambda: ScoreJudge(make(path, args), args.tie_margin)
 

@@ -6,10 +6,11 @@ N scored positions
 from collections.abc import Sequence
 
 import torch
+from transformers import AutoTokenizer
 
 from trl_dynamics import stats_head
 from trl_dynamics.judging.scores import Score
-from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse, Encoder
+from trl_dynamics.probing.encode import NO_EOS, EncodedProbes, EncodedResponse, Encoder
 from trl_dynamics.probing.generate import Failure, LocalModel
 from trl_dynamics.probing.labelled import pad_id_of
 from trl_dynamics.probing.layouts import PaddedLayout, ProbeBatch
@@ -101,3 +102,13 @@ class Likelihood:
         )
         logp_N, keep_N = stats["target_logp"].double().cpu(), ~batch.is_eos_mask_N
         return {item: logp_N[keep_N & (batch.item_N == item)].mean().item() for item in batch.item_N.unique().tolist()}
+
+
+def require_eos(path: str, trust_remote_code: bool = False) -> None:
+    """Look at the tokenizer of a judge before hours are spent on answers for it.
+
+    Raises:
+        ValueError: If it has no EOS token, which ends every scored answer.
+    """
+    if AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id is None:
+        raise ValueError(f"judge {path!r}: {NO_EOS}")

@@ -20,6 +20,7 @@ SAME_COURSE = {
     "answers_shared": "shared_prefix",
     "one_probe_shared": "shared_prefix",
     "tied": "shared_prefix",
+    "own_forward": "padded",
     "saved": "shared_prefix",
 }
 WRAPPERS = {"fsdp2": ("FSDP", "FSDPLlamaForCausalLM"), "zero2": ("DEEPSPEED", "DeepSpeedEngine")}

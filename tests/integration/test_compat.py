@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import (
@@ -213,3 +215,51 @@ def test_models_load_whole_where_arguments_have_switched_on_zero3():
         assert is_deepspeed_zero3_enabled() and config.is_zero3()
     finally:
         unset_hf_deepspeed_config()
+
+
+def test_a_plain_linear_head_is_known():
+    head = nn.Linear(4, 7)
+    assert compat.is_plain_linear(head) and not compat.is_plain_linear(nn.Sequential(head))
+    assert not compat.is_plain_linear(nn.Linear(4, 7, device="meta"))
+    head.forward = lambda hidden: 2 * hidden
+    assert not compat.is_plain_linear(head)
+
+
+def test_a_head_that_accelerate_has_moved_is_plain_unless_its_weights_are_elsewhere():
+    head = nn.Linear(4, 7)
+    add_hook_to_module(head, AlignDevicesHook("cpu"))
+    assert compat.is_plain_linear(head)
+    remove_hook_from_module(head)
+    add_hook_to_module(head, AlignDevicesHook("cpu", offload=True, weights_map=dict(head.state_dict())))
+    assert not compat.is_plain_linear(head) and head(torch.ones(1, 4)).shape == (1, 7)
+
+
+def test_adapters_on_the_head_make_it_no_plain_linear():
+    for config in (
+        LoraConfig(target_modules=["lm_head"]),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        OFTConfig(target_modules=["lm_head"], oft_block_size=4),
+    ):
+        model = get_peft_model(tiny_model("llama"), config)
+        assert not compat.is_plain_linear(model.get_base_model().get_output_embeddings())
+
+
+def test_dynamic_rope_keeps_the_longest_row_until_it_is_reset():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_model("llama", max_position_embeddings=16, rope_parameters=rope)
+    rotary = model.model.rotary_emb
+    fresh = rotary.inv_freq.clone()
+    with torch.no_grad():
+        model(torch.arange(40)[None])
+    assert int(rotary.max_seq_len_cached) == 40 and not torch.equal(rotary.inv_freq, fresh)
+    compat.reset_rope(model)
+    assert int(rotary.max_seq_len_cached) == 16 and torch.equal(rotary.inv_freq, fresh)
+
+
+def test_boundaries_of_longrope():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0, "rope_theta": 10000.0}
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 40} | factors
+    assert compat.longrope_boundaries(tiny_model("llama", rope_parameters=longrope).config) == (40,)
+    assert compat.longrope_boundaries(tiny_model("llama").config) == ()
+    assert compat.longrope_boundaries(tiny_model("gemma3").config) == ()
+    assert compat.longrope_boundaries(tiny_model("gpt2").config) == ()

@@ -1,8 +1,10 @@
 """What is scored is the model: heads of any kind, planted changes of the logits, and models that cannot be scored."""
 
+import json
 import logging
 import types
 
+import pandas as pd
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
@@ -14,7 +16,10 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics import ProbeSet, load_records, stats_head
 from trl_dynamics.akg.task import causal_lm
+from trl_dynamics.cli.main import main
+from trl_dynamics.judging.likelihood import Likelihood
 from trl_dynamics.probing.encode import encode
+from trl_dynamics.probing.generate import LocalModel
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
 from trl_dynamics.stats_head.check import Disagreement, Precision
 from trl_dynamics.stats_head.ways import MATRIX, MODULE, OWN, way_of
@@ -134,25 +139,23 @@ def test_batches_of_the_own_forward_keep_to_a_number_of_bytes(monkeypatch):
     assert max(group.num_tokens for group in engine.groups) <= 100 and given == pytest.approx(true, abs=1e-5)
 
 
-def test_a_head_with_a_network_before_it_is_scored():
+def bert_decoder(**overrides):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "bert", vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
-        is_decoder=True, initializer_range=0.3,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
+    options = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options |= {"intermediate_size": 32, "initializer_range": 0.3, "pad_token_id": 258} | overrides
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **options)).eval()
+
+
+def test_a_head_with_a_network_before_it_is_scored():
+    model = bert_decoder(is_decoder=True)
     true = expected(model)
     _, given = scored(model)
     assert way_of(model) == OWN and given == pytest.approx(true, abs=1e-5)
 
 
 def test_a_model_that_looks_ahead_is_refused():
-    config = AutoConfig.for_model(
-        "bert", vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
-        initializer_range=0.3,
-    )  # fmt: skip
     with pytest.raises(Disagreement, match="BertLMHeadModel is not causal: .* set is_decoder=True"):
-        scored(AutoModelForCausalLM.from_config(config).eval())
+        scored(bert_decoder())
 
 
 def test_a_model_that_draws_at_random_is_refused():
@@ -231,3 +234,44 @@ def test_influence_refuses_a_cap_that_its_logits_hardly_reach():
 
 def test_precision_of_half_weights():
     assert Precision.of_weights(nn.Linear(2, 2).half()).half and not Precision.of_weights(nn.Linear(2, 2)).half
+
+
+@pytest.fixture(scope="module")
+def decoder_folder(tmp_path_factory):
+    """A BERT decoder, whose head has a network before its last matrix, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("decoder")
+    bert_decoder(is_decoder=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBES))
+    return folder
+
+
+def test_track_scores_the_models_own_logits(decoder_folder, tmp_path, capsys):
+    source, probes = str(decoder_folder), str(decoder_folder / "probes.jsonl")
+    main(["track", "--model_name_or_path", source, "--probe_set", probes, "--output_dir", str(tmp_path)])
+    model = AutoModelForCausalLM.from_pretrained(decoder_folder).eval()
+    assert load_records(tmp_path)["logp_mean"].tolist() == pytest.approx(expected(model), abs=1e-5)
+
+
+def test_screening_scores_the_models_own_logits(decoder_folder, tmp_path, capsys):
+    source, probes = str(decoder_folder), str(decoder_folder / "probes.jsonl")
+    main(["probes", "screen", "--model", source, "--probe_set", probes, "--output_dir", str(tmp_path / "out")])
+    frame = pd.read_parquet(tmp_path / "out/scores.parquet")
+    model = AutoModelForCausalLM.from_pretrained(decoder_folder).eval()
+    given = frame[["logp_mean/chosen", "logp_mean/rejected", "logp_mean/other_test"]].to_numpy().flatten()
+    assert given == pytest.approx(expected(model), abs=1e-5)
+    assert frame["ches"].notna().all()
+
+
+def test_a_likelihood_judge_scores_the_models_own_logits(decoder_folder):
+    model = AutoModelForCausalLM.from_pretrained(decoder_folder).eval()
+    true = expected(model)
+    judge = Likelihood(LocalModel(model, tiny_tokenizer(), "tiny"))
+    scores = judge.score([(row["prompt"], text) for row in PROBES for kind, text in row.items() if kind != "prompt"])
+    assert [score.value for score in scores] == pytest.approx(true, abs=1e-5)
+
+
+def test_influence_of_such_a_model_is_refused(decoder_folder, tmp_path, capsys):
+    source, probes = str(decoder_folder), str(decoder_folder / "probes.jsonl")
+    status = main(["akg", "--model_name_or_path", source, "--probe_set", probes, "--output_dir", str(tmp_path / "o")])
+    assert status != 0 and "does more than its output embeddings" in capsys.readouterr().err

@@ -63,6 +63,20 @@ def test_a_model_that_disagrees_is_scored_in_padded_rows(dtype, forgetful, caplo
         settle_layout(engine(SharedPrefixLayout(10_000)), model, PaddedLayout(), required=True)
 
 
+def test_a_layout_that_does_not_run_is_given_up(monkeypatch, caplog):
+    def update(self, *args, **kwargs):
+        raise TypeError("this model has no such cache")
+
+    monkeypatch.setattr(compat._PromptLayer, "update", update)
+    model = tiny_model("llama")
+    stats_head.install(model)
+    checked = engine(SharedPrefixLayout(200))
+    settle_layout(checked, model, PaddedLayout(4), required=False)
+    assert checked.layout == PaddedLayout(4) and "does not run on this model (TypeError: this model" in caplog.text
+    with pytest.raises(ValueError, match="does not run on this model .* use probe_layout='auto'"):
+        settle_layout(engine(SharedPrefixLayout(200)), model, PaddedLayout(4), required=True)
+
+
 def test_the_sample_is_two_whole_probes():
     encoded = encode(ProbeSet.load(PROBES), tiny_tokenizer())
     sample = two_probes(encoded)

@@ -192,6 +192,7 @@ def _called_head(base: nn.Module) -> Iterator[CalledHead]:
 
 def _own_stats(base: nn.Module, request: StatsRequest, *args, **kwargs) -> TokenStats:
     """From the logits of the model's own forward, which exist as a whole here."""
+    device_of_head(base.get_output_embeddings())  # for ZeRO-3, as above
     read: list[torch.Tensor] = []
     hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
     try:

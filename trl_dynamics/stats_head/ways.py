@@ -62,8 +62,9 @@ def num_labels_of(base: nn.Module, head: nn.Module) -> int:
 
 
 def device_of_head(head: nn.Module) -> torch.device:
-    """The device of the head's weights; ZeRO-3 notices that a plain head's are looked at."""
-    return head.weight.device if isinstance(head, nn.Linear) else next(head.parameters()).device
+    """The device of the head's weights; ZeRO-3 notices that they are looked at."""
+    weight = getattr(head, "weight", None)
+    return weight.device if isinstance(weight, torch.Tensor) else next(head.parameters()).device
 
 
 def has_split_weights(module: nn.Module) -> bool:

@@ -3,9 +3,11 @@
 import json
 
 import pandas as pd
+import peft
 import pytest
 import torch
 
+from trl_dynamics import embedded, loading
 from trl_dynamics.cli.main import main
 
 SMALL = ["--model_name_or_path", "embedded", "--probe_set", "embedded", "--probe_max_probes", "2"]
@@ -32,6 +34,33 @@ def test_a_map_is_written_that_real_steps_bear_out(tmp_path, capsys):
     assert "the head alone moved: chosen" in out
     assert call(tmp_path / "map") == 1
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_of_an_adapter_its_own_weights_take_the_step(kind, tmp_path, capsys, caplog):
+    config = {
+        "lora": peft.LoraConfig(r=4, task_type="CAUSAL_LM"),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }[kind]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(loading.load_causal_lm(embedded.model_path()), config)
+    num_weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "adapter")
+    more = ["--model_name_or_path", str(tmp_path / "adapter"), "--update_types", "chosen", "--verify"]
+    more += ["--learning_rate", "0.01"]
+    if kind == "prompt":
+        assert call(tmp_path / "map", *more) == 1
+        assert "learned prompt (PROMPT_TUNING)" in capsys.readouterr().err and not (tmp_path / "map").exists()
+        return
+    with caplog.at_level("INFO", logger="trl_dynamics"):
+        assert call(tmp_path / "map", *more) == 0
+    assert any(f"{num_weights:,} weights" in line for line in caplog.messages)
+    summary = json.loads((tmp_path / "map/summary.json").read_text())
+    assert summary["relative_error"]["chosen"] < 0.05 and summary["num_not_finite"] == 0
 
 
 def test_neither_the_size_of_a_forward_nor_other_data_changes_an_influence(tmp_path):

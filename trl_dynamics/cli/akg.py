@@ -143,6 +143,11 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     task = causal_lm(model.to(device))
+    if hasattr(model, "peft_config"):
+        num_weights = sum(parameter.numel() for parameter in task.trainable().values())
+        logger.info(
+            f"{path} is an adapter: the steps are taken on its {num_weights:,} weights, its base stays as it is"
+        )
     context = loading.context_length(path, trust_remote_code=args.trust_remote_code)
     limits = LengthLimits(args.max_prompt_length, args.max_length or context, context)
     probe_set = sources.find_probe_set(args.probe_set, args.probe_max_probes)

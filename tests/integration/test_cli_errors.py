@@ -64,6 +64,17 @@ def test_files_and_packages_that_are_not_there_are_one_line(world, tmp_path, cap
     )
 
 
+@pytest.mark.parametrize("argv", [["squeeze-demo"], ["report", "{run}"], ["report", "{run}", "--format", "csv"]])
+def test_results_that_cannot_be_written_are_one_line(argv, world, tmp_path, capsys):
+    if "{run}" in argv:
+        track = ["track", "--model_name_or_path", str(world / "model"), "--probe_set", str(world / "probes.jsonl")]
+        assert main([*track, "--output_dir", str(tmp_path / "run")]) == 0
+    (tmp_path / "file").write_text("x")
+    argv = [arg.format(run=tmp_path / "run") for arg in argv]
+    line = failure(capsys, [*argv, "-o", str(tmp_path / "file/below")])
+    assert str(tmp_path / "file") in line and (tmp_path / "file").read_text() == "x"
+
+
 def test_a_fault_of_this_package_keeps_its_traceback(monkeypatch, capsys):
     def fault(argv):
         raise KeyError("x")

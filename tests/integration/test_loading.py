@@ -14,6 +14,11 @@ from transformers import (
     GPT2Config,
     LlamaForSequenceClassification,
 )
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from trl_dynamics import loading, stats_head
@@ -328,6 +333,18 @@ def test_gaps_are_found_without_reading_weights(make, bases, tmp_path):
     with pytest.raises(loading.NotLoadable, match=REFUSED[make]):
         loading.require_whole(str(tmp_path / "model"))
     loading.require_whole(str(bases / "True"))
+
+
+def test_zero3_does_not_split_what_is_looked_at(bases, tmp_path):
+    headless(tmp_path, bases)
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        loading.require_whole(str(bases / "False"))
+        with pytest.raises(loading.NotLoadable, match="lm_head.weight"):
+            loading.require_whole(str(tmp_path))
+        assert config.is_zero3() and is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def test_a_backbone_with_no_head_is_refused_by_its_class(bases, tmp_path):

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def one_line(error: Exception) -> str | None:
     """What a user reads of an error; None where it is a fault of this package, whose traceback is then wanted."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{str(error.filename)!r}: {error.strerror}; check the path and its permissions"
     if isinstance(error, ValueError | OSError | ImportError) and raised_here(error):
         return str(error)
     if from_outside(error):

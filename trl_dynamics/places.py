@@ -53,8 +53,8 @@ def refuse_missing(name: str, what: str, expected: str, *, kind: str = "model") 
         )
 
 
-def refuse_folder(path: str | Path, what: str) -> None:
-    """Refuse a folder where a file is expected, and a file that is missing, unreadable or empty.
+def require_file(path: str | Path, what: str) -> None:
+    """Refuse a path that is no file to read: a folder, or a file that is missing, unreadable or empty.
 
     Raises:
         ValueError: Says which of these it is.

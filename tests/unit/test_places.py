@@ -76,8 +76,8 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "full").write_text("x")
     for name, message in (("", "is a folder"), ("gone", "does not exist"), ("empty", "is empty")):
         with pytest.raises(ValueError, match=message):
-            places.refuse_folder(tmp_path / name, "file")
-    places.refuse_folder(tmp_path / "full", "file")
+            places.require_file(tmp_path / name, "file")
+    places.require_file(tmp_path / "full", "file")
     monkeypatch.setattr(places.os, "access", lambda path, mode: False)  # root may read everything
     with pytest.raises(ValueError, match="permission denied"):
-        places.refuse_folder(tmp_path / "full", "file")
+        places.require_file(tmp_path / "full", "file")

@@ -157,7 +157,7 @@ def find_side(name: str, side: str, args: JudgeArguments) -> Side:
         args.max_new_tokens, args.temperature, args.top_p, args.seed, tuple(args.stop), args.max_prompt_length
     )
     if Path(name).suffix == ".jsonl":
-        places.refuse_folder(name, "file of answers")
+        places.require_file(name, "file of answers")
         return FileSide(name)
     path = sources.find_model(name)
     return ModelSide(lambda: _local(path, args), sampling, side)

@@ -216,7 +216,7 @@ def _kind(path: Path) -> str:
             f"dataset file {str(path)!r} is of kind {path.suffix!r}; expected one of {list(_LOCAL_KINDS)}: convert or "
             "unpack it"
         )
-    places.refuse_folder(path, "dataset file")
+    places.require_file(path, "dataset file")
     if path.suffix != ".parquet":
         require_utf8(path)
     return _LOCAL_KINDS[path.suffix]

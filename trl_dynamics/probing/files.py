@@ -22,7 +22,7 @@ def read_lines(path: str | Path, what: str = "data file") -> list[dict]:
     Raises:
         ValueError: If it is no readable UTF-8 file, or a line is not an object; names file and line.
     """
-    places.refuse_folder(path, what)
+    places.require_file(path, what)
     rows = []
     try:
         with open(path, encoding="utf-8-sig") as lines:
@@ -78,7 +78,7 @@ def read_mapping(path: str | Path, what: str) -> dict:
     Raises:
         ValueError: If it is no readable file, not YAML (names the line), or no mapping.
     """
-    places.refuse_folder(path, what)
+    places.require_file(path, what)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -130,7 +130,7 @@ def refusal(path: str | Path, error: Exception, what: str = "data file") -> Valu
             if file.suffix == ".jsonl" and not read_lines(file, what):
                 return ValueError(f"{what} {str(file)!r} has no rows; expected one object per line")
         if path.is_file():
-            places.refuse_folder(path, what)
+            places.require_file(path, what)
     except ValueError as found:
         return found
     kind = "as a dataset" if path.is_dir() else f"as {path.suffix.removeprefix('.')}"

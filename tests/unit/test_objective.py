@@ -90,6 +90,8 @@ def test_lines_whose_rewards_are_nan_do_not_count():
     log = lines([5.0] * 4)
     lost = [line | {"loss": 0.0, "rewards/margins": math.nan} for line in log[-3:]]
     assert found(log[:-3] + lost)["loss_above_reference"].evidence == {"loss": 5.0, "lines": 1}
+    assert "loss_above_reference" in found([line | {"loss": None} for line in log[-1:]] + log)
+    assert not found([line | {"rewards/margins": None} for line in log])
     assert not found([line | {"rewards/margins": math.nan} for line in lines([0.0] * 4, "rewards/accuracies")], OTHER)
 
 

@@ -27,8 +27,8 @@ EPILOG = f"""exit status:
   0   nothing as severe as --fail_on, and every run was judged; always with --fail_on never
   1 and 2 are errors of the command itself, as everywhere in trl-dynamics.
 
-Step_too_large and kernel_unstable say how far recorded influence explains a run, and nothing against its training:
-they are information.
+How far recorded influence explains a run (step_too_large, kernel_unstable) is information: it says nothing against
+the training.
 A run that is still training is judged as of its last probing step."""
 MAX_WIDTH = 110
 

@@ -164,7 +164,7 @@ def _verdict(
     return (
         "displacement_benign",
         INFO,
-        f"benign displacement: {who}, other answers hold on average",
+        f"benign displacement: {who}, other fluent answers hold on average",
         f"{_capital(who)}, and by itself that is no fault{asked}. On average {' and '.join(others)} hold, so what is "
         "lost is this wording.",
         "This alone asks for nothing; look at samples. Add an SFT term on chosen if its exact wording matters.",
@@ -208,8 +208,8 @@ def bystander_loss(summary: Summary, changes: Changes, method: str) -> Finding |
         {"chosen_change": changes.chosen.mean, **{f"{name}_change": effect.mean for name, effect in fallen.items()}},
         f"chosen does not fall by {MIN_EFFECT} nats per token, and a type of {FLUENT} falls by at least "
         f"{MIN_BYSTANDER_FALL}; {COUNTS}.",
-        "It may not matter where only prompts like those of training count. If the model must go on writing such "
-        "text, mix some of it into training, stop earlier or lower the learning rate, and test it on such prompts.",
+        "Test the model on prompts that ask for such text. If it must go on writing it, mix some of it into training, "
+        "stop earlier or lower the learning rate.",
     )
 
 

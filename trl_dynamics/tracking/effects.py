@@ -24,9 +24,9 @@ from trl_dynamics.tracking.step_table import StepTable
 
 # Smallest changes worth a word, nats per token. Typical runs move by 0.1 to 1; float32 noise is below 1e-4.
 MIN_EFFECT = 0.05
-# From here on a harmful displacement is an alert, by what chosen or bystanders lose; and a squeeze, by its gap.
+# From here on a harmful displacement is an alert, by what chosen or other fluent answers lose; a squeeze, by its gap.
 ALERT_EFFECT, ALERT_GAP = 0.1, 0.25
-# What one type of bystanders loses, hard.
+# What one type of other fluent answers loses, hard.
 MIN_BYSTANDER_FALL = 0.25
 # The likeliest token along chosen is likely from the start, and so has little to gain: 0.03 to 0.05 where plain DPO
 # squeezes the embedded model after SFT.
@@ -85,7 +85,7 @@ class Squeeze:
 
     @property
     def holds(self) -> bool:
-        """Whether the likeliest tokens gained, chosen fell behind them without a gain, and it or bystanders lost."""
+        """Whether likely tokens gained, chosen fell behind them without a gain, and it or fluent others lost."""
         gained = self.argmax.up(MIN_ARGMAX_RISE) and self.gap.up() and not self.chosen.up()
         return gained and (self.chosen.down() or self.bystanders.down())
 

@@ -100,7 +100,7 @@ def squeezing(summary: Summary, changes: Changes, method: str) -> Finding | None
     # Likely tokens gain as well where the model settles on few answers, which may be good ones.
     severe = severe and not settled_unbroken(summary, changes, got_worse(summary, method))
     drained = summary.metric("drained_mass")
-    if severe:
+    if severe or degeneration(summary, changes, method):
         outlook = "Expect broken or repetitive samples."
     else:
         outlook = "Answers may be fine all the same: check with `trl-dynamics judge`, or read them (probe_samples)."
@@ -220,7 +220,7 @@ def improvement(summary: Summary, changes: Changes, method: str) -> Finding | No
     return Finding(
         "improvement",
         INFO,
-        "chosen rose without side effects on other answers",
+        "chosen rose without side effects on other fluent answers",
         f"Chosen moved {changes.chosen} nats per token by step {changes.end}; other fluent answers moved {others}, "
         f"the gap to the likeliest token {changes.gap}.",
         {

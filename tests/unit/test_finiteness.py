@@ -156,6 +156,14 @@ def test_it_is_told_at_the_first_such_scoring_and_once():
     assert [one.name for one in first] == ["not_finite"]
 
 
+def test_a_run_that_goes_on_tells_what_was_never_told():
+    seen, new = split_frame(broken(records(steps=[0, 10]), steps=[0, 10]))
+    for told, expected in (((), ["not_finite"]), (("not_finite",), [])):
+        watch = Watch("dpo", told)
+        watch.see(seen)
+        assert [one.name for one in watch.add(new)] == expected
+
+
 def test_a_comparison_says_what_it_leaves_out():
     whole, lost = records(SQUEEZED, argmax=0.5), broken(records(SQUEEZED, argmax=0.5))
     (only,) = compare({"whole": whole, "lost": lost})

@@ -155,6 +155,13 @@ def test_steps_that_are_not_finite_are_told_and_judged_no_further(column, value)
     assert "step_not_finite" not in found(influence()), "fixed updates have nothing measured"
 
 
+def test_a_model_that_gives_nan_to_its_answers_is_an_alert():
+    frame = diverged(influence())
+    assert found(frame)["step_not_finite"].severity == "warning", "a prediction alone may overflow"
+    lost = frame.assign(logp_sum=frame["logp_sum"].where(frame["step"] < 20))
+    assert found(lost)["step_not_finite"].severity == "alert"
+
+
 def test_one_answer_that_is_not_finite_leaves_the_others_as_they_are():
     frame = influence(error=0.6)
     one = (frame["step"] == 20) & (frame["probe_id"] == "p000") & (frame["update"] == "batch")

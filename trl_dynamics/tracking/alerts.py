@@ -58,6 +58,12 @@ class Watch:
         self._kept = [self._kept[0], *self._kept[1:][-1:]]
         return standing
 
+    def see(self, table: StepTable, samples: pd.DataFrame | None = None) -> None:
+        """Look at a step that an earlier part of the run has recorded: what stands there is still to be told."""
+        told = set(self.told)
+        self.add(table, samples)
+        self.told = told
+
 
 def tell(found: list[Finding], step: int, report_to: Iterable[str]) -> None:
     """Warn of findings on the console, and raise alerts in the trackers of `report_to` that take them.

@@ -137,9 +137,7 @@ class Series:
         if self.baseline is not None and self.accelerator.is_main_process:
             tables = [self.baseline, *([] if self._latest is None else [self.table(self._latest)])]
             for table in tables:
-                self.watch.add(table, self.store.read_samples({table.step}, NUMBERS))
-            # Looking tells nothing, so that a finding that stands at once is still to be told.
-            self.watch.told = {alert["name"] for alert in self.meta.get("alerts", [])}
+                self.watch.see(table, self.store.read_samples({table.step}, NUMBERS))
         self._latest = None
 
     def table(self, records: pd.DataFrame) -> StepTable:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_dynamics.tracking.budget import PLANNED, check_budget, is_affordable
+from trl_dynamics.tracking.budget import check_budget, is_affordable, planned
 from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.schedule import probe_steps
 
@@ -47,7 +47,7 @@ def test_probing_keeps_to_the_budget_and_uses_it(probe, slow, setup):
     taken, share = simulate(0.05, probe=probe, slow=slow, setup=setup * probe)
     assert taken[0] == 0 and taken[-1] == 1000
     assert share <= 0.05
-    assert share > PLANNED * 0.05 - 3 * probe / 1000 or len(taken) >= len(probe_steps(1000, 10)) - 3
+    assert share > planned(0.05) - 3 * probe / 1000 or len(taken) >= len(probe_steps(1000, 10)) - 3
 
 
 def test_a_generous_budget_takes_every_probe_once_it_knows_the_pace():
@@ -64,6 +64,17 @@ def test_what_is_left_out_is_left_out_evenly():
 
 def test_ends_are_always_taken():
     assert simulate(0.001, probe=50.0)[0] == [0, 1000]
+
+
+def test_what_is_held_back_is_a_part_of_training_and_not_of_a_large_budget():
+    assert planned(0.05) == pytest.approx(0.035) and planned(0.01) == pytest.approx(0.007)
+    assert planned(1 / 3) == pytest.approx(1 / 3 - 0.015)
+
+
+@pytest.mark.parametrize("probe", [1.0, 4.0, 10.0, 30.0])
+def test_a_large_budget_is_used(probe):
+    taken, share = simulate(1 / 3, probe=probe, every=20)
+    assert planned(1 / 3) - 3 * probe / 1000 < share <= 1 / 3 or len(taken) >= len(probe_steps(1000, 20)) - 3
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, 5])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trl_dynamics.tracking.budget import is_affordable
+from trl_dynamics.tracking.budget import is_affordable, planned
 from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.forecast import Forecast
 from trl_dynamics.tracking.schedule import plan
@@ -67,8 +67,8 @@ def test_the_default_schedule_is_thinned_to_a_third_and_log_spaced_steps_are_too
     assert run.taken[0] == 0 and run.taken[-1] == 100 and run.share <= 1 / 3
     assert len(run.taken) < len(run.schedule.steps) or scoring == 0.7
     assert not {1, 2, 4} <= set(run.taken) or scoring == 0.7
-    # Not for nothing: seven tenths of the limit are planned with.
-    assert run.share > 0.7 / 3 - 3 * scoring / 100 or scoring == 0.7
+    # And the limit is used.
+    assert run.share > planned(1 / 3) - 3 * scoring / 100 or scoring == 0.7
 
 
 def test_a_given_spacing_is_obeyed_and_warned_of():

@@ -8,9 +8,10 @@ from trl_dynamics.tracking.cost import CostLedger
 SETTLED_STEPS, UNSETTLED_TRUST = 10, 0.5
 # What closing the store and summing it up may take, in probes.
 CLOSING = 0.25
-# Share of the budget that is planned with. What probing leaves of the heap changes how often the allocator asks the
-# system for memory in training steps: up to a hundredth of training that no clock of ours sees.
-PLANNED = 0.7
+# What is not planned with, as a share of training time, and at most of the budget. What probing leaves of the heap
+# changes how often the allocator asks the system for memory in training steps: up to a hundredth of training that no
+# clock of ours sees.
+RESERVE, MOST_RESERVE = 0.015, 0.3
 
 
 def check_budget(share: float | None) -> None:
@@ -23,12 +24,17 @@ def check_budget(share: float | None) -> None:
         raise ValueError(f"probe_budget is {share}, expected a share of training time above 0 and at most 1, or none")
 
 
+def planned(share: float) -> float:
+    """The part of a budget that is planned with, as a share of training time."""
+    return share - min(RESERVE, MOST_RESERVE * share)
+
+
 def is_affordable(
     ledger: CostLedger, share: float, *, step: int, max_steps: int, scheduled: frozenset[int], decisions: list[dict]
 ) -> bool:
     """Whether the probe that is due now is taken, such that all of the run's stay within `share` of training time.
 
-    Affordable are n = floor((0.7 x share x projected training time - spent - what the end takes) / median cost) of
+    Affordable are n = floor((planned share x projected training time - spent - what the end takes) / median cost) of
     the m scheduled probes from here to the one before the end; every (m / n)-th is taken, so that what is left out is
     left out evenly. The end takes the last probe and a quarter of one to close the store. The first probe, which is
     the baseline, and the last are always taken.
@@ -53,7 +59,7 @@ def is_affordable(
     training = trust * (trained + min(recent, trained / step) * (max_steps - step))
     cost = median(costs[-5:])
     ends = CLOSING + (1 if max_steps in scheduled else 0)
-    affordable = int((PLANNED * share * training - ledger.probe_seconds - ends * cost) / cost)
+    affordable = int((planned(share) * training - ledger.probe_seconds - ends * cost) / cost)
     if affordable < 1:
         return False
     taken = [choice["step"] for choice in decisions if choice["taken"]]

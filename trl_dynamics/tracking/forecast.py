@@ -2,6 +2,7 @@
 
 import logging
 
+from trl_dynamics.tracking.budget import planned
 from trl_dynamics.tracking.cost import CostLedger, duration
 from trl_dynamics.tracking.schedule import Schedule
 
@@ -88,7 +89,7 @@ class Forecast:
                 f"of the {duration(training)} of training and above the limit of {percent(limit)}: other scorings are "
                 "left out. To make it cheaper, score fewer probes (probe_subset)"
             )
-        if share > limit:
+        if share > planned(limit):
             return logging.INFO, (
                 f"{takes} if none is left out: some are left out evenly, to keep to the limit of {percent(limit)}. "
                 "probe_budget sets another limit, probe_every a schedule without one"

@@ -24,6 +24,7 @@ from trl_dynamics.probing.rows import Pair, read_pairs
 from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_types
 from trl_dynamics.progress import with_bar
 from trl_dynamics.tokens import displacement
+from trl_dynamics.tracking.threads import tell_threads
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def screen(probes: list[Probe], args: ScreenArguments, unscored: list[dict]) -> 
     tokenizer = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
     model = loading.load_causal_lm(path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    tell_threads(device, 1)
     model = model.to(device)
     stats_head.install(model)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

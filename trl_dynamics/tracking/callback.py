@@ -102,7 +102,7 @@ class ProbeCallback(TrainerCallback):
             tell_threads(self.trainer.accelerator.device, self.trainer.accelerator.num_processes)
         self._scalars, self._running = None, True
         # A run that died between a checkpoint and its probe takes the probe when it comes back.
-        if self._is_due(state) or (resumed and args.probe_on_save):
+        if self._is_due(state) or (resumed and args.probe_on_save and self._is_affordable(state)):
             self._probe(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:

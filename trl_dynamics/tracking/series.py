@@ -23,6 +23,7 @@ from trl_dynamics.tracking.influence_findings import find_in_influence
 from trl_dynamics.tracking.influence_summary import open_influence
 from trl_dynamics.tracking.records import SAMPLE_KEY_COLUMNS
 from trl_dynamics.tracking.samples import NUMBERS
+from trl_dynamics.tracking.schedule import DEFAULT_EVERY
 from trl_dynamics.tracking.step_table import StepTable, split_frame
 from trl_dynamics.tracking.store import DynamicsStore
 
@@ -194,9 +195,12 @@ class Series:
         if not self.store.exists:
             return None
         earlier = self.store.read_meta()
-        schedule = {"every": self.store.read_config().get("probe_every", 0.05), "budget": None, "thinned": False}
-        # Older versions kept no spacing: config.yaml has the one that was given, else it was this default.
-        return {"batch_plan": earlier["batch_plan"], "schedule": schedule | earlier.get("schedule", {})}
+        schedule = earlier.get("schedule", {})
+        if "every" not in schedule:
+            # Older versions kept no spacing: config.yaml has the one that was given, else it was this default.
+            every = (self.store.read_config() or {}).get("probe_every", DEFAULT_EVERY)
+            schedule = {"budget": None} | schedule | {"every": every, "thinned": False}
+        return {"batch_plan": earlier["batch_plan"], "schedule": schedule}
 
     def decide(self, choose: Callable[[], bool]) -> bool:
         """A choice that the main process makes for all."""

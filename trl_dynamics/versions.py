@@ -42,6 +42,7 @@ PRIVATE_NAMES = {
         "Trainer._get_grad_norm",
     ),
     "transformers.cache_utils": ("Cache", "DynamicLayer.update"),
+    "transformers.integrations.deepspeed": ("_hf_deepspeed_config_weak_ref",),
     "accelerate.commands.launch": ("launch_command_parser",),
 }
 VERSIONED = ("trl-dynamics", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed")

@@ -99,7 +99,7 @@ def test_every_command_has_its_help(argv, capsys):
     except SystemExit as left:
         status = left.code
     out = capsys.readouterr().out
-    assert status == 0 and f"trl-dynamics {argv[0]}" in out or argv == ["env"]
+    assert status == 0 and f"trl-dynamics {argv[0]}" in out
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])

@@ -1,5 +1,6 @@
 """trl-dynamics env: versions for a bug report, and what is wrong with them."""
 
+import argparse
 import importlib
 import platform
 
@@ -13,6 +14,7 @@ def run(argv: list[str]) -> int:
 
     It ends with status 0 whatever is missing or broken: that is what a bug report is about.
     """
+    argparse.ArgumentParser("trl-dynamics env", description=__doc__).parse_args(argv)
     print(f"- platform: {platform.platform()}\n- python: {platform.python_version()}")
     for name, found in versions.installed_versions(PACKAGES).items():
         print(f"- {name}: {found or 'not installed'}")

@@ -104,7 +104,7 @@ def _degeneration(case: Case, **changed: float) -> bool:
     repeats = samples.change("distinct_2").down(limits["distinct"])
     repeats = repeats and samples.change("longest_repeat").up(limits["repeat"])
     repeats = repeats or degeneration.more_loops(samples, limits["loops"])
-    repeats = repeats or degeneration.are_loops(samples, limits["level"])
+    repeats = repeats or degeneration.are_loops(samples, limits["level"]) or degeneration.are_one(samples)
     return repeats or samples.change("same_share").up(limits["sameness"]) or (shorter and not may_shrink)
 
 

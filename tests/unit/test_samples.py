@@ -214,7 +214,7 @@ def test_answers_that_are_loops_from_the_start_on_are_degenerate(loops, severity
         told = said["degeneration"]
         assert told.severity == severity and told.title.endswith("own answers are loops")
         assert told.evidence["loops_start"] == told.evidence["loops_end"] == loops
-        assert "loops at the start already" in told.remedy and "improvement" not in said
+        assert "at the start already" in told.remedy and "improvement" not in said
 
 
 def test_loops_count_where_one_step_was_answered_and_need_enough_answers():
@@ -236,3 +236,16 @@ def test_loops_that_were_there_at_the_start_are_no_reason_to_call_a_fall_harmful
         summary = summarise(records(drift, argmax=0.5 if entropy else 0.0, entropy=entropy))
         own = type(summary)(summary.parts, summary.first, summary.read, Samples(looping(0.99, loops=8)))
         assert name in {one.name for one in findings.find(own, {"method": "dpo"})}
+
+
+def test_one_answer_for_all_prompts_is_degenerate_from_the_start_on():
+    summary = summarise(records())
+    for share, told in ((1.0, True), (0.9, True), (0.5, False)):
+        rows = answers().assign(same_share=share)
+        own = type(summary)(summary.parts, summary.first, summary.read, Samples(rows))
+        said = {one.name: one for one in findings.find(own, {"method": "track"})}
+        assert ("degeneration" in said) == told, share
+        if told:
+            assert said["degeneration"].severity == "warning"
+            assert said["degeneration"].title.endswith("own answers are one for all")
+            assert "at the start already" in said["degeneration"].remedy

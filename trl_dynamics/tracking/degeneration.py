@@ -1,6 +1,7 @@
 """The finding about the model's own greedy answers: loops, stubs, or one phrase for many prompts.
 
-Loops count as such; everything else counts as a change, since short or equal answers may be what is wanted.
+Loops count as such, and so does one answer for all prompts; everything else counts as a change, since short answers
+may be what is wanted.
 """
 
 from trl_dynamics.tracking.aggregate import Summary
@@ -17,6 +18,8 @@ LOOP, MIN_LOOPS, MIN_LOOP_SHARE = 0.5, 2, 0.1
 # Shares of the answers that are loops at the end, whatever they were at the start. Fixed on development runs: where
 # half of 8 answers were, a third and more of 144 held-out answers were, too; where a quarter was, a fifth and more.
 LOOPING_SHARE, ALERT_LOOP_SHARE = 0.25, 0.5
+# How often two prompts get the same answer at the end, from which on it is one answer for all, an empty one included.
+ONE_FOR_ALL = 0.9
 # Share of their length that greedy answers lose when they become stubs; how much likelier two prompts get one answer.
 MIN_SHORTENING, MIN_SAMENESS = 0.5, 0.1
 
@@ -26,17 +29,18 @@ def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | N
     samples = summary.samples
     if samples is None:
         return None
-    signs = worse_signs(samples, method) | {"are loops": are_loops(samples)}
+    signs = worse_signs(samples, method) | {"are loops": are_loops(samples), "are one for all": are_one(samples)}
     signs["are loops"] &= not signs["repeat themselves"]
+    signs["are one for all"] &= not signs["are the same for different prompts"]
     if not any(signs.values()):
         return None
     numbers = _numbers(samples)
     alert = loop_share(samples) >= ALERT_LOOP_SHARE
     alert = alert or (signs["repeat themselves"] and -numbers["distinct_2_change"] >= ALERT_DISTINCT_FALL)
-    always = numbers["loops_start"] >= LOOPING_SHARE * numbers["num_answers"]
+    always = numbers["loops_start"] >= LOOPING_SHARE * numbers["num_answers"] or signs["are one for all"]
     remedy = "Read the answers in the probe explorer, and use a checkpoint from before. "
     if always:
-        remedy = "They were loops at the start already: look at that model, its chat template and end of turn. "
+        remedy = "They were like that at the start already: look at that model, its chat template and end of turn. "
     return Finding(
         "degeneration",
         ALERT if alert else WARNING,
@@ -48,7 +52,8 @@ def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | N
         f"{MIN_LOOP_SHARE:.0%} more of them, have {LOOP:.0%} of their tokens in immediate repetitions; or two prompts "
         f"get the same answer in {MIN_SAMENESS:.0%} more of cases; or their length falls by {MIN_SHORTENING:.0%}, but "
         "not for SFT, which teaches lengths, nor where less than half ended by themselves at the start; "
-        f"{COUNTS}. Or, whatever was at the start, {LOOPING_SHARE:.0%} of the answers are loops at the last step. "
+        f"{COUNTS}. Or, whatever was at the start, {LOOPING_SHARE:.0%} of the answers are loops at the last step, or "
+        f"two prompts get the same answer in {ONE_FOR_ALL:.0%} of cases. "
         f"Alert from {ALERT_DISTINCT_FALL} of distinct-2, or where {ALERT_LOOP_SHARE:.0%} of the answers are loops.",
         f"{remedy}{REMEDIES.get(method, REMEDIES['track'])} Decoding options (a repetition penalty, sampling) hide it "
         "without mending it.",
@@ -115,6 +120,11 @@ def got_worse(summary: Summary, method: str) -> bool:
 def are_loops(samples: Samples, least: float = LOOPING_SHARE) -> bool:
     """Whether so large a share of the answers at the last step are loops, whatever they were at the start."""
     return loop_share(samples) >= least
+
+
+def are_one(samples: Samples) -> bool:
+    """Whether nearly all prompts get the same answer at the last step, whatever it was at the start."""
+    return num_finite(samples) >= MIN_PROBES and samples.value("same_share")[1] >= ONE_FOR_ALL
 
 
 def loop_share(samples: Samples) -> float:

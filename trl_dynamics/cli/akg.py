@@ -1,10 +1,11 @@
 """trl-dynamics akg: what one training step on one answer does to every answer of a probe set, before training."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,10 +156,13 @@ def measure(args: AkgArguments, mixture: trl.DatasetMixtureConfig) -> pd.DataFra
     observed = list(encode(probe_set, tokenizer, limits, ends).items)
     prompts = {probe.probe_id: _key(probe.prompt) for probe in probe_set}
     parts = split(observed, args.tokens_per_batch, stats_head.length_boundaries(model))
-    batches = [collate(items, pad_id_of(tokenizer, model), device) for items in parts]
+    as_batch = functools.partial(collate, pad_id=pad_id_of(tokenizer, model), device=device)
+    batches = [as_batch(items) for items in parts]
     rounding = [_rounding(task, batch) if args.verify else None for batch in batches]
     rows: list[dict] = []
-    updates = list(read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, device))
+    updates = list(
+        read_updates(args, mixture, probe_set, tokenizer, limits, {tokenizer.eos_token_id, *ends}, as_batch)
+    )
     for start in range(0, len(updates), args.updates_at_once):
         some = updates[start : start + args.updates_at_once]
         forces = [_force(task, update) for update in some]
@@ -242,7 +246,7 @@ def read_updates(
     tokenizer: PreTrainedTokenizerBase,
     limits: LengthLimits,
     ends: set[int],
-    device: torch.device,
+    as_batch: Callable[..., dict[str, torch.Tensor]],
 ) -> Iterator[Update]:
     """The steps to predict, from the data or else from the probe set itself.
 
@@ -268,7 +272,7 @@ def read_updates(
             names = REQUIRED_TYPES if kind == DPO else (kind,)
             if set(names) <= set(probe.responses):
                 items = [encode_response(probe, name, tokenizer, limits, ends) for name in names]
-                batch = collate(items, pad_id_of(tokenizer), device, ends=True)
+                batch = as_batch(items, ends=True)
                 loss = losses.dpo(args.beta) if kind == DPO else losses.mean_cross_entropy
                 yield Update(index, kind, _key(probe.prompt), batch, loss)
 

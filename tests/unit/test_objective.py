@@ -31,8 +31,10 @@ def test_a_loss_above_ln_2_is_told_and_one_below_is_not():
     told = found(lines([0.75, 0.74, 0.76, 0.75]))["loss_above_reference"]
     assert told.severity == "warning" and told.evidence == {"loss": pytest.approx(0.75), "lines": 4}
     assert found(lines([5.0, 3.0, 4.0, 6.0]))["loss_above_reference"].severity == "alert"
-    for quiet in ([0.6] * 4, [math.log(2) + 1e-6] * 4, [0.2, 2.0, 0.1, 0.9]):
+    for quiet in ([0.6] * 4, [math.log(2) + 1e-6] * 4, [0.2, 2.0, 0.1, 0.9], [0.5, 1.0, 0.5, 0.9]):
         assert not found(lines(quiet)), quiet
+    noisy = found(lines([0.6, 1.4, 0.7, 1.2]))["loss_above_reference"]
+    assert noisy.evidence["loss"] == pytest.approx(0.975), "well above, by 1.5 standard errors"
     assert not found(lines([0.2] * 4, early=9.0)), "only the last quarter counts"
     assert set(found(lines([5.0]))) == {"loss_above_reference"}, "of one line the noise is not known"
     assert not found([])
@@ -62,7 +64,8 @@ def test_another_loss_is_judged_by_its_accuracy(config):
     told = found(lines([0.35, 0.4, 0.3, 0.35], "rewards/accuracies"), config)
     assert set(told) == {"accuracy_below_half"}
     assert told["accuracy_below_half"].evidence == {"reward_accuracy": pytest.approx(0.35), "ties": 0, "lines": 4}
-    assert not found(lines([0.5, 0.55, 0.6, 0.5], "rewards/accuracies"), config)
+    for quiet in ([0.5, 0.55, 0.6, 0.5], [0.3, 0.6, 0.2, 0.6]):
+        assert not found(lines(quiet, "rewards/accuracies"), config)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", ["sigmoid"], None])

@@ -15,29 +15,27 @@ from trl_dynamics.compat import reset_rope
 
 # A larger buffer is not copied: quantised weights are buffers, and no forward writes to them.
 LARGEST_COPY = 1 << 24  # bytes
-_PLAIN = (torch.Tensor, bool, int, float, complex, str, type(None))
+_PLAIN = frozenset({bool, int, float, complex, str, type(None)})
 # `training` belongs to whoever switches modes; torch keeps its own tables of each module under these names.
 _LEFT_ALONE = frozenset({"training", *vars(nn.Module())})
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor or a number that a module holds; of a tensor its version and, if it is small, a copy."""
+    """A tensor that a module holds: its version and, if it is small, a copy."""
 
-    value: object
-    version: int | None
+    tensor: torch.Tensor
+    version: int
     copy: torch.Tensor | None
 
     @staticmethod
-    def of(value: object) -> "_Kept":
-        if not isinstance(value, torch.Tensor) or value.is_inference():
-            return _Kept(value, None, None)
-        small = value.numel() * value.element_size() <= LARGEST_COPY
-        return _Kept(value, value._version, value.detach().clone() if small else None)
+    def of(tensor: torch.Tensor) -> "_Kept":
+        small = tensor.numel() * tensor.element_size() <= LARGEST_COPY
+        return _Kept(tensor, tensor._version, tensor.detach().clone() if small else None)
 
     def put_back(self, where: str) -> None:
         """Undo what was written into the tensor itself."""
-        if self.version is None or self.value._version == self.version:
+        if self.tensor._version == self.version:
             return
         if self.copy is None:
             raise ValueError(
@@ -46,7 +44,35 @@ class _Kept:
                 "`trl-dynamics track`"
             )
         with torch.no_grad():
-            self.value.copy_(self.copy)
+            self.tensor.copy_(self.copy)
+
+
+class _ModuleState:
+    """What one module holds: buffers and plain attributes by name, and the tensors among them as they were."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.held = [(module._buffers, dict(module._buffers)), (vars(module), _plain_attributes(module))]
+        self.tensors = {
+            name: _Kept.of(value)
+            for _, values in self.held
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor) and not value.is_inference()
+        }
+
+    def put_back(self, where: str) -> None:
+        """Make the module hold what it held."""
+        for place, values in self.held:
+            for name, value in values.items():
+                if place.get(name, place) is not value:
+                    place[name] = value
+        (buffers, old_buffers), (_, old_attributes) = self.held
+        for name in buffers.keys() - old_buffers.keys():
+            del buffers[name]
+        for name in _plain_attributes(self.module).keys() - old_attributes.keys():
+            delattr(self.module, name)
+        for name, kept in self.tensors.items():
+            kept.put_back(f"{where}.{name}")
 
 
 @contextlib.contextmanager
@@ -58,36 +84,18 @@ def kept_state(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: At the end, if a forward wrote to a buffer that is too large to be kept.
     """
-    modules = dict(model.named_modules())
-    kept = {name: _state_of(module) for name, module in modules.items()}
+    states = {name: _ModuleState(module) for name, module in model.named_modules()}
     reset_rope(model)
     try:
         yield
     finally:
-        for name, module in modules.items():
-            _restore(module, name, *kept[name])
-
-
-def _state_of(module: nn.Module) -> tuple[dict[str, _Kept], dict[str, _Kept]]:
-    buffers = {name: _Kept.of(value) for name, value in module._buffers.items()}
-    return buffers, {name: _Kept.of(value) for name, value in _plain_attributes(module).items()}
+        for name, state in states.items():
+            state.put_back(name)
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, object]:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, _PLAIN) and name not in _LEFT_ALONE and not isinstance(value, nn.Parameter)
+        if name not in _LEFT_ALONE and (type(value) in _PLAIN or isinstance(value, torch.Tensor))
     }
-
-
-def _restore(module: nn.Module, where: str, buffers: dict[str, _Kept], attributes: dict[str, _Kept]) -> None:
-    for held, kept in ((module._buffers, buffers), (vars(module), attributes)):
-        for name, before in kept.items():
-            if held.get(name, held) is not before.value:
-                held[name] = before.value
-            before.put_back(f"{where}.{name}")
-    for name in module._buffers.keys() - buffers.keys():
-        del module._buffers[name]
-    for name in _plain_attributes(module).keys() - attributes.keys():
-        delattr(module, name)

@@ -13,7 +13,7 @@ from trl_dynamics.trainers.config import ProbeArguments
 
 
 class Run:
-    """A run by a clock on which a step and a scoring take what they are told."""
+    """A run whose clock gives each step and each scoring a fixed time."""
 
     def __init__(
         self, *, scoring: float, step: float = 1.0, max_steps: int = 100, start: int = 0, ledger=None, **given

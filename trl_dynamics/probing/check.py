@@ -12,7 +12,7 @@ from trl_dynamics.probing.encode import NO_EOS, EncodedResponse, Encoder, Length
 from trl_dynamics.probing.prompts import SharedTokenError, where_of
 from trl_dynamics.probing.schema import Probe, ProbeSet, order_types
 
-# Findings of one kind that are told in full, but for those that training refuses: of these, all.
+# How many findings of one kind are printed; of those that training refuses, all are.
 MOST_SHOWN = 3
 UNSCORABLE = "a response cannot be scored"
 SHARED = "prompt and response share a token, so part of the prompt is scored as response"

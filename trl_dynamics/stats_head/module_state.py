@@ -16,7 +16,7 @@ from trl_dynamics.compat import reset_rope
 # A larger buffer is not copied: quantised weights are buffers, and no forward writes to them.
 LARGEST_COPY = 1 << 24  # bytes
 _PLAIN = frozenset({bool, int, float, complex, str, type(None)})
-# `training` belongs to whoever switches modes; torch keeps its own tables of each module under these names.
+# `training` is restored by the code that switches modes; the other names are torch's own tables of a module.
 _LEFT_ALONE = frozenset({"training", *vars(nn.Module())})
 
 

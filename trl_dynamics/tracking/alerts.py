@@ -59,7 +59,7 @@ class Watch:
         return standing
 
     def see(self, table: StepTable, samples: pd.DataFrame | None = None) -> None:
-        """Look at a step that an earlier part of the run has recorded: what stands there is still to be told."""
+        """Look at a step that an earlier part of the run has recorded: its findings are still to be reported."""
         told = set(self.told)
         self.add(table, samples)
         self.told = told

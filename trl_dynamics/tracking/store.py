@@ -109,10 +109,9 @@ class DynamicsStore:
         return self._shards.manifest().steps(model_index, kind)
 
     def create(self, probe_set: ProbeSet, meta: dict, config: dict, why: str = "a new run begins there") -> None:
-        """Start a new store; one that is already there is moved aside, never overwritten, and `why` is told.
+        """Start a new store; an old one is moved aside once the new one is complete, and a log line says `why`.
 
-        The new one is made beside it and takes its place when it is complete. Values are written
-        plain; what has no plain form is left out of config.yaml and named there in a comment.
+        Values are written plain; what has no plain form is left out of config.yaml and named there in a comment.
 
         Raises:
             OSError: If the place cannot be written, with the path and what to do.

@@ -19,19 +19,6 @@ from trl_dynamics.probing.schema import order_types
 
 KEYS = ("model", "step", "probe_id", "response_type")
 # The columns that something is computed from; nothing else is read from disk.
-COLUMNS = (
-    *KEYS,
-    "num_tokens",
-    "truncated",
-    "logp_sum",
-    "logp_mean",
-    "prob_mean",
-    "argmax_logp_sum",
-    "entropy_mean",
-    "sum_sq_mean",
-    "rest_mass_mean",
-    "eos_logp",
-)
 # Finite for every answer that a healthy model scores; `eos_logp` is NaN where an answer was cut.
 ALWAYS_FINITE = (
     "logp_sum",
@@ -43,6 +30,7 @@ ALWAYS_FINITE = (
     "rest_mass_mean",
 )
 MEASURED = (*ALWAYS_FINITE, "eos_logp")
+COLUMNS = (*KEYS, "num_tokens", "truncated", *MEASURED)
 
 
 class StepTable:

@@ -18,9 +18,8 @@ import pandas as pd
 import torch
 import trl
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_dynamics import embedded, stats_head
+from trl_dynamics import embedded, loading, stats_head
 from trl_dynamics.cli import sources
 from trl_dynamics.cli.probes.screen import ScreenArguments
 from trl_dynamics.ops import preference
@@ -55,12 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ches"))
     args = parser.parse_args(argv)
     path = sources.find_model(args.model)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+    model = loading.load_causal_lm(path, dtype="float32")
     stats_head.install(model)
-    context = sources.context_length(path)
+    context = loading.context_length(path)
     limits = LengthLimits(args.max_prompt_length, args.max_length or context, context)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    items = encode(ProbeSet(tuple(probes_of(args))), tokenizer, limits, sources.end_ids(path)).items
+    tokenizer = loading.load_tokenizer(path)
+    items = encode(ProbeSet(tuple(probes_of(args))), tokenizer, limits, loading.end_ids(path)).items
     pairs = list(zip(items[0::2], items[1::2], strict=True))
     began = time.perf_counter()
     frame = pd.concat([scores(model, pairs), changes(model, pairs, args.rates, args.beta)], axis=1)

@@ -11,9 +11,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from trl_dynamics import DPOConfig, DPOTrainer, ProbeSet, SFTConfig, SFTTrainer, embedded
+from trl_dynamics import DPOConfig, DPOTrainer, ProbeSet, SFTConfig, SFTTrainer, embedded, loading
 from trl_dynamics.akg.task import Task, causal_lm
-from trl_dynamics.cli.sources import end_ids
 from trl_dynamics.probing.encode import LengthLimits, encode
 from trl_dynamics.probing.labelled import collate, pad_id_of
 
@@ -103,7 +102,7 @@ def train(method: str, world: World, start: str, output: Path, seed: int, steps:
 def ranked(world: World) -> tuple[dict, dict, list[list[bool]]]:
     """The batches of updates and observers, and whether an observer and an update have the same prompt."""
     tokenizer = AutoTokenizer.from_pretrained(world.base)
-    items = encode(world.probes, tokenizer, world.limits, end_ids(world.base)).items
+    items = encode(world.probes, tokenizer, world.limits, loading.end_ids(world.base)).items
     prompts = [probe.probe_id for probe in world.probes]
     sides = []
     for types, num in ((UPDATE_TYPES, NUM_UPDATED), (OBSERVED_TYPES, NUM_OBSERVED)):

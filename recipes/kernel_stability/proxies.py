@@ -8,11 +8,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_dynamics import SFTConfig, SFTTrainer, load_records
+from trl_dynamics import SFTConfig, SFTTrainer, load_records, loading
 from trl_dynamics.akg.cheap import FORMS
 from trl_dynamics.akg.stability import influence_measure, kernel_measure, label_pairs
 from trl_dynamics.akg.task import Task, causal_lm
-from trl_dynamics.cli.sources import end_ids
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.labelled import collate, pad_id_of
 from trl_dynamics.tracking.lbk import lower_bounds
@@ -80,7 +79,7 @@ def exact_cells(world: language.World, types: list[str]) -> dict[str, np.ndarray
     """Observed x trained on: the mean of -S and the root mean square of ||K||_F over the first probes' answers."""
     tokenizer = AutoTokenizer.from_pretrained(world.base)
     chosen = {probe.probe_id for probe in list(world.probes)[:NUM_PROBES]}
-    items = [item for item in encode(world.probes, tokenizer, world.limits, end_ids(world.base)).items]
+    items = [item for item in encode(world.probes, tokenizer, world.limits, loading.end_ids(world.base)).items]
     sides = [
         [item for item in items if item.response_type in wanted and item.probe_id in chosen]
         for wanted in (types, TRAINED_TYPES)

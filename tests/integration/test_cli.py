@@ -210,7 +210,7 @@ def test_wrong_input_is_one_line(world, tmp_path, capsys):
     rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": " ", "rejected": " c"}]
     (tmp_path / "blank.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "columns.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
-    (tmp_path / "no_rejected.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    (tmp_path / "no_chosen.jsonl").write_text('{"prompt": "a", "rejected": "b"}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "chosen": " b" * 600, "rejected": " c"}) + "\n")
     (tmp_path / "bad.yaml").write_text("prbe_every: 3\n")
     (tmp_path / "file").write_text("")
@@ -219,7 +219,7 @@ def test_wrong_input_is_one_line(world, tmp_path, capsys):
             world, out, dataset_name=tmp_path / "columns.jsonl"
         ),
         "training data row 1 has a blank 'chosen'": flags(world, out, dataset_name=tmp_path / "blank.jsonl"),
-        "has no response type 'rejected'": flags(world, out, probe_set=tmp_path / "no_rejected.jsonl"),
+        "has no response type 'chosen'": flags(world, out, probe_set=tmp_path / "no_chosen.jsonl"),
         "response 'chosen' has 1202 tokens": flags(world, tmp_path / "other", probe_set=tmp_path / "long.jsonl"),
         "probe set './missing.jsonl' does not exist": flags(world, out, probe_set="./missing.jsonl"),
         "unknown option or YAML key 'prbe_every'; did you mean --probe_every?": [

@@ -1,6 +1,7 @@
 """Probing steps: examples written out, and what holds for every combination of arguments."""
 
 import itertools
+import sys
 
 import pytest
 
@@ -102,3 +103,5 @@ def test_checkpoints_and_evaluations_are_counted():
     assert repeated_steps("steps", 30, 100, 1) == {30, 60, 90}
     assert repeated_steps("epoch", 500, 100, 3) == {34, 67, 100}
     assert repeated_steps("no", 30, 100, 3) == repeated_steps("steps", 0, 100, 3) == set()
+    # A streamed data set has no length, and the trainer as many epochs as fit an integer.
+    assert repeated_steps("epoch", 500, 100, sys.maxsize) == set()

@@ -85,11 +85,12 @@ def repeated_steps(strategy: str, interval: float, max_steps: int, num_epochs: i
     """Steps of checkpoints or evaluations, as far as they are known before training; epochs are taken as equal.
 
     Args:
-        strategy (`str`): `"steps"` (every `interval` steps), `"epoch"` (at the end of each); others give none.
+        strategy (`str`): `"steps"` (every `interval` steps), `"epoch"` (at the end of each); others give none, and so
+            do epochs of unknown length, of which the trainer counts more than there are steps.
     """
     if strategy == "steps" and interval >= 1:
         return set(range(int(interval), max_steps + 1, int(interval)))
-    if strategy == "epoch":
+    if strategy == "epoch" and num_epochs <= max_steps:
         return {math.ceil(max_steps * epoch / num_epochs) for epoch in range(1, num_epochs + 1)}
     return set()
 

@@ -171,6 +171,27 @@ def test_a_model_that_is_not_finite_is_no_disagreement():
     assert way_of(model) == MATRIX
 
 
+@pytest.mark.parametrize("token", [*sorted(set(ROW)), tiny_tokenizer().eos_token_id, tiny_tokenizer().pad_token_id])
+def test_one_weight_that_is_not_finite_is_no_disagreement(token):
+    """It also spreads to tokens before it, and to rows that it pads."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token, 0] = torch.nan
+    engine, _ = scored(model, required=True)
+    assert way_of(model) == MATRIX and engine.layout.name == "shared_prefix"
+
+
+def test_a_causal_model_that_rounds_with_the_length_of_its_rows_is_not_refused():
+    """As kernels do in half precision, whose errors grow from layer to layer."""
+
+    def rounded(logits: torch.Tensor) -> torch.Tensor:
+        return logits + 0.2 * torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(logits.shape[1]))
+
+    model = patched(rounded).to(torch.bfloat16)
+    stats_head.install(model)
+    stats_head.settle(model, ROW)
+
+
 def test_an_encoder_decoder_is_refused():
     config = AutoConfig.for_model("t5", vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)

@@ -45,7 +45,7 @@ def settle_layout(engine: ProbeEngine, model: nn.Module, fallback: Layout, *, re
         what = f"the layout {engine.layout.name!r} does not run on this model ({type(error).__name__}: {reason:.100})"
     else:
         # Every process sees the same sums, so all of them come to the same verdict.
-        apart = sum(abs(a - b) if a != b else 0.0 for a, b in zip(shared, padded, strict=True)) / len(sample.items)
+        apart = _apart(shared, padded)
         if apart <= tolerance:
             return
         what = (
@@ -66,6 +66,15 @@ def two_probes(encoded: EncodedProbes) -> EncodedProbes:
     ranked = sorted(tokens, key=lambda probe_id: (tokens[probe_id], probe_id))
     wanted = {ranked[len(ranked) // 4], ranked[len(ranked) // 2]}
     return EncodedProbes(tuple(item for item in encoded.items if item.probe_id in wanted))
+
+
+def _apart(shared: list[float], padded: list[float]) -> float:
+    """Mean |difference| over responses that `padded` can tell.
+
+    Weights that are not finite say nothing about a layout, and spread from padding to the rows that it fills.
+    """
+    known = [(a, b) for a, b in zip(shared, padded, strict=True) if math.isfinite(b)]
+    return sum(abs(a - b) for a, b in known) / len(known) if known else 0.0
 
 
 def _logp_mean(engine: ProbeEngine, model: nn.Module, sample: EncodedProbes, layout: Layout) -> list[float]:

@@ -192,6 +192,25 @@ def test_a_causal_model_that_rounds_with_the_length_of_its_rows_is_not_refused()
     stats_head.settle(model, ROW)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_one_process_finds_decides_for_all(number):
+    """As where another kind of GPU rounds otherwise: on this process all agrees."""
+    model, asked = tiny_model("llama"), []
+    stats_head.install(model)
+
+    def by_all(holds: bool) -> bool:
+        asked.append(holds)
+        return holds and len(asked) != number
+
+    if number < 3:
+        with pytest.raises(Disagreement, match="is not causal"):
+            stats_head.settle(model, ROW, by_all=by_all)
+    else:
+        stats_head.settle(model, ROW, by_all=by_all)
+        assert way_of(model) == OWN
+    assert all(asked)
+
+
 def test_an_encoder_decoder_is_refused():
     config = AutoConfig.for_model("t5", vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)

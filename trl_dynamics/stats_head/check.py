@@ -4,7 +4,7 @@ T tokens of the row   V vocabulary   E further labels
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,7 +54,12 @@ class Precision:
 
 
 @torch.no_grad()
-def settle(model: nn.Module, ids: Sequence[int], precision: Precision | None = None) -> None:
+def settle(
+    model: nn.Module,
+    ids: Sequence[int],
+    precision: Precision | None = None,
+    by_all: Callable[[bool], bool] = bool,
+) -> None:
     """Compare before the first scoring; where the head is not all of it, the model's own forward is used from now on.
 
     All processes call this together, with the same row, in evaluation mode and in the precision of the scoring.
@@ -63,6 +68,8 @@ def settle(model: nn.Module, ids: Sequence[int], precision: Precision | None = N
         model (`nn.Module`): With the stats head installed.
         ids (`Sequence[int]`): A row that is to be scored; its first 64 tokens are looked at.
         precision ([`Precision`], *optional*): By default that of the weights.
+        by_all (`Callable[[bool], bool]`, *optional*): Whether a statement holds on every process. Each may round
+            otherwise, and all must score in one way.
 
     Raises:
         Disagreement: If no way of scoring gives the model's own log-probabilities.
@@ -70,21 +77,15 @@ def settle(model: nn.Module, ids: Sequence[int], precision: Precision | None = N
     check, base = _Check(model, ids, precision or Precision.of_weights(model)), base_causal_lm(model)
     if check.num_tokens < 2:
         return
-    check.refuse_sight()
+    check.refuse_sight(by_all)
     why = "come from a head that is no plain linear layer while its weights are split over processes"
     if way_of(base) != OWN:
-        try:
-            found = check.apart()
-            if check.agrees(found):
-                return
-            why = f"differ by up to {_shown(found)} nats from those that its LM head makes of its last hidden states"
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            why = f"cannot be had from its last hidden states ({_first_line(error)})"
+        agrees, why = check.from_hidden_states()
+        if by_all(agrees):
+            return
     use_own_forward(base, check.own_TV.shape[-1])
     found = check.apart()
-    if not check.agrees(found):
+    if not by_all(check.agrees(found)):
         raise Disagreement(
             f"{type(base).__name__} gives other log-probabilities each time it runs (up to {_shown(found)} nats apart "
             "in evaluation mode), so that no number of it holds; switch off what it draws at random"
@@ -163,7 +164,18 @@ class _Check:
         capped = logit_transform(base_causal_lm(self.model))[1] is not None
         return _agree(found, self.half, CAPPED_TOLERANCE if capped else HALF_TOLERANCE)
 
-    def refuse_sight(self) -> None:
+    def from_hidden_states(self) -> tuple[bool, str]:
+        """Whether the stats head as it is gives the model's own log-probabilities, and what is said where not."""
+        try:
+            found = self.apart()
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            return False, f"cannot be had from its last hidden states ({_first_line(error)})"
+        what = f"differ by up to {_shown(found)} nats from those that its LM head makes of its last hidden states"
+        return self.agrees(found), what
+
+    def refuse_sight(self, by_all: Callable[[bool], bool]) -> None:
         """Refuse models that look ahead: what they say of a token has seen that token."""
         part = self.num_tokens // 2
         if part < 2:
@@ -177,7 +189,7 @@ class _Check:
             # A weight that is not finite reaches earlier tokens even through a mask, which multiplies it by 0.
             finite_P = ~(whole_PV.isnan() | other_PV.isnan()).any(-1)
             found = _difference(other_PV[finite_P], whole_PV[finite_P])
-            if len(found) and float(found.mean()) > (half_tolerance if self.half else tolerance):
+            if not by_all(not len(found) or float(found.mean()) <= (half_tolerance if self.half else tolerance)):
                 raise Disagreement(
                     f"{type(base_causal_lm(self.model)).__name__} is not causal: its log-probabilities change by up "
                     f"to {_shown(found)} nats with the tokens that follow; set is_decoder=True in its config, or take "
@@ -201,7 +213,7 @@ def _agree(found: torch.Tensor, half: bool, half_tolerance: float = CAPPED_TOLER
 
 
 def _shown(found: torch.Tensor) -> str:
-    return f"{float(found.max()):.2g}"
+    return f"{float(found.max()) if len(found) else 0.0:.2g}"
 
 
 def _first_line(error: Exception) -> str:

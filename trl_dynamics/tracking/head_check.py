@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch import nn
 
 from trl_dynamics import stats_head
@@ -28,8 +29,12 @@ def settle_head(engine: ProbeEngine, model: nn.Module, fallback: PaddedLayout, *
         ValueError: If no way of scoring gives the model's own log-probabilities, or the layout that was asked for
             does not fit the one that does.
     """
-    with engine.scoring(model):
-        stats_head.settle(model, checked_row(engine.encoded), _precision(engine, model))
+    with engine.scoring(model) as device:
+
+        def by_all(holds: bool) -> bool:
+            return int(engine.all_sum(torch.tensor(int(not holds)), device)) == 0
+
+        stats_head.settle(model, checked_row(engine.encoded), _precision(engine, model), by_all)
     most = stats_head.own_forward_tokens(model)
     if most is None:
         return

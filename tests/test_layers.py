@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         "tracking.effects",
         "tracking.samples",
         "tracking.findings",
+        "tracking.pairs",
         "tracking.influence_store",
         "tracking.influence_series",
         "tracking.influence_summary",

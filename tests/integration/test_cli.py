@@ -15,7 +15,7 @@ from tiny_runs import PAIRS
 from trl_dynamics.cli import launching
 from trl_dynamics.cli.grpo import find_reward
 from trl_dynamics.cli.main import COMMANDS, main
-from trl_dynamics.cli.track import find_targets
+from trl_dynamics.cli.targets import find_targets
 from trl_dynamics.cli.training import TrainingCommand
 
 

@@ -268,3 +268,64 @@ def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path, probe_f
     assert main(argv(tmp_path / "run", probe_file, tmp_path / "scores")) == 1
     assert "each would work alone: on a CPU, processes work together only with" in capsys.readouterr().err
     assert not (tmp_path / "scores").exists()
+
+
+def as_json(capsys, *argv: str) -> dict:
+    capsys.readouterr()
+    main(["diagnose", "--format", "json", *argv])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_base_is_step_0_of_a_run(tmp_path, probe_file, capsys):
+    train("dpo", tmp_path / "run", probe_file)
+    shutil.rmtree(tmp_path / "run/dynamics")
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "after", "--base", str(base))) == 0
+    records = trl_dynamics.load_records(tmp_path / "after")
+    assert sorted(records["step"].unique()) == [0, 1, 2, 3] and records["model"].nunique() == 1
+    summary = next(iter(summarise_store(DynamicsStore(tmp_path / "after")).values()))
+    assert main(["track", "--model_name_or_path", str(base), "--probe_set", str(probe_file)]
+                + ["--output_dir", str(tmp_path / "alone")]) == 0  # fmt: skip
+    alone = next(iter(summarise_store(DynamicsStore(tmp_path / "alone")).values()))
+    assert summary.path().loc[0].equals(alone.path().loc[0])
+    judged = as_json(capsys, str(tmp_path / "after"))["runs"]
+    # Of a run without records, the model card that TRL writes says what trained it.
+    assert [(run["steps"], run["trained_with"], run["compared_with"]) for run in judged] == [
+        ([0, 1, 2, 3], "dpo", None)
+    ]
+
+
+def test_a_model_after_its_base_stands_at_its_last_step(tmp_path, probe_file):
+    train("dpo", tmp_path / "run", probe_file)
+    line = [
+        "track",
+        "--model_name_or_path",
+        str(tmp_path / "run/checkpoint-2"),
+        "--base",
+        str(tmp_path / "run/checkpoint-1"),
+    ]
+    line += ["--probe_set", str(probe_file), "--output_dir", str(tmp_path / "after")]
+    assert main(line) == 0
+    assert sorted(trl_dynamics.load_records(tmp_path / "after")["step"].unique()) == [0, 2]
+    assert main([*line, "--method", "ppo"]) == 1
+
+
+def test_two_models_without_checkpoints_are_compared(tmp_path, probe_file, capsys):
+    # Changes are judged from four probes on.
+    rows = [row | {"prompt": row["prompt"] + more} for row in PROBES for more in ("", " please")]
+    probe_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train("dpo", tmp_path / "run", probe_file, learning_rate=1e-2)
+    models = [str(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 3)]
+    line = ["track", "--model_name_or_path", *models, "--probe_set", str(probe_file), "--probe_samples", "2"]
+    assert main([*line, "--output_dir", str(tmp_path / "after")]) == 0
+    first, second = as_json(capsys, str(tmp_path / "after"))["runs"]
+    assert (first["steps"], first["compared_with"]) == ([0], None)
+    assert (second["steps"], second["compared_with"], second["trained_with"]) == ([0, 1], "checkpoint-1", "dpo")
+    # What is judged is the change between the two steps of the run itself.
+    assert main(argv(tmp_path / "run", probe_file, tmp_path / "series", "--base", models[0],
+                     "--checkpoints", "checkpoint-3")) == 0  # fmt: skip
+    (series,) = as_json(capsys, str(tmp_path / "series"))["runs"]
+    assert {f["name"] for f in series["findings"]} == {f["name"] for f in second["findings"]} != set()
+    assert main(["report", str(tmp_path / "after"), "-o", str(tmp_path / "page.html")]) == 0

@@ -13,6 +13,7 @@ from trl_dynamics.tracking.effects import Changes
 from trl_dynamics.tracking.findings import SEVERITIES, Finding
 from trl_dynamics.tracking.influence_findings import calm_text, find_in_influence
 from trl_dynamics.tracking.influence_summary import InfluenceSummary, open_influence
+from trl_dynamics.tracking.pairs import as_trained, first_and_later, paired
 from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 
 # 1 and 2 are what every command ends with after an error or wrong usage; a typo must not look like a finding.
@@ -36,7 +37,7 @@ MAX_WIDTH = 110
 @dataclass(frozen=True)
 class Diagnosis:
     """What the records of one model of a run say; no summary where it recorded influence alone, no influence where
-    none was recorded."""
+    none was recorded; `start` is the model that this one was compared with, where that is another model."""
 
     run: str
     model: str
@@ -45,6 +46,7 @@ class Diagnosis:
     summary: Summary | None
     influence: InfluenceSummary | None
     findings: list[Finding]
+    start: str | None = None
 
     @property
     def is_judged(self) -> bool:
@@ -136,6 +138,8 @@ def as_json(found: list[Diagnosis], failures: dict[str, str], worst: str | None,
                 "model": one.model,
                 "path": one.path,
                 "method": one.meta.get("method"),
+                "trained_with": one.meta.get("trained_with", {}).get(one.model),
+                "compared_with": one.start,
                 "status": one.meta.get("status"),
                 "steps": one.steps,
                 "findings": [asdict(f) | {"evidence": _finite(f.evidence)} for f in one.findings],
@@ -154,14 +158,18 @@ def as_text(one: Diagnosis, verbose: bool = False) -> str:
     steps = one.steps
     label = one.run if one.model == "policy" else f"{one.run}: {one.model}"
     state = "not finished, judged as of now" if one.meta.get("status") == "running" else "finished"
-    head = f"{label} ({one.meta.get('method', 'unknown method')}, {state}): "
+    trained = one.meta.get("trained_with", {}).get(one.model)
+    method = one.meta.get("method", "unknown method") + (f" of {trained}" if trained else "")
+    head = f"{label} ({method}, {state}): "
     if not one.is_judged:
         return f"{head}one step was scored ({steps[0]}): there is no change to judge"
     if one.influence is None and not one.is_compared:
         lines = [f"{head}one step was scored ({steps[0]}): there is no change to judge, but what is there is"]
     elif one.is_compared:
-        moved = _filled(_moved(one.summary.changes()))
-        lines = [f"{head}{len(steps)} probing steps, {steps[0]} to {steps[-1]}", *moved]
+        scored = f"{len(steps)} probing steps, {steps[0]} to {steps[-1]}"
+        if one.start is not None:
+            scored = f"judged as the end (step 1) of a training that began at {one.start} (step 0)"
+        lines = [f"{head}{scored}", *_filled(_moved(one.summary.changes()))]
     else:
         scored = f"one step was scored ({steps[0]})" if steps else "no probe was tracked"
         lines = [f"{head}{scored}, but what single steps do was recorded"]
@@ -197,11 +205,12 @@ def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
             return [Diagnosis(name, "policy", str(store.output_dir), meta, None, influence, judged)]
         wait = "the run has begun but scored nothing yet, try again later" if running else "no probe was ever scored"
         raise ValueError(f"no records in {store.records_dir}: {wait}")
-    found = []
-    for model, summary in summarise_store(store).items():
+    found, alone = [], summarise_store(store)
+    for model, summary in paired(alone, meta).items():
         influence = open_influence(store.output_dir, meta, model)
-        judged = findings.find(summary, meta, influence)
-        found.append(Diagnosis(name, model, str(store.output_dir), meta, summary, influence, judged))
+        judged = findings.find(summary, as_trained(meta, model), influence)
+        start = None if summary is alone[model] else first_and_later(meta)[0]
+        found.append(Diagnosis(name, model, str(store.output_dir), meta, summary, influence, judged, start))
     if not any(one.is_judged for one in found):
         wait = "; the run has not finished, try again later" if running else ""
         raise ValueError(f"only one step was scored ({found[0].steps[0]}): no change to judge{wait}")

@@ -3,11 +3,9 @@
 import dataclasses
 import functools
 import logging
-import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from trl_dynamics import loading, stats_head
 from trl_dynamics.cli import finite, sources
 from trl_dynamics.cli.launching import on_main
+from trl_dynamics.cli.targets import METHODS, Target, find_targets, trained_with
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.progress import with_bar
 from trl_dynamics.tracking.aggregate import summarise_store
@@ -58,12 +57,30 @@ class TrackArguments(ScoringArguments):
     """Options of `trl-dynamics track`."""
 
     model_name_or_path: list[str] = field(
-        default_factory=list, metadata={"help": "Models to score: folders or hub names; the first is the baseline."}
+        default_factory=list,
+        metadata={
+            "help": "Models to score: folders or hub names. Without checkpoints and base, diagnose judges every later "
+            "model as the end of a training that began at the first."
+        },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where the records go."})
     checkpoints: str | None = field(
         default=None,
         metadata={"help": "Score the checkpoints in each model folder that match, e.g. 'checkpoint-*', by step."},
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model that training began with: step 0 of every model, e.g. runs/sft. A model without "
+            "checkpoints follows at its last training step."
+        },
+    )
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": "What trained the models: sft, dpo or grpo; findings and remedies depend on it. None: what the "
+            "run's records or the model card say, if they do."
+        },
     )
     replay: bool = field(
         default=True,
@@ -82,16 +99,6 @@ class TrackArguments(ScoringArguments):
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes from the hub."})
-
-
-@dataclass(frozen=True)
-class Target:
-    """One set of weights to score: where it lies, and the model and step its records go under."""
-
-    path: str
-    model: str
-    model_index: int
-    step: int
 
 
 def run(argv: list[str]) -> int:
@@ -139,10 +146,10 @@ def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
     # Whoever asks first settles who the processes are, and only `Accelerator` would look at this variable by itself.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     refuse_lone_processes(state.num_processes, "with ACCELERATE_USE_CPU=true in their environment")
+    if args.method not in (None, *METHODS):
+        raise ValueError(f"--method is {args.method!r}, expected one of {', '.join(METHODS)}")
     # One process looks at the files, for all: they may see them at different moments.
-    targets, run = on_main(
-        lambda: (find_targets(args.model_name_or_path, args.checkpoints), recorded_run(args) if args.replay else None)
-    )
+    targets, run, methods = on_main(lambda: _found(args))
     settings = replay(args, run.meta if run else {}, given)
     for name, value in settings.items():
         setattr(args, name, value)
@@ -156,6 +163,7 @@ def track(args: TrackArguments, given: Collection[str] = ()) -> DynamicsStore:
     sources.require_writable(args.output_dir)
     store = DynamicsStore(args.output_dir)
     session = _Session(store, run, accelerator, targets, settings | {"model_revision": args.model_revision})
+    session.facts["trained_with"] = methods
     try:
         session.begin(probe_set)
         for target in targets:
@@ -216,6 +224,11 @@ class _Session:
         settle_head(engine, model, fallback, required=required)
         settle_layout(engine, model, fallback, required=required)
         plan = engine.batch_plan["fingerprint"]
+        if args.base is not None and self.meta.get("plans", {}).get(str(target.model_index), plan) != plan:
+            raise ValueError(
+                f"{target.path} does not read the probes as {args.base} does (tokenizer, chat template or batches), "
+                "so that their numbers cannot be compared; give --base the model that training began with"
+            )
         replayed = self.run.meta["batch_plan"]["fingerprint"] if self.run is not None else plan
         if plan != replayed and self.accelerator.is_main_process:
             same_probes = self.run.meta["probe_set"]["fingerprint"] == probe_set.fingerprint
@@ -315,6 +328,12 @@ def what_differs(earlier: dict, facts: dict, probe_set: ProbeSet) -> list[str]:
     return news + ([f"these models are not among those asked for now: {', '.join(gone)}"] if gone else [])
 
 
+def _found(args: TrackArguments) -> tuple[list[Target], RecordedRun | None, dict[str, str]]:
+    """What to score, the run to score as, and which method trained each model."""
+    targets = find_targets(args.model_name_or_path, args.checkpoints, args.base)
+    return targets, recorded_run(args) if args.replay else None, trained_with(targets, args.method)
+
+
 def recorded_run(args: TrackArguments) -> RecordedRun | None:
     """The run that the first model is the output of; None if it has no records."""
     source = DynamicsStore(args.model_name_or_path[0])
@@ -337,41 +356,6 @@ def replay(args: TrackArguments, meta: dict, given: Collection[str]) -> dict:
         shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
         logger.info(f"scoring as the run did ({shown}); --replay False scores by the options alone")
     return settings
-
-
-def find_targets(models: list[str], checkpoints: str | None) -> list[Target]:
-    """What to score, in order: each model once at step 0, or its checkpoints by ascending step.
-
-    Raises:
-        ValueError: If a local path does not exist, no checkpoint matches, or a model is given twice.
-    """
-    if len(set(models)) < len(models):
-        raise ValueError(f"a model is given twice: {models}")
-    names = _short_names(models)
-    targets = []
-    for index, (name, model) in enumerate(zip(names, models, strict=True)):
-        folder = sources.find_model(model)
-        if checkpoints is None:
-            targets.append(Target(folder, name, index, 0))
-            continue
-        found = [path for path in Path(model).glob(checkpoints) if path.is_dir() and _step_of(path) is not None]
-        if not found:
-            raise ValueError(f"no folder {checkpoints!r} with a step number in {model!r}")
-        targets += [Target(str(path), name, index, _step_of(path)) for path in sorted(found, key=_step_of)]
-    return targets
-
-
-def _short_names(models: list[str]) -> list[str]:
-    parts = [Path(model).parts for model in models]
-    depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
-        depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
-
-
-def _step_of(path: Path) -> int | None:
-    match = re.search(r"(\d+)$", path.name)
-    return int(match[1]) if match else None
 
 
 def _load(path: str, args: TrackArguments, device: torch.device):

@@ -6,6 +6,7 @@ from pathlib import Path
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.tracking.aggregate import Summary, summarise_store
 from trl_dynamics.tracking.influence_summary import InfluenceSummary, open_influence
+from trl_dynamics.tracking.pairs import paired
 from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
 
 # What `trl-dynamics akg` leaves in its folder, which is not a run.
@@ -58,6 +59,11 @@ class Series:
     def steps(self) -> list[int]:
         """The recorded steps in order."""
         return self.summary.steps if self.summary else []
+
+    @property
+    def judged(self) -> Summary | None:
+        """What findings are about: `summary`, or, of models scored once each, the change since the first one."""
+        return paired(self.run.summaries, self.run.meta)[self.model] if self.summary else None
 
     @property
     def influence(self) -> InfluenceSummary | None:

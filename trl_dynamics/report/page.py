@@ -19,6 +19,7 @@ from trl_dynamics.report.text import page_value
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.comparison import compare
 from trl_dynamics.tracking.influence_findings import calm_text, find_in_influence
+from trl_dynamics.tracking.pairs import as_trained
 
 TEMPLATE = "report.html.j2"
 # Of a section, in order: names of charts to specs.
@@ -103,9 +104,10 @@ def _section(index: int, series: Series, looks: Looks) -> dict:
             None if found else f"No finding about influence: {calm_text(series.influence)}. No probe set was tracked."
         )
         return influence | {"scored": False, "findings": found, "nothing": nothing} | {name: {} for name in PANELS}
-    found = findings.find(series.summary, series.run.meta, series.influence)
-    single, calm = len(series.steps) < 2, findings.calm_text(series.summary)
-    nothing = "One step was scored: there is no change to judge." if single else None
+    judged = series.judged
+    found = findings.find(judged, as_trained(series.run.meta, series.model), series.influence)
+    single, calm = len(series.steps) < 2, findings.calm_text(judged)
+    nothing = "One step was scored: there is no change to judge." if len(judged.steps) < 2 else None
     return influence | {
         "scored": True,
         "method": series.run.meta.get("method", ""),

@@ -1,10 +1,12 @@
 """Errors on one line: whose they are, and the part of a library's message that helps."""
 
 import json
+import sysconfig
 import traceback
 from pathlib import Path
 
 PACKAGE_ROOT = Path(__file__).resolve().parent
+_PYTHON = Path(sysconfig.get_path("stdlib")).resolve()
 # Packages whose own errors are about files, networks and formats.
 _READERS = ("datasets", "httpx", "huggingface_hub", "pyarrow", "requests", "safetensors", "yaml")
 # Packages that take the user's options; their ValueErrors say what is wrong with one.
@@ -29,6 +31,23 @@ def from_outside(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     places = [Path(frame.filename).parts for frame in frames[-1:]]
     return isinstance(error, ValueError) and any(host in parts for host in _HOSTS for parts in places)
+
+
+def crosses_user_code(error: BaseException) -> bool:
+    """Whether the error passed through code of the user's own, such as a reward function: files that are installed
+    neither with Python nor with a package."""
+    return any(map(_is_users, traceback.walk_tb(error.__traceback__)))
+
+
+def _is_users(place: tuple) -> bool:
+    frame, _ = place
+    if frame.f_code.co_filename.startswith("<"):
+        return False
+    # A package may be installed in place, from a checkout.
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    path = Path(frame.f_code.co_filename).resolve()
+    installed = path.is_relative_to(PACKAGE_ROOT) or path.is_relative_to(_PYTHON) or package in (*_HOSTS, *_READERS)
+    return not installed and not {"site-packages", "dist-packages"} & {*path.parts}
 
 
 def first_line(error: BaseException) -> str:

@@ -111,6 +111,13 @@ def test_wrong_rewards_and_prompts_are_one_line(world, tmp_path, rewards, capsys
         assert message in failure(capsys, ["grpo", *flags(world, tmp_path / "run", **SHORT, **options)]), message
 
 
+def test_an_error_in_a_reward_function_keeps_its_traceback(world, tmp_path, rewards):
+    Path("reading_rewards.py").write_text("def read(completions, **others):\n    return open('scores.txt').read()\n")
+    options = {"reward_funcs": "reading_rewards.read", **SHORT}
+    with pytest.raises(FileNotFoundError, match="scores.txt"):
+        main(["grpo", *flags(world, tmp_path / "run", **options)])
+
+
 def test_a_reward_module_that_cannot_be_imported_keeps_its_own_error(rewards):
     Path("broken_rewards.py").write_text("import a_module_that_is_missing\n")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):

@@ -1,6 +1,7 @@
 """Whose an error is, and what of its message is shown."""
 
 import json
+from functools import partial
 
 import pytest
 import yaml
@@ -49,3 +50,16 @@ def test_one_line_of_a_message():
     assert errors.first_line(ValueError("Errors:\n  first\n  second")) == "Errors: first"
     assert errors.first_line(KeyError()) == "KeyError"
     assert errors.root_cause(caught(chained)) == "the disk"
+
+
+@pytest.mark.parametrize(
+    "work", [partial(json.loads, "{"), partial(check_amount, -1), partial(yaml.safe_load, "["), partial(open, "/no")]
+)
+def test_code_of_the_user_is_what_is_installed_nowhere(work):
+    error = caught(lambda: work())
+    assert errors.crosses_user_code(error)
+    # Without the frames of this file.
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    assert not errors.crosses_user_code(error.with_traceback(frames))

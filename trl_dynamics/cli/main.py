@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from trl_dynamics.errors import first_line, from_outside, raised_here
+from trl_dynamics.errors import crosses_user_code, first_line, from_outside, raised_here
 from trl_dynamics.tracking.console import OUR_LOGGER, ConsoleHandler
 
 COMMANDS = {
@@ -55,7 +55,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def one_line(error: Exception) -> str | None:
-    """What a user reads of an error; None where it is a fault of this package, whose traceback is then wanted."""
+    """What a user reads of an error; None where it is a fault of this package or of the user's own code, such as a
+    reward function: its traceback is then wanted."""
+    # A package that is missing is one, whoever imports it.
+    if crosses_user_code(error) and not isinstance(error, ImportError):
+        return None
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{str(error.filename)!r}: {error.strerror}; check the path and its permissions"
     if isinstance(error, ValueError | OSError | ImportError) and raised_here(error):

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers.integrations import get_available_reporting_integrations
 
 from trl_dynamics import embedded, places
-from trl_dynamics.errors import first_line, is_unreadable, root_cause
+from trl_dynamics.errors import crosses_user_code, first_line, is_unreadable, root_cause
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.files import quiet_readers, refusal, require_utf8
 from trl_dynamics.probing.schema import ProbeSet
@@ -193,7 +193,8 @@ def streaming(script_args) -> Iterator[None]:
             yield
     except Exception as error:
         name = script_args.dataset_name
-        if not script_args.dataset_streaming or not is_unreadable(error) or not Path(name or "").exists():
+        is_of_data = is_unreadable(error) and not crosses_user_code(error)
+        if not script_args.dataset_streaming or not is_of_data or not Path(name or "").exists():
             raise
         raise refusal(name, error, "dataset") from error
 

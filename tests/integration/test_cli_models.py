@@ -76,6 +76,10 @@ def test_a_merged_model_is_made_once_per_adapter_and_dtype(adapter, tmp_path):
     weights = load_file(changed / "adapter_model.safetensors")
     save_file({name: 2 * weight for name, weight in weights.items()}, changed / "adapter_model.safetensors")
     assert merging.whole_model(str(changed), args, dtype="float32", revision="main") not in (str(first), half)
+    config = json.loads((adapter[0] / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    shutil.copy(adapter[0] / "adapter_model.safetensors", changed)
+    assert merging.whole_model(str(changed), args, dtype="float32", revision="main") not in (str(first), half)
 
 
 def test_weights_that_are_missing_end_training_before_it_begins(world, tmp_path, capsys):

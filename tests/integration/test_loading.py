@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -162,6 +163,35 @@ def test_a_relative_base_is_found_from_a_folder_above_the_adapter(bases, tmp_pat
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     torch.testing.assert_close(logits(loading.load_causal_lm(str(tmp_path / "runs/sft"))), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("place", ["runs/new", "/nowhere/runs/new"])
+def test_a_merged_base_moves_with_its_run(place, bases, tmp_path):
+    expected = trained(bases, tmp_path / "moved/checkpoint-1", *MERGEABLE["lora"])
+    shutil.copytree(bases / "False", tmp_path / "moved/merged_1")
+    rebase(tmp_path / "moved/checkpoint-1", f"{place}/merged_1")
+    with pytest.raises(loading.NotLoadable):
+        loading.load_causal_lm(str(tmp_path / "moved/checkpoint-1"))
+    (tmp_path / "moved/merged_1" / loading.MERGED_FROM).write_text("{}")
+    model = loading.load_causal_lm(str(tmp_path / "moved/checkpoint-1"))
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_of_fsdp_is_its_adapter(bases, tmp_path):
+    expected = trained(bases, tmp_path, *MERGEABLE["lora"])
+    torch.save({}, tmp_path / "pytorch_model_fsdp.bin")
+    torch.testing.assert_close(logits(loading.load_causal_lm(str(tmp_path))), expected, atol=1e-5, rtol=0)
+
+
+def test_a_fault_of_this_package_is_no_fault_of_a_model(monkeypatch):
+    def fault():
+        return None.config
+
+    monkeypatch.setattr("trl_dynamics.errors.PACKAGE_ROOT", Path(__file__).parent)
+    with pytest.raises(AttributeError), loading.naming("model"):
+        fault()
+    with pytest.raises(loading.NotLoadable), loading.naming("model"):
+        json.loads("{")
 
 
 @pytest.mark.parametrize("kind", ["sharded", "bin"])

@@ -15,8 +15,6 @@ from trl_dynamics.probing.io import complete_folder
 
 logger = logging.getLogger(__name__)
 
-SOURCE_FILE = "merged_from.json"
-
 
 def whole_model(path: str, args: TrainingArguments, *, dtype: object, revision: str | None) -> str:
     """The folder or hub name of a whole model to train from: `path` itself, or what its adapter makes of its base.
@@ -51,13 +49,14 @@ def whole_model(path: str, args: TrainingArguments, *, dtype: object, revision: 
 def _merge(adapter: loading.Adapter, output_dir: Path, dtype: object, hub: dict) -> Path:
     source = {
         "adapter_sha256": _sha256(loading.weights_file(adapter.path, hub["revision"])),
+        "adapter_config_sha256": _sha256(loading.find_adapter_config(adapter.path, hub["revision"])),
         "base": adapter.base,
         "base_revision": adapter.base_revision,
         "dtype": str(dtype).removeprefix("torch."),
     }
     folder = output_dir / f"merged_{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]}"
     said = f"{adapter.path} is an adapter ({adapter.kind}), merged into its base {adapter.base}"
-    if not (folder / SOURCE_FILE).is_file():
+    if not (folder / loading.MERGED_FROM).is_file():
         tokenizer = loading.load_tokenizer(adapter.path, **hub)
         with without_zero3():
             model = loading.load_causal_lm(adapter.path, dtype=dtype, **hub)
@@ -66,7 +65,7 @@ def _merge(adapter: loading.Adapter, output_dir: Path, dtype: object, hub: dict)
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             text = json.dumps({"adapter": adapter.path} | source, indent=2)
-            (part / SOURCE_FILE).write_text(f"{text}\n", encoding="utf-8")
+            (part / loading.MERGED_FROM).write_text(f"{text}\n", encoding="utf-8")
     logger.info(f"{said}: training starts from {folder}")
     return folder
 

@@ -5,7 +5,7 @@ Every error is one line, a [`NotLoadable`].
 """
 
 from trl_dynamics.loading.adapters import Adapter, find_adapter, merged, weights_file
-from trl_dynamics.loading.files import NotLoadable, find_adapter_config, naming
+from trl_dynamics.loading.files import MERGED_FROM, NotLoadable, find_adapter_config, naming
 from trl_dynamics.loading.models import (
     context_length,
     end_ids,
@@ -17,6 +17,7 @@ from trl_dynamics.loading.models import (
 )
 
 __all__ = [
+    "MERGED_FROM",
     "Adapter",
     "NotLoadable",
     "context_length",

@@ -11,12 +11,21 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_dynamics import places
-from trl_dynamics.loading.files import ADAPTER_CONFIG, CONFIG, NotLoadable, and_more, find_adapter_config, find_file
+from trl_dynamics.loading.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    MERGED_FROM,
+    NotLoadable,
+    and_more,
+    find_adapter_config,
+    find_file,
+)
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_WHOLE_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin")
+# A checkpoint of FSDP has a pytorch_model_fsdp.bin as well, which is no model of its own.
+_WHOLE_WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
 # Adapters of these tasks were trained on other outputs than a causal language model's.
 _OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 # Second copies of matrices over the vocabulary, which PEFT writes where these were resized and trained as well.
@@ -77,14 +86,19 @@ def weights_file(path: str, revision: str | None = None) -> str:
 
 
 def _find_base(base: str, path: str) -> str:
-    """The base as named; a relative path may also be meant from a folder above the adapter's."""
+    """The base as named; a relative path may also be meant from a folder above the adapter's, and a model that was
+    merged for a run moves with that run's folder."""
     if Path(base).is_dir():
         return base
-    if not Path(base).is_absolute() and Path(path).is_dir():
-        for above in Path(path).resolve().parents:
-            if any((above / base / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
-                logger.info(f"{path}: its base {base!r} is taken from {above / base}")
-                return str(above / base)
+    if Path(path).is_dir():
+        folder = Path(path).resolve()
+        named = [] if Path(base).is_absolute() else [above / base for above in folder.parents]
+        found = [place for place in named if any((place / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))]
+        merged_near = [above / Path(base).name for above in (folder, *folder.parents)]
+        found += [place for place in merged_near if (place / MERGED_FROM).is_file()]
+        if found:
+            logger.info(f"{path}: its base {base!r} is taken from {found[0]}")
+            return str(found[0])
     try:
         places.refuse_missing(base, "its base model", "a folder with a model, or a hub name")
     except ValueError as error:

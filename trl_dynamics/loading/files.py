@@ -13,6 +13,10 @@ from transformers.utils import cached_file
 from trl_dynamics.errors import first_line, raised_here
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+# What a model in a run's folder was merged from.
+MERGED_FROM = "merged_from.json"
+# What a mistake in this package raises, and no file.
+_FAULTS = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 # What the libraries raise for a file that is cut or missing.
 _DAMAGED = ("SafetensorError", "UnpicklingError", "EOFError", "BadZipFile", "FileNotFoundError")
 
@@ -26,14 +30,15 @@ def naming(path: str) -> Iterator[None]:
     """Turn whatever goes wrong while a model is loaded into one line that names the model.
 
     Raises:
-        NotLoadable: In place of any error of another package, but for a lack of memory.
+        NotLoadable: In place of any error of another package, but for a lack of memory. A fault of this package stays
+            what it is.
     """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files of unknown origin: each library that reads them has its own errors
-        if isinstance(error, ValueError) and raised_here(error):
+        if isinstance(error, (ValueError, *_FAULTS)) and raised_here(error):
             raise
         raise NotLoadable(f"model {path!r} cannot be loaded: {_reason(error)}") from error
 

@@ -191,8 +191,7 @@ def find_judge(args: JudgeArguments, prompts: list[Prompt]) -> Callable[[], Judg
         with loading.naming(path):
             require_reward_model(path, args.trust_remote_code)
     if args.judge == "likelihood":
-        with loading.naming(path):
-            require_eos(path, args.trust_remote_code)
+        require_eos(path, args.trust_remote_code)
     make = _reward if args.judge == "reward" else _likelihood
     return lambda: ScoreJudge(make(path, args), args.tie_margin)
 

@@ -6,10 +6,10 @@ N scored positions
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoTokenizer
 
 from trl_dynamics import stats_head
 from trl_dynamics.judging.scores import Score
+from trl_dynamics.loading import load_tokenizer
 from trl_dynamics.probing.encode import NO_EOS, EncodedProbes, EncodedResponse, Encoder
 from trl_dynamics.probing.generate import Failure, LocalModel
 from trl_dynamics.probing.labelled import pad_id_of
@@ -108,7 +108,7 @@ def require_eos(path: str, trust_remote_code: bool = False) -> None:
     """Look at the tokenizer of a judge before hours are spent on answers for it.
 
     Raises:
-        ValueError: If it has no EOS token, which ends every scored answer.
+        ValueError: If it has no EOS token, which ends every scored answer, or there is no tokenizer.
     """
-    if AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id is None:
+    if load_tokenizer(path, trust_remote_code=trust_remote_code).eos_token_id is None:
         raise ValueError(f"judge {path!r}: {NO_EOS}")

@@ -74,7 +74,8 @@ def draw(rng):
         if rng.random() < 0.2:
             rows["repeat_share"] = 0.99
         summary = dataclasses.replace(summary, samples=Samples(rows))
-    log = [{"loss": rng.choice((0.3, 0.9, 3.0)), "rewards/accuracies": 0.3, "rewards/margins": 0.1} for _ in range(4)]
+    known = {"rewards/accuracies": 0.3, "rewards/margins": 0.1}
+    log = [{"step": 10 * number, "loss": rng.choice((0.3, 0.9, 3.0))} | known for number in range(1, 5)]
     config = {} if rng.random() < 0.5 else {"loss_type": ["ipo"]}
     training = Training(log if rng.random() < 0.3 else [], config)
     return dataclasses.replace(summary, training=training), str(rng.choice(("dpo", "sft", "track", "grpo")))

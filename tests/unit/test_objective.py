@@ -88,6 +88,17 @@ def test_ties_count_half():
     assert told.evidence["ties"] == 0.5 and told.evidence["reward_accuracy"] == pytest.approx(0.35)
 
 
+def test_few_lines_of_few_pairs_are_a_coin():
+    """Three steps with batches of 4, of which 5 pairs of 12 are right: as likely as not, where nothing was learnt."""
+    small = OTHER | {"per_device_train_batch_size": 4}
+    few = lines([0.5, 0.25, 0.5], "rewards/accuracies", 0.5)
+    assert not found(few, small)
+    assert found(few, small | {"gradient_accumulation_steps": 16})["accuracy_below_half"].evidence["lines"] == 3
+    assert found([line | {"step": 100 * line["step"]} for line in few], small), "so many steps in a line"
+    assert found(lines([0.125], "rewards/accuracies"), OTHER), "one of eight, of one line"
+    assert not found(lines([0.25], "rewards/accuracies"), OTHER)
+
+
 def test_lines_whose_rewards_are_nan_do_not_count():
     """The trainer logs a NaN loss as 0, and compares NaN rewards to an accuracy of 0."""
     log = lines([5.0] * 4)

@@ -22,6 +22,7 @@ ALERT_LOSS = 2 * math.log(2)
 ACCURACY = "rewards/accuracies"
 
 _NOISE = f"and, from {MIN_PROBES} lines on, more than {{:g}} standard errors over lines"
+_COINS = "; of fewer lines, as many of coins tossed for each of their pairs"
 _LOOK = (
     "Lower the learning rate first, or warm it up, or set max_grad_norm. Then check that chosen and rejected are not "
     "swapped, and that beta is as meant."
@@ -64,9 +65,9 @@ def accuracy_below_half(summary: Summary, changes: Changes, method: str) -> Find
         f"{counted}: in more training pairs rejected gained on chosen than the other way round.",
         {"reward_accuracy": float(accuracy.mean()), "ties": ties, "lines": float(len(strict))},
         f"DPO with another loss than the sigmoid alone: the mean of the logged reward accuracy over the last quarter "
-        f"of its lines is at least {MIN_ACCURACY_LACK} below one half, {_NOISE.format(ACCURACY_ERRORS)}. TRL counts "
-        "ties as misses; the share of probes whose margin has not moved at all is taken for that of ties. Not for "
-        "models that were scored after training.",
+        f"of its lines is at least {MIN_ACCURACY_LACK} below one half, {_NOISE.format(ACCURACY_ERRORS)}{_COINS}. TRL "
+        "counts ties as misses; the share of probes whose margin has not moved at all is taken for that of ties. Not "
+        "for models that were scored after training.",
         _LOOK,
     )
 
@@ -84,7 +85,8 @@ def accuracy_is_below(summary: Summary, changes: Changes, method: str, lack: flo
     training = summary.training
     if method != "dpo" or training is None or training.is_plain_sigmoid:
         return False
-    return _is_above(-training.late(ACCURACY) - share_of_ties(changes) / 2, -0.5, lack, ACCURACY_ERRORS)
+    coins = 0.5 / math.sqrt(max(1, training.late_pairs(ACCURACY)))
+    return _is_above(-training.late(ACCURACY) - share_of_ties(changes) / 2, -0.5, lack, ACCURACY_ERRORS, coins)
 
 
 def share_of_ties(changes: Changes) -> float:
@@ -94,11 +96,13 @@ def share_of_ties(changes: Changes) -> float:
     return float((margin == 0).mean()) if len(margin) else 0.0
 
 
-def _is_above(values: np.ndarray, level: float, least: float, standard_errors: float) -> bool:
-    """Whether a mean over lines exceeds a level by so much; of few lines the noise is not known."""
+def _is_above(
+    values: np.ndarray, level: float, least: float, standard_errors: float, error_of_few: float = 0.0
+) -> bool:
+    """Whether a mean over lines exceeds a level by so much; few lines do not show their noise, which is given."""
     if not len(values) or values.mean() - level < least:
         return False
     if len(values) < MIN_PROBES:
-        return True
+        return bool(values.mean() - level > standard_errors * error_of_few)
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
     return Effect(float(values.mean()) - level, error, len(values)).up(least, standard_errors)

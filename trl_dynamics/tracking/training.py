@@ -35,10 +35,24 @@ class Training:
         Where the rewards of a line are NaN, its other values mean nothing: the trainer logs a NaN loss as 0, and no
         comparison with NaN holds.
         """
+        return np.array([line[key] for line, _ in self._late_lines(key)])
+
+    def late_pairs(self, key: str) -> int:
+        """Pairs that [`Training.late`] is over, on one of the processes: training batches of its lines' steps."""
+        batch = self.config.get("per_device_train_batch_size", 8) * self.config.get("gradient_accumulation_steps", 1)
+        return batch * sum(steps for _, steps in self._late_lines(key))
+
+    def _late_lines(self, key: str) -> list[tuple[dict, int]]:
+        """The lines of [`Training.late`], each with the number of steps since the line before."""
         lines = [line for line in self.lines if key in line and "train_runtime" not in line]
-        kept = lines[len(lines) - math.ceil(LAST_SHARE * len(lines)) :]
-        pairs = [(line[key], line.get("rewards/margins", 0.0)) for line in kept]
-        return np.array([value for value, margin in pairs if _is_finite(value) and _is_finite(margin)])
+        steps = [line.get("step", number) for number, line in enumerate(lines, start=1)]
+        covered = [max(1, now - before) for before, now in zip([0, *steps], steps, strict=False)]
+        kept = list(zip(lines, covered, strict=True))[len(lines) - math.ceil(LAST_SHARE * len(lines)) :]
+        return [
+            (line, number)
+            for line, number in kept
+            if _is_finite(line[key]) and _is_finite(line.get("rewards/margins", 0.0))
+        ]
 
     @property
     def is_plain_sigmoid(self) -> bool:

@@ -71,10 +71,15 @@ def test_parameters_hooks_and_modes_are_not_touched():
 
 def test_a_large_buffer_that_is_written_to_is_refused(monkeypatch):
     monkeypatch.setattr("trl_dynamics.stats_head.module_state.LARGEST_COPY", 8)
-    module = nn.Sequential(Restless())
-    with pytest.raises(ValueError, match="writes to 0.written, a buffer of more than"), torch.no_grad():
+    module = nn.Sequential(Restless(), Restless())
+    before = state(module[1])
+    with pytest.raises(ValueError, match="writes to 0.written, 1.written, a buffer of more than"), torch.no_grad():
         with kept_state(module):
             module[0](1)
+            module[1](1)
+    now = state(module[1])
+    assert now.pop("buffer written")[0] == 1 and before.pop("buffer written")[0] == 0
+    assert same(now, before), "all else is put back all the same"
     with kept_state(module):
         pass
 

@@ -33,18 +33,15 @@ class _Kept:
         small = tensor.numel() * tensor.element_size() <= LARGEST_COPY
         return _Kept(tensor, tensor._version, tensor.detach().clone() if small else None)
 
-    def put_back(self, where: str) -> None:
-        """Undo what was written into the tensor itself."""
+    def put_back(self) -> bool:
+        """Undo what was written into the tensor itself; whether that could be done."""
         if self.tensor._version == self.version:
-            return
+            return True
         if self.copy is None:
-            raise ValueError(
-                f"a forward in evaluation mode writes to {where}, a buffer of more than {LARGEST_COPY >> 20} MiB, so "
-                "scoring would change what is trained; train without a probe set and score checkpoints with "
-                "`trl-dynamics track`"
-            )
+            return False
         with torch.no_grad():
             self.tensor.copy_(self.copy)
+        return True
 
 
 class _ModuleState:
@@ -60,8 +57,8 @@ class _ModuleState:
             if isinstance(value, torch.Tensor) and not value.is_inference()
         }
 
-    def put_back(self, where: str) -> None:
-        """Make the module hold what it held."""
+    def put_back(self, where: str) -> list[str]:
+        """Make the module hold what it held; the names of large buffers that were written to and stay so."""
         for place, values in self.held:
             for name, value in values.items():
                 if place.get(name, place) is not value:
@@ -71,8 +68,7 @@ class _ModuleState:
             del buffers[name]
         for name in _plain_attributes(self.module).keys() - old_attributes.keys():
             delattr(self.module, name)
-        for name, kept in self.tensors.items():
-            kept.put_back(f"{where}.{name}")
+        return [f"{where}.{name}" for name, kept in self.tensors.items() if not kept.put_back()]
 
 
 @contextlib.contextmanager
@@ -89,8 +85,13 @@ def kept_state(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, state in states.items():
-            state.put_back(name)
+        lost = [where for name, state in states.items() for where in state.put_back(name)]
+        if lost:
+            raise ValueError(
+                f"a forward in evaluation mode writes to {', '.join(lost)}, a buffer of more than "
+                f"{LARGEST_COPY >> 20} MiB, so scoring would change what is trained; train without a probe set and "
+                "score checkpoints with `trl-dynamics track`"
+            )
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, object]:

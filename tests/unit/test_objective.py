@@ -53,6 +53,7 @@ def test_only_dpo_is_judged_by_it(method):
         {"loss_type": ["sigmoid", "sft"]},
         {"loss_weights": [0.5]},
         {"use_weighting": True},
+        {"label_smoothing": 0.1},
         {"dpop_lambda": 50.0},
         {"dpo_shift": 0.0},
         {"cal_dpo": 1.0},

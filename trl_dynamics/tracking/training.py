@@ -60,7 +60,9 @@ class Training:
         loss, weights = self.config.get("loss_type", "sigmoid"), self.config.get("loss_weights")
         if loss not in ("sigmoid", ["sigmoid"]) or (weights or [1.0]) != [1.0]:
             return False
-        changed = any(self.config.get(name) is not None for name in OTHER_LOSSES) or self.config.get("use_weighting")
+        changed = any(self.config.get(name) is not None for name in OTHER_LOSSES)
+        # Smoothed labels make large margins costly, however right they are.
+        changed = changed or self.config.get("use_weighting") or self.config.get("label_smoothing")
         return not changed and not any("aux_loss" in line for line in self.lines)
 
 

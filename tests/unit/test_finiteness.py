@@ -105,6 +105,17 @@ def test_one_scored_step_is_enough():
 
 def test_what_healed_is_told_with_both_ends():
     assert finding(broken(records(), steps=STEPS[1:3])).title.endswith("from step 10 to 20")
+    assert finding(broken(records(), steps=STEPS[1:2])).title.endswith("at step 10")
+    assert finding(broken(records(), steps=STEPS[-1:])).title.endswith("from step 320 on")
+
+
+def test_loops_after_a_start_that_is_not_finite_are_told_without_it():
+    rows = answers(0.9)
+    rows.loc[rows["step"] == 0, ["logp_sum", "logp_mean"]] = np.nan
+    summary = summarise(records())
+    own = type(summary)(summary.parts, summary.first, summary.read, Samples(rows))
+    told = finding(own, "degeneration")
+    assert "At step 320" in told.text and "nan" not in told.text and told.evidence["loops_end"] == 8
 
 
 def test_keys_stay_with_nan_and_lacking_types_have_none():

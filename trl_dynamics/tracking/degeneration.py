@@ -4,6 +4,8 @@ Loops count as such, and so does one answer for all prompts; everything else cou
 may be what is wanted.
 """
 
+import math
+
 from trl_dynamics.tracking.aggregate import Summary
 from trl_dynamics.tracking.effects import COUNTS, MIN_PROBES, Changes
 from trl_dynamics.tracking.finding import ALERT, REMEDIES, WARNING, Finding
@@ -82,9 +84,9 @@ def _text(samples: Samples, numbers: dict[str, float]) -> str:
     shares, loops, lengths = (
         [numbers[f"{name}_{end}"] for end in ("start", "end")] for name in ("repeat_share", "loops", "length")
     )
-    if len(samples.steps) == 1:
+    if len(samples.steps) == 1 or math.isnan(shares[0]):
         return (
-            f"At step {samples.steps[0]} {shares[1]:.0%} of the tokens of greedy answers stand in immediate "
+            f"At step {samples.steps[-1]} {shares[1]:.0%} of the tokens of greedy answers stand in immediate "
             f"repetitions, and {loops[1]:.0f} of {number} answers are loops; answers have {lengths[1]:.0f} tokens, "
             f"and {ends[1]:.0%} end by themselves."
         )

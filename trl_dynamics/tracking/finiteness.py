@@ -17,13 +17,14 @@ def not_finite(summary: Summary, changes: Changes, method: str) -> Finding | Non
         return None
     first, last = bad[0], summary.steps[-1]
     lost, scored = counts[last]["scored"]
-    until = "on" if bad[-1] == last else f"to {bad[-1]}"
+    when = f"from step {first} to {bad[-1]}" if first < bad[-1] < last else f"at step {first}"
+    when = f"from step {first} on" if bad[-1] == last else when
     late = "" if first == last else f" At step {last}, the last one: {_in_words(counts[last])}."
     left = "No mean and no chart counts these." if lost < scored else "Nothing else can be said of the end of the run."
     return Finding(
         "not_finite",
         ALERT,
-        f"log-probabilities are NaN or infinite from step {first} {until}",
+        f"log-probabilities are NaN or infinite {when}",
         f"Answers with a log-probability that is NaN or infinite at step {first}: {_in_words(counts[first])}.{late} "
         f"{left}",
         {

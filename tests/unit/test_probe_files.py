@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from trl_dynamics.probing import files
 from trl_dynamics.probing import io as probe_io
@@ -89,3 +90,44 @@ def test_the_card_of_a_probe_set_may_be_damaged_too(tmp_path):
     (tmp_path / "probe.yaml").write_text("name: [")
     with pytest.raises(ValueError, match=r"probe\.yaml', line 1"):
         probe_io.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry, name",
+    [("name: 5", "name"), ("response_types: 3", "response_types"), ("metadata: [1]", "metadata")]
+    + [("required_types: chosen", "required_types")],
+)
+def test_an_entry_of_a_card_has_its_type(entry, name, tmp_path):
+    probe_io.save(probe_io.load([json.loads(ROW)]), tmp_path)
+    (tmp_path / probe_io.CARD_FILE).write_text(f"{name}:\n")
+    assert len(probe_io.load(tmp_path)) == 1
+    (tmp_path / probe_io.CARD_FILE).write_text(entry)
+    with pytest.raises(ValueError, match=name):
+        probe_io.load(tmp_path)
+
+
+def test_every_cell_of_a_csv_file_is_text(tmp_path):
+    path = tmp_path / "probes.csv"
+    path.write_text("prompt,chosen,rejected,greedy\nWhy?,NA,42,\nHow?,None,1.50,null\n")
+    found = [probe.responses for probe in probe_io.load(path)]
+    assert found == [
+        {"chosen": "NA", "rejected": "42"},
+        {"chosen": "None", "rejected": "1.50", "greedy": "null"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["prompt,chosen\na,b,c\n", "prompt,chosen\na,b\na,b,c\n", 'prompt,chosen\n"a\n', "a,b\n"]
+)
+def test_a_csv_file_whose_cells_do_not_fit_is_refused(text, tmp_path):
+    path = tmp_path / "probes.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="probes.csv"):
+        files.read_texts(path)
+
+
+def test_a_folder_of_splits_says_which_one_to_give(tmp_path):
+    DatasetDict({"test": Dataset.from_list([json.loads(ROW)])}).save_to_disk(str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="data/test"):
+        probe_io.load(tmp_path / "data")
+    assert len(probe_io.load(tmp_path / "data/test")) == 1

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from trl_dynamics import places
@@ -33,6 +35,30 @@ def read_lines(path: str | Path, what: str = "data file") -> list[dict]:
         remedy = "unpack it: it is a gzip file" if _is_gzip(path) else "save it as UTF-8"
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); {remedy}") from error
     return rows
+
+
+def read_texts(path: str | Path, what: str = "data file") -> list[dict[str, str | None]]:
+    """The rows of a .csv file, every cell as text and an empty one as None: `NA` and `42` may be answers.
+
+    Args:
+        path (`str` or `Path`): The file.
+        what (`str`, *optional*): What it is for, in errors.
+
+    Raises:
+        ValueError: If it is no readable UTF-8 file, has no rows, or its rows have different numbers of cells.
+    """
+    places.require_file(path, what)
+    require_utf8(path)
+    try:
+        with warnings.catch_warnings():
+            # Rows with more cells than there are columns: without this their last cells would be left out.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        raise refusal(path, error, what) from error
+    if table.empty:
+        raise ValueError(f"{what} {str(path)!r} has no rows; expected one below the names of the columns")
+    return [{name: text or None for name, text in row.items()} for row in table.to_dict("records")]
 
 
 def require_utf8(path: str | Path) -> None:

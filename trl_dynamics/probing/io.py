@@ -16,13 +16,15 @@ import yaml
 from trl_dynamics import places
 from trl_dynamics.errors import root_cause
 from trl_dynamics.plain import plain_or_text
-from trl_dynamics.probing.files import quiet_readers, read_lines, read_mapping, refusal
+from trl_dynamics.probing.files import quiet_readers, read_lines, read_mapping, read_texts, refusal
 from trl_dynamics.probing.flat_rows import from_rows
 from trl_dynamics.probing.schema import ProbeSet
 
 DATA_FILE, CARD_FILE = "data.jsonl", "probe.yaml"
 
-_FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_FILE_KINDS = {".json": "json", ".parquet": "parquet"}
+# Entries of a card that are read, and the types that they may have.
+_CARD_TYPES = {"name": str, "response_types": (dict, list), "required_types": list, "metadata": dict}
 
 
 def load(source, *, name: str | None = None, types: Sequence[str] = ()) -> ProbeSet:
@@ -79,6 +81,8 @@ def read_rows(source: str | Path) -> list[dict]:
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
         return read_lines(path, "probe set")
+    if path.suffix == ".csv" and path.is_file():
+        return read_texts(path, "probe set")
     if path.exists():
         return _read_with_datasets(path)
     expected = f"a folder with {DATA_FILE}, a .jsonl or .parquet file, or the name of a dataset on the hub"
@@ -243,7 +247,7 @@ def _hub_refusal(repo_id: str, error) -> str:
 
 def _read_folder(path: Path, name: str | None, types: Sequence[str]) -> ProbeSet:
     card_path = path / CARD_FILE
-    card = read_mapping(card_path, "the card of a probe set") if card_path.is_file() else {}
+    card = _read_card(card_path) if card_path.is_file() else {}
     required = tuple(card["required_types"]) if "required_types" in card else None
     probe_set = read_jsonl(
         path / DATA_FILE,
@@ -255,28 +259,51 @@ def _read_folder(path: Path, name: str | None, types: Sequence[str]) -> ProbeSet
     return ProbeSet(probe_set.probes, probe_set.name, metadata, probe_set.required_types)
 
 
+def _read_card(path: Path) -> dict:
+    """The entries of a card; one without a value counts as left out.
+
+    Raises:
+        ValueError: If an entry that is read is of another type than [`to_files`] writes.
+    """
+    card = read_mapping(path, "the card of a probe set")
+    card = {name: value for name, value in card.items() if value is not None}
+    for name, kind in _CARD_TYPES.items():
+        if name in card and not isinstance(card[name], kind):
+            raise ValueError(
+                f"the card of a probe set {str(path)!r} has {name}: {card[name]!r:.60}, which is a "
+                f"{type(card[name]).__name__}; correct or remove that entry"
+            )
+    return card
+
+
 def _hub_card(name: str) -> dict:
     """What `probe.yaml` of a set on the hub says; nothing where a dataset has no such file."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return read_mapping(Path(hf_hub_download(name, CARD_FILE, repo_type="dataset")), "the card of a probe set")
+        return _read_card(Path(hf_hub_download(name, CARD_FILE, repo_type="dataset")))
     except Exception:  # no such file, or no way to the hub; its HTTP library has errors of its own
         return {}
 
 
 def _read_with_datasets(path: Path) -> list[dict]:
-    from datasets import load_dataset, load_from_disk
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
     if path.is_dir():
         try:
-            return list(load_from_disk(str(path)))
+            found = load_from_disk(str(path))
         except FileNotFoundError as error:
             raise ValueError(
                 f"folder {str(path)!r} holds no probe set; expected {DATA_FILE}, or a dataset written by save_to_disk"
             ) from error
         except Exception as error:
             raise refusal(path, error, "probe set") from error
+        if isinstance(found, DatasetDict):
+            raise ValueError(
+                f"folder {str(path)!r} has the splits {list(found)}; give one of them, as in "
+                f"{str(path / next(iter(found)))!r}"
+            )
+        return list(found)
     if path.suffix not in _FILE_KINDS:
         raise ValueError(
             f"probe set {str(path)!r} is a {path.suffix or 'file without suffix'}; expected .jsonl, .json, "

@@ -55,3 +55,23 @@ def test_the_method_is_that_of_the_model_card(folders, name, method):
     targets = [Target(folders["sft"], "m", 0, 0), Target(folders[name], "m", 0, 4)]
     assert trained_with(targets).get("m") == method
     assert trained_with(targets, "grpo") == {"m": "grpo"}
+
+
+def test_a_folder_is_the_same_however_it_is_written(folders, monkeypatch):
+    monkeypatch.chdir(folders["plain"])
+    for same in (folders["dpo"], folders["dpo"] + "/", "../dpo"):
+        with pytest.raises(ValueError, match="given twice"):
+            find_targets([folders["dpo"], same], None)
+        with pytest.raises(ValueError, match="--base"):
+            find_targets([folders["dpo"]], None, same)
+
+
+def test_the_working_directory_has_the_name_of_its_folder(folders, monkeypatch):
+    monkeypatch.chdir(folders["dpo/checkpoint-4"])
+    assert [target.model for target in find_targets([".", ".."], None)] == ["checkpoint-4", "dpo"]
+
+
+def test_two_checkpoints_of_one_step_are_refused(folders, tmp_path):
+    (tmp_path / "dpo/merged_9").mkdir()
+    with pytest.raises(ValueError, match="both of step 9"):
+        find_targets([folders["dpo"]], "*", None)

@@ -1,5 +1,6 @@
 """What `trl-dynamics track` scores: models or checkpoints, at which step, and which method trained them."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ METHODS = ("sft", "dpo", "grpo")
 
 @dataclass(frozen=True)
 class Target:
-    """One set of weights to score: where it lies, and the model and step its records go under."""
+    """One set of weights to score: a path, and the model and step its records go under."""
 
     path: str
     model: str
@@ -31,12 +32,14 @@ def find_targets(models: list[str], checkpoints: str | None, base: str | None = 
     With `base`, step 0 of every model is `base`, and a model without checkpoints follows at its last training step.
 
     Raises:
-        ValueError: If a local path does not exist, no checkpoint matches, a model is given twice, or a step 0 is
-            there besides `base`.
+        ValueError: If a local path does not exist, no checkpoint matches, a model is given twice, two of its
+            checkpoints have the same step, or a step 0 is there besides `base`.
     """
-    if len(set(models)) < len(models):
+    # However they are written: runs/a, ./runs/a and runs/a/ are one folder.
+    places = [Path(model).resolve() for model in models]
+    if len(set(places)) < len(places):
         raise ValueError(f"a model is given twice: {models}")
-    if base in models:
+    if base is not None and Path(base).resolve() in places:
         raise ValueError(f"--base {base} is among the models to score; give it once, as --base")
     start = sources.find_model(base) if base is not None else None
     targets = []
@@ -72,7 +75,14 @@ def _of_model(model: str, checkpoints: str | None, name: str, index: int, *, alo
     found = [path for path in Path(model).glob(checkpoints) if path.is_dir() and _step_of(path) is not None]
     if not found:
         raise ValueError(f"no folder {checkpoints!r} with a step number in {model!r}")
-    return [Target(str(path), name, index, _step_of(path)) for path in sorted(found, key=_step_of)]
+    found = sorted(found, key=_step_of)
+    for path, following in itertools.pairwise(found):
+        if _step_of(path) == _step_of(following):
+            raise ValueError(
+                f"{str(path)!r} and {str(following)!r} are both of step {_step_of(path)} by their names; give a "
+                "narrower --checkpoints"
+            )
+    return [Target(str(path), name, index, _step_of(path)) for path in found]
 
 
 def _last_step(folder: Path) -> int:
@@ -120,7 +130,8 @@ def _read_json(path: Path) -> dict:
 
 
 def _short_names(models: list[str]) -> list[str]:
-    parts = [Path(model).parts for model in models]
+    named = [Path(model) for model in models]
+    parts = [(path.resolve() if path.name in ("", "..") else path).parts for path in named]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1

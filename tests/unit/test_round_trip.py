@@ -215,6 +215,14 @@ PARTS = TEXT.replace(
 )
 
 
+def test_the_end_of_a_turn_is_no_answer():
+    tokenizer = tiny_tokenizer()
+    last = "{{ message['content'] }}{% if loop.last %} (end of talk){% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ message['content'] }}", last)
+    with pytest.raises(ValueError, match="ends the prompt in another way"):
+        encode(one([USER], "3"), tokenizer)
+
+
 def test_content_becomes_parts_where_the_template_reads_parts():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEXT

@@ -268,6 +268,11 @@ class Encoder:
         found = self._trip.find(full_ids, wanted)
         if found is None:
             raise self._misread(probe, response_type, wanted.answer, full_ids[start:])
+        # A turn that ends before the answer is the prompt's: the template wrote its end in another way.
+        if any(text and text in found.added for text in map(self._trip.decode, ([end] for end in self._ends))):
+            end = shorten(found.added)
+            changed = f": the chat template ends the prompt in another way, with {end}, before a response"
+            raise UnscorableError(where, changed, "set a template that writes a turn alike wherever it is")
         prompt, response = full_ids[: found.start], full_ids[found.start : found.end]
         if not prompt or not response:
             lengths = f" has {len(prompt)} prompt and {len(response)} response tokens"

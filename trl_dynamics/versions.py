@@ -82,7 +82,7 @@ def installed_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def check_private_names(installed: dict[str, str | None]) -> None:
-    """Refuse packages that lack one of [`PRIVATE_NAMES`].
+    """Refuse packages that lack one of [`PRIVATE_NAMES`]; names of trainers that cannot be loaded are left out.
 
     Raises:
         ImportError: Names the first one that is missing, and the command that installs a version that has it.
@@ -92,6 +92,10 @@ def check_private_names(installed: dict[str, str | None]) -> None:
         for name in names:
             try:
                 found = has_name(module, name)
+            except RuntimeError:
+                # A trainer that TRL loads on first use, and cannot: vLLM may be broken where GRPO is not wanted. Using
+                # it gives TRL's own error.
+                continue
             except Exception as error:
                 reason = " ".join(str(error).split())
                 raise ImportError(f"trl-dynamics cannot import {module} {installed.get(package)}: {reason}") from error

@@ -148,6 +148,22 @@ def test_a_package_that_cannot_be_imported_is_not_said_to_lack_a_name(tmp_path, 
         versions.check_private_names(FITTING)
 
 
+def test_a_trainer_that_cannot_be_loaded_keeps_no_other_from_use(tmp_path, monkeypatch):
+    """As TRL's lazy module does it, where GRPO finds a broken vLLM."""
+    (tmp_path / "lazy_trainers.py").write_text(
+        "def __getattr__(name):\n"
+        "    raise RuntimeError('Failed to import') if name == 'GRPO' else AttributeError(name)\n"
+        "class SFT:\n    _method = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(versions.TESTED, "lazy_trainers", "1.0")
+    monkeypatch.setattr(versions, "PRIVATE_NAMES", {"lazy_trainers": ("GRPO._method", "SFT._method")})
+    versions.check_private_names(FITTING)
+    monkeypatch.setattr(versions, "PRIVATE_NAMES", {"lazy_trainers": ("GRPO._method", "SFT._other")})
+    with pytest.raises(ImportError, match="lazy_trainers.SFT._other"):
+        versions.check_private_names(FITTING)
+
+
 def test_every_private_method_that_a_trainer_overrides_is_listed():
     """A method that TRL no longer calls would be silently idle."""
     for name in ("SFTTrainer", "DPOTrainer", "GRPOTrainer"):

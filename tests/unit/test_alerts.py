@@ -145,3 +145,17 @@ def test_a_tracker_that_is_not_installed_is_left_out_and_a_broken_one_told(fake,
     fake("trackio", "import a_package_that_does_not_exist")
     alerts.tell([SEVERE], 40, ["trackio"])
     assert "no alerts go to trackio" in caplog.text
+
+
+def test_loops_that_were_there_at_the_start_hide_no_new_ones():
+    """Of 8 answers 2 are loops, which is told, and all from step 80 on."""
+    rows = answers()
+    rows.loc[(rows["probe_id"] < "p002") | (rows["step"] >= 80), "repeat_share"] = 0.99
+    tables = split_frame(records())
+    watch, told = Watch("sft"), []
+    for table in tables:
+        found = watch.add(table, rows[rows["step"] == table.step])
+        told += [(table.step, one.name, one.severity) for one in found]
+    assert told == [(10, "degeneration", "warning"), (160, "degeneration", "alert")]
+    later = Watch("sft", ["degeneration"])
+    assert not [one for table in tables for one in later.add(table, rows[rows["step"] == table.step])]

@@ -15,6 +15,7 @@ import pandas as pd
 
 from trl_dynamics.tracking import findings
 from trl_dynamics.tracking.aggregate import StepSummary, Summary, summarise_step
+from trl_dynamics.tracking.degeneration import got_worse
 from trl_dynamics.tracking.findings import ALERT, INFO, Finding
 from trl_dynamics.tracking.samples import Samples
 from trl_dynamics.tracking.step_table import StepTable
@@ -52,9 +53,11 @@ class Watch:
         own = Samples(pd.concat(taken, ignore_index=True)) if taken else None
         summary = Summary(list(parts), start, {kept.step: kept for kept in tables}.__getitem__, own)
         firing = [f for f in findings.find(summary, {"method": self.method}) if f.severity != INFO]
-        standing = [f for f in firing if f.name not in self.told and (f.name in self._held or f.name in AT_ONCE)]
-        self._held = {finding.name for finding in firing}
-        self.told |= {finding.name for finding in standing}
+        news = {_news(f, summary, self.method): f for f in firing}
+        untold = {key: f for key, f in news.items() if not {key, f.name} & self.told}
+        standing = [f for key, f in untold.items() if key in self._held or f.name in AT_ONCE]
+        self._held = set(news)
+        self.told |= {key for key, finding in untold.items() if finding in standing}
         self._kept = [self._kept[0], *self._kept[1:][-1:]]
         return standing
 
@@ -63,6 +66,12 @@ class Watch:
         told = set(self.told)
         self.add(table, samples)
         self.told = told
+
+
+def _news(finding: Finding, summary: Summary, method: str) -> str:
+    """Under what a finding is told once: its name, but loops since the start are other news than new ones."""
+    was_so = finding.name == "degeneration" and not got_worse(summary, method)
+    return f"{finding.name} from the start" if was_so else finding.name
 
 
 def tell(found: list[Finding], step: int, report_to: Iterable[str]) -> None:

@@ -31,7 +31,8 @@ def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | N
     samples = summary.samples
     if samples is None:
         return None
-    signs = worse_signs(samples, method) | {"are loops": are_loops(samples), "are one for all": are_one(samples)}
+    worse = worse_signs(samples, method)
+    signs = worse | {"are loops": are_loops(samples), "are one for all": are_one(samples)}
     signs["are loops"] &= not signs["repeat themselves"]
     signs["are one for all"] &= not signs["are the same for different prompts"]
     if not any(signs.values()):
@@ -40,6 +41,7 @@ def degeneration(summary: Summary, changes: Changes, method: str) -> Finding | N
     alert = loop_share(samples) >= ALERT_LOOP_SHARE
     alert = alert or (signs["repeat themselves"] and -numbers["distinct_2_change"] >= ALERT_DISTINCT_FALL)
     always = numbers["loops_start"] >= LOOPING_SHARE * numbers["num_answers"] or signs["are one for all"]
+    always = always and not any(worse.values())
     remedy = "Read the answers in the probe explorer, and use a checkpoint from before. "
     if always:
         remedy = "They were like that at the start already: look at that model, its chat template and end of turn. "

@@ -31,7 +31,7 @@ def test_a_map_is_written_that_real_steps_bear_out(tmp_path, capsys):
     assert others["chosen", "chosen"] < own["chosen", "chosen"]
     out = capsys.readouterr().out
     assert "answers to other prompts" in out and "relative error: chosen" in out and "rounding alone makes some" in out
-    assert "the head alone moved: chosen" in out
+    assert "the head alone moves: chosen" in out
     assert call(tmp_path / "map") == 1
     assert "not empty" in capsys.readouterr().err
 

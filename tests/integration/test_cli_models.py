@@ -137,6 +137,21 @@ def test_numbers_that_are_not_finite_have_an_exit_status(world, nan_model, tmp_p
     assert screened["num_not_finite"] == 3 and influenced["num_not_finite"] == int(told["akg"][0])
 
 
+def test_akg_names_errors_that_are_not_finite(world, nan_model, tmp_path, capsys):
+    argv = [
+        "akg",
+        "--model_name_or_path",
+        str(nan_model),
+        "--probe_set",
+        str(world / "probes.jsonl"),
+        "--verify",
+        "True",
+    ]
+    assert main([*argv, "-o", str(tmp_path / "map")]) == 4
+    out = capsys.readouterr().out
+    assert "relative error: chosen not finite" in out and "rounding" in out and "%" not in out
+
+
 def test_a_model_that_is_nan_has_no_answer(world, nan_model, tmp_path, capsys):
     argv = ["judge", str(nan_model), str(nan_model), "--prompts", str(world / "probes.jsonl"), "--judge", "likelihood"]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why? y"}\n')

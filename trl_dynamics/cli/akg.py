@@ -75,7 +75,7 @@ class AkgArguments:
     attn_implementation: str | None = option(None, "As in `from_pretrained`.")
     trust_remote_code: bool = option(False, "Run model code that comes from the hub.")
     output_dir: str | None = option(None, "Folder of the results.", "-o")
-    overwrite: bool = option(False, "Replace earlier results that lie there.")
+    overwrite: bool = option(False, "Replace earlier results in that folder.")
 
 
 @dataclass(frozen=True)
@@ -335,18 +335,27 @@ def report(frame: pd.DataFrame, args: AkgArguments) -> list[str]:
             ]
     if args.verify:
         shown, fixed = (_shown(relative_errors(frame, name), args) for name in ("delta_sum", "fixed_features_sum"))
-        rounding = (frame["rounding_sum"].pow(2).sum() / max(frame["true_sum"].pow(2).sum(), 1e-300)) ** 0.5
-        told = (
-            f"rounding alone makes some {rounding:.1%}" if rounding < 1 else "rounding hides the steps: raise the rate"
-        )
-        lines += ["", f"against the real steps, relative error: {shown}; {told}"]
-        lines += [f"the same where features stood still and the head alone moved: {fixed}"]
+        lines += ["", f"against the real steps, relative error: {shown}; {_rounding_text(frame)}"]
+        lines += [f"the same with fixed features, where the head alone moves: {fixed}"]
     return [*lines, ""]
+
+
+def _rounding_text(frame: pd.DataFrame) -> str:
+    """How much of the measured changes rounding may be."""
+    rounding, moved = (frame[name].pow(2).sum(skipna=False) for name in ("rounding_sum", "true_sum"))
+    share = (rounding / max(moved, 1e-300)) ** 0.5
+    if not np.isfinite(share):
+        return "what rounding makes of it is not finite"
+    return f"rounding alone makes some {share:.1%}" if share < 1 else "rounding hides the steps: raise the rate"
 
 
 def _shown(errors: dict[str, float | None], args: AkgArguments) -> str:
     unmoved = f"no change that {args.dtype} can tell"
-    return ", ".join(f"{kind} {unmoved if error is None else format(error, '.1%')}" for kind, error in errors.items())
+    texts = {
+        kind: unmoved if error is None else f"{error:.1%}" if np.isfinite(error) else "not finite"
+        for kind, error in errors.items()
+    }
+    return ", ".join(f"{kind} {text}" for kind, text in texts.items())
 
 
 def _per_token(frame: pd.DataFrame, column: str) -> dict[tuple[str, str], float]:

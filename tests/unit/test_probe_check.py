@@ -202,7 +202,8 @@ def test_repetitions():
     twice = make(
         Probe("p", "Why?", {"chosen": "a", "rejected": "b"}), Probe("q", "Why?", {"chosen": "c", "rejected": "d"})
     )
-    assert check(twice, tiny_tokenizer()).warnings == {"a prompt stands in several probes": ["probe 'p'", "probe 'q'"]}
+    found = check(twice, tiny_tokenizer()).warnings
+    assert found == {"several probes have the same prompt": ["probe 'p'", "probe 'q'"]}
 
 
 def test_leakage():

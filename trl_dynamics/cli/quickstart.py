@@ -106,7 +106,7 @@ def cost_text(metas: list[dict]) -> str:
     """What probing cost in these runs, by their meta.json."""
     probing, training = (sum(meta[name] for meta in metas) for name in ("probe_seconds", "train_seconds"))
     return (
-        f"Probing took {probing:.0f} s beside {training:.0f} s of training ({probing / training:.0%}), because the "
+        f"Probing took {probing:.0f} s for {training:.0f} s of training ({probing / training:.0%}), because the "
         "model is tiny, the runs are short and probe_every is given; without it, at most a third of training is taken."
     )
 
@@ -136,11 +136,11 @@ def _quiet() -> Iterator[None]:
     level = trainers.level
     trainers.setLevel(logging.WARNING)
     # Findings, places and cost are printed together at the end.
-    told_at_the_end = ("records: ", "page: ", "probing ", *(f"{name}: " for name, *_ in STAGES))
+    said_at_the_end = ("records: ", "page: ", "probing ", *(f"{name}: " for name, *_ in STAGES))
     loggers = [logging.getLogger(f"trl_dynamics.tracking.{module}") for module in ("callback", "series")]
 
     def is_for_now(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(told_at_the_end)
+        return not record.getMessage().startswith(said_at_the_end)
 
     for logger in loggers:
         logger.addFilter(is_for_now)

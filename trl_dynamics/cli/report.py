@@ -7,7 +7,7 @@ from trl_dynamics.report.load import open_run
 
 
 def run(argv: list[str]) -> int:
-    """Write what was asked for and print where it lies.
+    """Write what was asked for and print its path.
 
     Raises:
         ValueError: If the output's name is that of another format, or of one file where several are written.

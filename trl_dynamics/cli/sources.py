@@ -247,7 +247,7 @@ def require_columns(dataset: Dataset, method: str) -> None:
 
 
 def require_free(output_dir: str, own_file: str, overwrite: bool) -> Path:
-    """The folder of new results, which takes the place of earlier ones only when told to.
+    """The folder of new results, which replace earlier ones only with `overwrite`.
 
     Args:
         output_dir (`str`): As given.

@@ -48,7 +48,7 @@ def find_adapter(path: str, revision: str | None = None) -> Adapter | None:
 
     Raises:
         NotLoadable: If its config is damaged, its base cannot be found, it is for another task, or a whole model
-            lies in the same folder.
+            is in the same folder.
     """
     file = find_adapter_config(path, revision)
     if file is None:
@@ -74,7 +74,7 @@ def find_adapter(path: str, revision: str | None = None) -> Adapter | None:
 
 
 def weights_file(path: str, revision: str | None = None) -> str:
-    """Where the weights of the adapter at a folder or hub name lie on this machine.
+    """Where the weights of the adapter at a folder or hub name are on this machine.
 
     Raises:
         NotLoadable: If it has none.

@@ -53,7 +53,7 @@ def _reason(error: Exception) -> str:
 
 
 def find_file(path: str, name: str, revision: str | None = None) -> str | None:
-    """Where a file of a folder or hub repository lies on this machine; None if there is none of that name."""
+    """Path of a file of a folder or hub repository on this machine; None if there is none of that name."""
     if Path(path).is_dir():
         return str(Path(path, name)) if Path(path, name).is_file() else None
     try:
@@ -63,7 +63,7 @@ def find_file(path: str, name: str, revision: str | None = None) -> str | None:
 
 
 def find_adapter_config(path: str, revision: str | None = None) -> str | None:
-    """Where the config of the adapter at a folder or hub name lies; None where there is a whole model.
+    """Path of the config of the adapter at a folder or hub name; None where there is a whole model.
 
     Raises:
         OSError: If the hub cannot be reached and has left nothing in the cache.

@@ -142,7 +142,7 @@ def _check_repetitions(probe_set: ProbeSet, report: CheckReport) -> None:
     prompts = Counter(_text(probe.prompt) for probe in probe_set)
     for probe in probe_set:
         if prompts[_text(probe.prompt)] > 1:
-            report.warn("a prompt stands in several probes", f"probe {probe.probe_id!r}")
+            report.warn("several probes have the same prompt", f"probe {probe.probe_id!r}")
         by_text: dict[str, str] = {}
         for name in order_types(probe.responses):
             text = probe.responses[name].strip()

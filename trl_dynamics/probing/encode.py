@@ -361,7 +361,7 @@ def _changed_prompt(where: str, seam: Seam | None, start: int) -> UnscorableErro
     changed = "".join(seam.prompt_tokens) if seam else "", "".join(seam.joined_tokens) if seam else ""
     return UnscorableError(
         where,
-        ": the chat template changes the prompt when a response follows, so the response's start cannot be told: "
+        ": the chat template changes the prompt when a response follows, so the response's start is not known: "
         f"token {start} begins {changed[0]!r} without and {changed[1]!r} with the response",
         "end the prompts with the first user turn, or set a template that writes earlier turns alike",
     )

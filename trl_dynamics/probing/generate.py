@@ -133,7 +133,7 @@ class LocalModel:
         self.label = Path(name).name if Path(name).is_dir() else name
         self.name = f"{self.label}@{weights_fingerprint(model)[:16]}"
         self._ends = _end_ids(model, tokenizer)
-        # Padding would stand between a learned prompt and the text, and shift the positions of the latter.
+        # Padding would come between a learned prompt and the text, and shift the positions of the latter.
         adapters = getattr(model, "peft_config", {}).values()
         self._may_pad = not any(config.is_prompt_learning for config in adapters)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -264,7 +264,7 @@ class _SeededSampling(LogitsProcessor):
 
 
 class _StopTexts(StoppingCriteria):
-    """Ends a row as soon as one of its stop texts stands in its last tokens."""
+    """Ends a row as soon as its last tokens hold one of its stop texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], width: int):
         self.tokenizer, self.stops, self.width = tokenizer, [r.sampling.stop for r in requests], width

@@ -73,7 +73,7 @@ def _rows_of(source) -> list[Mapping]:
 
 
 def read_rows(source: str | Path) -> list[dict]:
-    """The rows of a file, of a folder that `save_to_disk` wrote, or of a dataset on the hub, as they stand there.
+    """The rows of a file, of a folder that `save_to_disk` wrote, or of a dataset on the hub.
 
     Raises:
         ValueError: If the source does not exist or a line of a .jsonl file is not an object.
@@ -142,7 +142,7 @@ def to_dataset(probe_set: ProbeSet):
 
 @contextmanager
 def complete_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when the block ends well and disappears when it does not.
+    """A new folder next to `folder`, which replaces it when the block ends well and disappears when it does not.
 
     Raises:
         ValueError: If the folder cannot be written.
@@ -174,10 +174,10 @@ def write_folder(
         probe_set ([`ProbeSet`]): Written as [`save`] does.
         folder (`str` or `Path`): Made with its parents.
         files (`Mapping[str, str]`, *optional*): File name to text.
-        overwrite (`bool`, *optional*): Replace a probe set that lies there.
+        overwrite (`bool`, *optional*): Replace a probe set in that folder.
 
     Raises:
-        ValueError: If something lies there already, or the folder cannot be written.
+        ValueError: If something is there already, or the folder cannot be written.
     """
     refuse_existing(folder, overwrite)
     with complete_folder(folder) as part:
@@ -188,7 +188,7 @@ def write_folder(
 
 
 def refuse_existing(folder: str | Path, overwrite: bool) -> None:
-    """Refuse to write where something lies already.
+    """Refuse to write over what is there.
 
     Raises:
         ValueError: If `folder` is a file, holds something that is no probe set, or a probe set without `overwrite`.

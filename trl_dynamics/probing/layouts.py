@@ -81,7 +81,7 @@ class Layout(Protocol):
 
 
 def side_of(length: int, boundaries: Sequence[int]) -> tuple[bool, ...]:
-    """On which side of each boundary a row of this length lies: True above it."""
+    """On which side of each boundary a row of this length is: True above it."""
     return tuple(length > boundary for boundary in boundaries)
 
 

@@ -40,7 +40,7 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """SHA-256 over prompt and answers: what a row is, wherever it stands."""
+        """SHA-256 over prompt and answers: what a row is, at any index."""
         content = json.dumps([self.prompt, self.chosen, self.rejected], ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -125,7 +125,7 @@ def _read_prompt(row: Mapping, where: str) -> Prompt:
 
 
 def _split(row: Mapping, where: str) -> tuple[object, object, object | None]:
-    """Prompt, chosen and rejected of a row as they stand in it."""
+    """Prompt, chosen and rejected of a row unchanged."""
     has = {name for name in ("prompt", "chosen", "rejected", "completion", "messages") if row.get(name) is not None}
     others = {"prompt", "completion"} <= has or "messages" in has
     if others and not isinstance(row.get("chosen"), str | list):

@@ -1,4 +1,4 @@
-"""Where response types stand: the charts with a row per type."""
+"""Levels of response types: the charts with a row per type."""
 
 from collections.abc import Mapping
 

@@ -77,7 +77,7 @@ def build_page(run_dirs: list[str | Path], output: str | Path) -> Path:
 
 
 def inline_json(value) -> str:
-    """JSON that may stand inside a script element: no text in it can close the element or open a comment."""
+    """JSON for the inside of a script element: no text in it can close the element or open a comment."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -38,7 +38,7 @@ class DataArguments:
     held_out: str | None = option(None, "Data that is not trained on; by default the dataset's own held-out split.")
     held_out_split: str = option("test", "Split of the held-out data.")
     output_dir: str | None = option(None, "Folder of the new set.", "-o")
-    overwrite: bool = option(False, "Replace a probe set that lies there.")
+    overwrite: bool = option(False, "Replace a probe set in that folder.")
     name: str | None = option(None, "Name of the set; by default that of its folder.")
     license: str | None = option(None, "Licence of the source, for the card.")
 

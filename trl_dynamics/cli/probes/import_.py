@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--name", help="name of the set; by default that of its folder")
     parser.add_argument("--license", default="unknown", help="licence of the source, for the card")
-    parser.add_argument("--overwrite", action="store_true", help="replace a probe set that lies there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a probe set in that folder")
     args = parser.parse_args(argv)
     probe_io.refuse_existing(args.output_dir, args.overwrite)
     columns = parse_columns(args.columns)

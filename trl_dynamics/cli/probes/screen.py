@@ -55,7 +55,7 @@ class ScreenArguments:
         default=None, metadata={"help": "Instead of pairs a probe set: all its types are scored, its pairs ranked."}
     )
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the results.", "aliases": ["-o"]})
-    overwrite: bool = field(default=False, metadata={"help": "Replace earlier results that lie there."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace earlier results in that folder."})
     keep_fraction: float = field(
         default=0.9, metadata={"help": "Part of the pairs, those of the lowest risk, in the filtered data."}
     )

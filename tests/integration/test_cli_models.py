@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 import trl_dynamics
 from cli_runs import failure, flags, scored
@@ -80,6 +81,17 @@ def test_a_merged_model_is_made_once_per_adapter_and_dtype(adapter, tmp_path):
     (changed / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
     shutil.copy(adapter[0] / "adapter_model.safetensors", changed)
     assert merging.whole_model(str(changed), args, dtype="float32", revision="main") not in (str(first), half)
+
+
+def test_a_merged_model_that_cannot_be_written_names_its_folder(adapter, tmp_path, monkeypatch):
+    args = trl_dynamics.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    save = LlamaForCausalLM.save_pretrained
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda model, folder: save_file({}, folder / "no" / "x"))
+    with pytest.raises(ValueError, match=f"{tmp_path}/merged_"):
+        merging.whole_model(str(adapter[0]), args, dtype="float32", revision="main")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    assert Path(merging.whole_model(str(adapter[0]), args, dtype="float32", revision="main")).is_dir()
 
 
 def test_weights_that_are_missing_end_training_before_it_begins(world, tmp_path, capsys):

@@ -6,11 +6,13 @@ import logging
 from pathlib import Path
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from trl_dynamics import loading
 from trl_dynamics.cli.launching import on_main
 from trl_dynamics.compat import without_zero3
+from trl_dynamics.errors import first_line
 from trl_dynamics.probing.io import complete_folder
 
 logger = logging.getLogger(__name__)
@@ -61,11 +63,14 @@ def _merge(adapter: loading.Adapter, output_dir: Path, dtype: object, hub: dict)
         with without_zero3():
             model = loading.load_causal_lm(adapter.path, dtype=dtype, **hub)
             model = loading.merged(model, adapter.path)
-        with complete_folder(folder) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            text = json.dumps({"adapter": adapter.path} | source, indent=2)
-            (part / loading.MERGED_FROM).write_text(f"{text}\n", encoding="utf-8")
+        try:
+            with complete_folder(folder) as part:
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
+                text = json.dumps({"adapter": adapter.path} | source, indent=2)
+                (part / loading.MERGED_FROM).write_text(f"{text}\n", encoding="utf-8")
+        except SafetensorError as error:  # such as of a full disk, which names a temporary file or none
+            raise ValueError(f"the merged model cannot be written to {str(folder)!r}: {first_line(error)}") from error
     logger.info(f"{said}: training starts from {folder}")
     return folder
 

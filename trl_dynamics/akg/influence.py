@@ -240,7 +240,10 @@ def update_gradient(task: Task, update: Any) -> Force:
     """
     parameters = task.trainable()
     if not parameters:
-        raise ValueError("no parameter of the model requires a gradient, so that there is no step to predict")
+        raise ValueError(
+            "no parameter of the model requires a gradient, so that there is no step to predict; an adapter that "
+            "transformers loads is frozen: set requires_grad on what is trained, or merge it (peft's merge_and_unload)"
+        )
     label_U = task.labels_of(update, "the update")
     with evaluated(task.model, checkpointing=True), torch.enable_grad():
         logits_UV = torch.cat(list(task.logits(task.model, update)))

@@ -90,7 +90,9 @@ def run(argv: list[str]) -> int:
     else:
         texts = [as_text(one, args.verbose) for one in found] + [*map(not_judged_text, failures, failures.values())]
         print("\n\n".join(texts))
-    for path, reason in failures.items():
+    # On a terminal both streams show in one place.
+    shown = failures if args.format == "json" or not sys.stdout.isatty() else {}
+    for path, reason in shown.items():
         print(f"trl-dynamics diagnose: {not_judged_text(path, reason)}", file=sys.stderr)
     return status
 

@@ -78,7 +78,8 @@ def calm_text(summary: Summary) -> str:
         return "one step was scored, so there is no change to judge"
     number = summary.changes().chosen.num_probes
     if number >= MIN_PROBES:
-        return CALM
+        blind = "; the probe set has no other fluent answers, so nothing was judged that they alone can show"
+        return CALM if bystander_types(summary.types) else CALM + blind
     scored = f"{number} of the {MIN_PROBES} probes with chosen answers that most rules need" if number else "no chosen"
     return f"hardly any rule could judge, since {scored} {'were' if number else 'answer was'} scored at both ends"
 

@@ -379,9 +379,8 @@ def open_store(path: str | Path) -> DynamicsStore:
     path = Path(path)
     store = DynamicsStore(path.parent if path.name == FOLDER and (path / "meta.json").is_file() else path)
     if not store.exists:
-        raise ValueError(
-            f"{path} holds no {FOLDER}/ folder with records; expected the output_dir of a run with probe_set set"
-        )
+        found = f"holds no {FOLDER}/ folder with records" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {found}; expected the output_dir of a run with probe_set set")
     return store
 
 

@@ -123,9 +123,12 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
             logger.info(f"{dataset_name} data holds chosen answers: rows are made as sft_on={self._sft_on!r} says")
         elif not self._told_chosen:
             self._told_chosen = True
+            own = {self._text_field, "messages"} & set(row)
+            why = f" Without the column prompt it would train on {', '.join(sorted(own))}." if own else ""
             logger.warning(
                 f"{dataset_name} data has columns that TRL's SFTTrainer cannot train on ({', '.join(sorted(row))}): "
-                "training on the chosen answers. sft_on='chosen' (--sft_on chosen) says so without this warning"
+                f"training on the chosen answers.{why if 'prompt' in row else ''} sft_on='chosen' (--sft_on chosen) "
+                "says so without this warning"
             )
 
     def compute_loss(self, model, inputs, *args, **kwargs):

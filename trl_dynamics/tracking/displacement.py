@@ -202,7 +202,7 @@ def bystander_loss(summary: Summary, changes: Changes, method: str) -> Finding |
     return Finding(
         "bystander_loss",
         INFO,
-        "other fluent answers fell hard since the start, and chosen did not",
+        f"some other fluent answers fell hard since the start ({', '.join(fallen)}), and chosen did not",
         f"Chosen moved {changes.chosen} nats per token, while other fluent answers, which nothing pushes down by "
         f"name, fell: {numbers}. What keeps chosen from falling protects what is like it, not everything else.",
         {"chosen_change": changes.chosen.mean, **{f"{name}_change": effect.mean for name, effect in fallen.items()}},

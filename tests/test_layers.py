@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"compat", "errors", "places"},
     "ranking": set(),
     "plain": set(),
-    "probing": {"errors", "loading", "places", "plain"},
+    "probing": {"compat", "errors", "loading", "places", "plain"},
     "embedded": {"probing"},
     "stats_head": {"ops", "compat"},
     "akg": {"ranking", "stats_head", "ops", "compat"},

@@ -11,7 +11,7 @@ from tiny_runs import make_trainer
 from trl_dynamics import ProbeSet, load_records, stats_head
 from trl_dynamics.judging.likelihood import Likelihood
 from trl_dynamics.probing.encode import encode, encode_prompts
-from trl_dynamics.probing.generate import LocalModel
+from trl_dynamics.probing.generate import LocalModel, Request, Sampling
 from trl_dynamics.probing.labelled import split
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout, side_of
 from trl_dynamics.tracking.engine import ProbeEngine
@@ -145,3 +145,16 @@ def test_greedy_answers_are_those_of_a_prompt_alone(layout, model, true):
                     break
         expected = row[len(prompt.input_ids) :]
         assert ids == (expected[:-1] if expected[-1] == 257 else expected)
+
+
+def test_generated_answers_do_not_depend_on_the_other_prompts(model):
+    """Prompts below and above the trained length, and two of one length whose answers cross it."""
+    prompts = ["x" * length for length in (10, 25, 33, 45, 50)] + ["y" * 33]
+    wanted = [Request.of(prompt, Sampling(12, 1.0, seed=i)) for i, prompt in enumerate(prompts)]
+
+    def answers(requests: list[Request], batch_size: int) -> dict[Request, str]:
+        local = LocalModel(model, tiny_tokenizer(), "tiny", batch_size)
+        return {request: answer.text for request, answer in local.generate(requests)}
+
+    alone = {request: text for one in wanted for request, text in answers([one], 1).items()}
+    assert answers(wanted, 64) == alone and len(set(alone.values())) > 2

@@ -20,10 +20,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trl_dynamics.compat import base_causal_lm, longrope_boundaries
 from trl_dynamics.loading import load_causal_lm, load_tokenizer
 from trl_dynamics.probing.chat import Chats
 from trl_dynamics.probing.encode import answer_text, cut_prompt
 from trl_dynamics.probing.labelled import pad_id_of
+from trl_dynamics.probing.layouts import side_of
 from trl_dynamics.probing.schema import Prompt
 
 # How many of the last tokens are read for a stop string after each step.
@@ -137,6 +139,7 @@ class LocalModel:
         adapters = getattr(model, "peft_config", {}).values()
         self._may_pad = not any(config.is_prompt_learning for config in adapters)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._boundaries = longrope_boundaries(base_causal_lm(model).config)
 
     @classmethod
     def load(
@@ -167,13 +170,23 @@ class LocalModel:
             else:
                 rows.append((min(room, request.sampling.max_new_tokens), ids, request))
         # Rows of one batch share their limit: past the context a model may have no positions left for any of them.
-        rows.sort(key=lambda row: (row[0], len(row[1]), row[2].prompt_json, row[2].sampling.seed))
-        for _, alike in itertools.groupby(rows, key=lambda row: row[0] if self._may_pad else (row[0], len(row[1]))):
+        rows.sort(key=lambda row: (self._kind(*row[:2]), len(row[1]), row[2].prompt_json, row[2].sampling.seed))
+        for _, alike in itertools.groupby(rows, key=lambda row: self._kind(*row[:2])):
             alike = list(alike)
             limit = alike[0][0]
             for start in range(0, len(alike), self.batch_size):
                 group = alike[start : start + self.batch_size]
                 yield from self._answer([row[1] for row in group], [row[2] for row in group], limit)
+
+    def _kind(self, limit: int, ids: list[int]) -> tuple:
+        """Equal for prompts that may be answered in one batch.
+
+        LongRoPE picks its factors by the longest row, so no batch has rows on both sides of a boundary; a prompt whose
+        answer may cross one is answered with prompts of its own length.
+        """
+        sides = side_of(len(ids), self._boundaries)
+        alone = not self._may_pad or side_of(len(ids) + limit, self._boundaries) != sides
+        return limit, alone, (len(ids),) if alone else sides
 
     def too_long(self, request: Request) -> str | None:
         """Why the model's context has no room for an answer to this; None if it has."""

@@ -102,9 +102,9 @@ def narrow(probe_set: ProbeSet, max_probes: int | None, subset: float | None, *,
     if tells and "rejected" not in kept.response_types:
         logger.warning(f"probe set {kept.name!r} has no rejected answers: {WITHOUT_REJECTED}")
     if tells and len(kept) < MIN_PROBES:
+        number = "1 probe is" if len(kept) == 1 else f"{len(kept)} probes are"
         logger.warning(
-            f"{len(kept)} probes are scored: their numbers are recorded, but no change of them is judged, which takes "
-            f"at least {MIN_PROBES} probes"
+            f"{number} scored and recorded, but no change is judged, which takes at least {MIN_PROBES} probes"
         )
     return kept
 

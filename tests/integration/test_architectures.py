@@ -31,6 +31,12 @@ OWN_FORWARD = (
 )
 
 
+@pytest.fixture(autouse=True)
+def room_for_rounding(monkeypatch):
+    """Instruction sets add up in other orders: 1e-5 became 1.1e-5 with AVX2. A wrong head is off by 1e-2."""
+    monkeypatch.setattr(sweep, "GOAL", 1e-4)
+
+
 @pytest.mark.parametrize("name", MATRIX)
 def test_plain_heads_are_right(name):
     found = sweep.examine(name)

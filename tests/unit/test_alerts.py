@@ -148,7 +148,7 @@ def test_a_tracker_that_is_not_installed_is_left_out_and_a_broken_one_told(fake,
 
 
 def test_loops_that_were_there_at_the_start_hide_no_new_ones():
-    """Of 8 answers 2 are loops, which is told, and all from step 80 on."""
+    """Of 8 answers 2 are loops, which is reported, and all from step 80 on."""
     rows = answers()
     rows.loc[(rows["probe_id"] < "p002") | (rows["step"] >= 80), "repeat_share"] = 0.99
     tables = split_frame(records())

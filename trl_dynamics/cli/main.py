@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 def one_line(error: Exception) -> str | None:
     """What a user reads of an error; None where it is a fault of this package or of the user's own code, such as a
     reward function: its traceback is then wanted."""
-    # A package that is missing is one, whoever imports it.
+    # A missing package is one, wherever it is imported.
     if crosses_user_code(error) and not isinstance(error, ImportError):
         return None
     if isinstance(error, OSError) and error.filename and error.strerror:

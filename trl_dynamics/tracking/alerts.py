@@ -69,7 +69,7 @@ class Watch:
 
 
 def _news(finding: Finding, summary: Summary, method: str) -> str:
-    """Under what a finding is told once: its name, but loops since the start are other news than new ones."""
+    """The key under which a finding is reported once: its name, but loops since the start have a key of their own."""
     was_so = finding.name == "degeneration" and not got_worse(summary, method)
     return f"{finding.name} from the start" if was_so else finding.name
 

@@ -10,7 +10,7 @@ Eight GPUs:     accelerate launch --config_file recipes/accelerate_configs/zero2
 
 import sys
 
-from trl_dynamics.cli.main import main
+from trl_dynamics.cli.main import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(main(["grpo", *sys.argv[1:]]))
+    run_and_exit(["grpo", *sys.argv[1:]])

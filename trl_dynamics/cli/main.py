@@ -1,13 +1,16 @@
 """trl-dynamics: the command line. Every command is a module of this package with `run(argv) -> int`."""
 
 import argparse
+import atexit
 import contextlib
 import importlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
+from typing import NoReturn
 
 from trl_dynamics.errors import crosses_user_code, first_line, from_outside, raised_here
 from trl_dynamics.tracking.console import OUR_LOGGER, ConsoleHandler
@@ -52,6 +55,20 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"trl-dynamics {argv[0]}: error: {message}", file=sys.stderr)
         return 1
+
+
+def run_and_exit(argv: list[str] | None = None) -> NoReturn:
+    """Run one command as the whole of a process, and end the process with its status."""
+    status = main(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Gloo's threads outlive their process group under DDP. One that frees a tensor while the interpreter is taken
+        # down aborts the process, and with it the launch (pytorch/pytorch#179291): leave with the interpreter whole.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def one_line(error: Exception) -> str | None:
@@ -101,4 +118,4 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

@@ -3,6 +3,8 @@
 The prompts stay, so that the probes of the seed, which are the first pairs, still ask what is trained on.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,10 +69,16 @@ def write_rewritten(name: str, folder: Path, start: str, seed: int) -> None:
     else:
         pairs = with_own_answers(pairs, start, seed)
         pairs = [pair for pair in pairs if name == OWN_ANSWERS or check(pair.question, pair.chosen)["good"]]
-    DatasetDict({"train": Dataset.from_list([row_of(pair) for pair in pairs]), "test": splits["test"]}).save_to_disk(
-        folder / f"{name}.part"
-    )
-    (folder / f"{name}.part").rename(folder / name)
+    # Two workers may train on the same rewriting: the first to end keeps its copy.
+    part = folder / f"{name}.part-{os.getpid()}"
+    written = DatasetDict({"train": Dataset.from_list([row_of(pair) for pair in pairs]), "test": splits["test"]})
+    written.save_to_disk(part)
+    try:
+        part.rename(folder / name)
+    except OSError:
+        if not (folder / name).is_dir():
+            raise
+        shutil.rmtree(part)
 
 
 def with_own_answers(pairs: list[Pair], start: str, seed: int) -> list[Pair]:

@@ -28,11 +28,11 @@ from trl_dynamics import stats_head
 from trl_dynamics.compat import base_causal_lm, can_share_prompts
 from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse
 from trl_dynamics.probing.layouts import Layout, PaddedLayout, SharedPrefixLayout
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.scoring.head_check import settle_head
+from trl_dynamics.scoring.layout_check import settle_layout
 from trl_dynamics.stats_head.check import Disagreement
 from trl_dynamics.stats_head.ways import OWN
-from trl_dynamics.tracking.engine import ProbeEngine
-from trl_dynamics.tracking.head_check import settle_head
-from trl_dynamics.tracking.layout_check import settle_layout
 
 RIGHT, SLOWER, REFUSED, NOT_BUILT, WRONG = "right", "slower path", "refused", "not built", "WRONG"
 GOAL = 1e-5  # nats, float32 on both sides

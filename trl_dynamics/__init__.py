@@ -7,10 +7,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trl_dynamics.influence.kind import load_influence
+    from trl_dynamics.paths.samples import load_samples
     from trl_dynamics.probing.schema import Probe, ProbeSet
-    from trl_dynamics.tracking.influence_store import load_influence
-    from trl_dynamics.tracking.samples import load_samples
-    from trl_dynamics.tracking.store import load_records
+    from trl_dynamics.store.store import load_records
     from trl_dynamics.trainers.config import DPOConfig, GRPOConfig, SFTConfig
     from trl_dynamics.trainers.dpo import DPOTrainer
     from trl_dynamics.trainers.grpo import GRPOTrainer
@@ -25,9 +25,9 @@ _HOMES = {
     "ProbeSet": "trl_dynamics.probing.schema",
     "SFTConfig": "trl_dynamics.trainers.config",
     "SFTTrainer": "trl_dynamics.trainers.sft",
-    "load_influence": "trl_dynamics.tracking.influence_store",
-    "load_records": "trl_dynamics.tracking.store",
-    "load_samples": "trl_dynamics.tracking.samples",
+    "load_influence": "trl_dynamics.influence.kind",
+    "load_records": "trl_dynamics.store.store",
+    "load_samples": "trl_dynamics.paths.samples",
 }
 __all__ = [
     "DPOConfig",

@@ -30,7 +30,7 @@ from study import BASE, Arm, Task
 from worlds import WORLDS, world_of
 
 from trl_dynamics import embedded
-from trl_dynamics.tracking import findings
+from trl_dynamics.paths import rules
 
 DEVELOPMENT, TEST, REAL = "development", "test", "real model"
 
@@ -138,7 +138,7 @@ def cases(stage: str, folders: Mapping[int, Path], arms: Mapping[str, Arm], outp
             if output_dir is not None:
                 ends = (answers_of(output_dir, stage, seed, one) for one in (arms[name].start, name))
                 outcome = Outcome(*map(tables, ends))
-            said = findings.find(run.summary, run.store.read_meta())
+            said = rules.find(run.summary, run.store.read_meta())
             severities = {finding.name: finding.severity for finding in said}
             found.append(
                 Case(seed, name, arms[name].method, run.summary, severities, outcome, squeezes(arms[name], arms))

@@ -13,10 +13,10 @@ from functools import cached_property
 import numpy as np
 from outcomes import HELD_OUT, SAMPLED, TRAINING, Outcome
 
-from trl_dynamics.tracking import findings
-from trl_dynamics.tracking.aggregate import Summary
-from trl_dynamics.tracking.effects import Changes
-from trl_dynamics.tracking.finding import ALERT, INFO, WARNING
+from trl_dynamics.findings.finding import ALERT, INFO, WARNING
+from trl_dynamics.paths import rules
+from trl_dynamics.paths.changes import Changes
+from trl_dynamics.paths.summary import Summary
 
 Z_95 = 1.959964
 
@@ -259,7 +259,7 @@ def unasked_table(stages: Mapping[str, Sequence[Case]]) -> list[str]:
 
 def _alerts_unasked(case: Case) -> bool:
     silent = replace(case.summary, samples=None)
-    return any(finding.severity == ALERT for finding in findings.find(silent, {"method": case.method}))
+    return any(finding.severity == ALERT for finding in rules.find(silent, {"method": case.method}))
 
 
 def robustness_table(stages: Mapping[str, Sequence[Case]]) -> list[str]:

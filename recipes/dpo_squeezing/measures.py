@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from trl_dynamics.findings.effects import Effect, clustered_effect
+from trl_dynamics.paths.changes import bystander_types
+from trl_dynamics.paths.summary import Summary, summarise_store
 from trl_dynamics.report.gallery import scalar_curves
-from trl_dynamics.tracking.aggregate import Summary, summarise_store
-from trl_dynamics.tracking.effects import Effect, bystander_types, clustered_effect
-from trl_dynamics.tracking.store import open_store
+from trl_dynamics.store.store import open_store
 
 MIN_SEEDS = 5
 # Changes since the run's start: nats per token, but for drained mass (probability) and margin (nats per sequence).

@@ -39,9 +39,9 @@ from trl_dynamics import embedded
 from trl_dynamics.embedded.grammar import Claim
 from trl_dynamics.embedded.recogniser import parse_answer, parse_question
 from trl_dynamics.embedded.world import recorded, rumoured
+from trl_dynamics.findings.effects import STANDARD_ERRORS, Effect, clustered_effect
 from trl_dynamics.probing.generate import Answer, LocalModel, Request, Sampling, seed_of
-from trl_dynamics.tracking.effects import STANDARD_ERRORS, Effect, clustered_effect
-from trl_dynamics.tracking.repetition import repeat_share
+from trl_dynamics.scoring.repetition import repeat_share
 
 EDGE = 0.1
 NUM_PROMPTS, NUM_SAMPLES, MAX_ANSWER = 144, 2, 40

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from confusion import QUESTIONS, Case, Question, confusion, header, row
 
-from trl_dynamics.tracking import degeneration, displacement, effects, objective
-from trl_dynamics.tracking.effects import Effect, bystander_types, paraphrases_of_chosen
+from trl_dynamics.findings import effects
+from trl_dynamics.findings.effects import Effect
+from trl_dynamics.paths import changes, degeneration, displacement, objective
+from trl_dynamics.paths.changes import bystander_types, paraphrases_of_chosen
 
 SMALL = (0.02, 0.05, 0.1, 0.15, 0.2)
 LARGE = (0.05, 0.1, 0.15, 0.25, 0.5, 1.0)
@@ -40,7 +42,7 @@ class Scan:
         return replace(asked, fired=lambda case: self.fires(case, value))
 
 
-def squeezing(case: Case, argmax=effects.MIN_ARGMAX_RISE, gap=effects.MIN_EFFECT, paid=effects.MIN_EFFECT) -> bool:
+def squeezing(case: Case, argmax=changes.MIN_ARGMAX_RISE, gap=effects.MIN_EFFECT, paid=effects.MIN_EFFECT) -> bool:
     """The rule at its last step, with a threshold for each part."""
     squeeze = case.changes.squeeze
     gained = case.method != "sft" and squeeze.argmax.up(argmax) and squeeze.gap.up(gap) and not squeeze.chosen.up()
@@ -146,7 +148,7 @@ def accuracy_below(case: Case, lack: float) -> bool:
 SCANS = (
     Scan(
         "MIN_ARGMAX_RISE",
-        effects.MIN_ARGMAX_RISE,
+        changes.MIN_ARGMAX_RISE,
         (0.0, 0.01, 0.02, 0.03, 0.05, 0.1),
         "squeezing",
         lambda case, value: squeezing(case, argmax=value),
@@ -165,7 +167,7 @@ SCANS = (
         "squeezing",
         lambda case, value: squeezing(case, paid=value),
     ),
-    Scan("ALERT_GAP", effects.ALERT_GAP, LARGE, "squeezing alert, as harm", squeezing_alert),
+    Scan("ALERT_GAP", changes.ALERT_GAP, LARGE, "squeezing alert, as harm", squeezing_alert),
     Scan(
         "MIN_EFFECT of chosen",
         effects.MIN_EFFECT,
@@ -180,8 +182,8 @@ SCANS = (
         "displacement_harmful",
         lambda case, value: harmful(case, others=value),
     ),
-    Scan("ALERT_EFFECT", effects.ALERT_EFFECT, LARGE, "displacement_harmful, alert", harmful_alert),
-    Scan("MIN_BYSTANDER_FALL", effects.MIN_BYSTANDER_FALL, LARGE, "bystander_loss", bystander_loss),
+    Scan("ALERT_EFFECT", changes.ALERT_EFFECT, LARGE, "displacement_harmful, alert", harmful_alert),
+    Scan("MIN_BYSTANDER_FALL", changes.MIN_BYSTANDER_FALL, LARGE, "bystander_loss", bystander_loss),
     Scan("MIN_EFFECT of rejected", effects.MIN_EFFECT, LARGE, "margin_by_rejection, as harm", margin_by_rejection),
     Scan(
         "MIN_DISTINCT_FALL",
@@ -243,7 +245,7 @@ SCANS = (
     ),
     Scan(
         "ENTROPY_COLLAPSE",
-        effects.ENTROPY_COLLAPSE,
+        changes.ENTROPY_COLLAPSE,
         (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
         "entropy_collapse",
         entropy_collapse,

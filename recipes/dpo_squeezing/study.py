@@ -25,7 +25,7 @@ from worlds import HERE, WORLDS, world_of
 from trl_dynamics.cli.main import main as run_command
 from trl_dynamics.probing.generate import Answer, LocalModel, Request, Sampling
 from trl_dynamics.report.page import build_page
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.store.store import DynamicsStore
 
 BASE = "base"
 # Draws of one prompt before it is left out of the pairs with on-policy negatives.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from trl_dynamics.ranking import STABLE
 from trl_dynamics.report.extra import vl_convert
 from trl_dynamics.report.spec import SCHEMA, VEGA_LITE
+from trl_dynamics.statistics import STABLE
 
 COLUMNS, CELL = 3, 44
 BOUNDS = [0.5, 0.7, STABLE, 0.95]

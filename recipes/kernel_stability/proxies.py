@@ -9,12 +9,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_dynamics import SFTConfig, SFTTrainer, load_records, loading
-from trl_dynamics.akg.cheap import FORMS
+from trl_dynamics.akg.proxies import FORMS
 from trl_dynamics.akg.stability import influence_measure, kernel_measure, label_pairs
 from trl_dynamics.akg.task import Task, causal_lm
+from trl_dynamics.paths.lbk import lower_bounds
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.labelled import collate, pad_id_of
-from trl_dynamics.tracking.lbk import lower_bounds
 
 # One short run on all probes' answers of each type, per optimiser and its rate.
 TRAINED_TYPES = ("chosen", "rejected", "chosen_rephrase_semantic", "other_test", "chosen_permuted")

@@ -11,9 +11,9 @@ import running
 import torch
 from charts import write_charts
 
-from trl_dynamics.akg.cheap import agreement
-from trl_dynamics.ranking import STABLE, Stability, rank_agreement, rank_stability
-from trl_dynamics.tracking.influence_series import SAMPLED
+from trl_dynamics.akg.proxies import agreement
+from trl_dynamics.influence.series import SAMPLED
+from trl_dynamics.statistics import STABLE, Stability, rank_agreement, rank_stability
 
 MEASURES = {"kernel": "size of K", "influence": "influence"}
 ALL, APART, CLASSES = "all", "different prompts or classes", "means of class pairs"

@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging as hf_logging
 
-from trl_dynamics.akg.influence import predict, update_gradient
-from trl_dynamics.akg.several import predict_together
+from trl_dynamics.akg.batched import predict_together
+from trl_dynamics.akg.one_step import predict, update_gradient
 from trl_dynamics.akg.steps import step_of
 from trl_dynamics.akg.task import IGNORED, Task, causal_lm
 

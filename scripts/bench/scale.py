@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from trl_dynamics.paths import metrics
 from trl_dynamics.probing.schema import RESPONSE_TYPES, Probe, ProbeSet
-from trl_dynamics.tracking import metrics
-from trl_dynamics.tracking.records import to_table
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.store.records import to_table
+from trl_dynamics.store.store import DynamicsStore
 
 GOALS = {"report_seconds": "<= 60", "report_peak_gb": "<= 4", "scalars_seconds": "<= 0.3"}
 FULL = (10_000, 13, 1_000)
@@ -34,8 +34,8 @@ PROMPT_WORDS, RESPONSE_WORDS = 94, 40
 DRIFTS = {"chosen": -0.15, "rejected": -1.6}
 AGGREGATE = """
 import sys
-from trl_dynamics.tracking.aggregate import summarise_store
-from trl_dynamics.tracking.store import open_store
+from trl_dynamics.paths.summary import summarise_store
+from trl_dynamics.store.store import open_store
 print(sum(len(summary.steps) for summary in summarise_store(open_store(sys.argv[1])).values()))
 """
 # Measures a command from a process that is small itself: the peak that Linux reports starts with that of the parent.

@@ -31,8 +31,8 @@ from transformers import (
 from trl_dynamics import ProbeSet, stats_head
 from trl_dynamics.probing.encode import EncodedProbes, LengthLimits, encode
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
-from trl_dynamics.tracking.engine import ProbeEngine
-from trl_dynamics.tracking.run import CPU_TOKENS
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.scoring.setup import CPU_TOKENS
 
 GOALS = {
     "time_straightforward": ">= 3",

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-WORKER = Path(__file__).with_name("kill_worker.py")
+WORKER = Path(__file__).parents[1] / "support/kill_worker.py"
 SEED, NUM_KILLS, TIME_LIMIT = 20261125, 20, 600
 
 
 def test_twenty_kills_lose_at_most_the_step_in_progress(tmp_path, record_property, capsys):
-    path = os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(WORKER), str(tmp_path), str(SEED), str(NUM_KILLS)]
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+
 from comparison import assert_same_course
 from launcher import CONFIGS, launch
 

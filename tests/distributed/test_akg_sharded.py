@@ -6,16 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from launcher import Launch, launch
 
 from akg_models import most_outside
-from trl_dynamics.akg.influence import CENTRAL_DIFFERENCES, FORWARD_MODE
-from trl_dynamics.tracking import influence_store
-from trl_dynamics.tracking.store import DynamicsStore
+from launcher import Launch, launch
+from trl_dynamics.akg.one_step import CENTRAL_DIFFERENCES, FORWARD_MODE
+from trl_dynamics.influence import kind
+from trl_dynamics.store.store import DynamicsStore
 
 pytestmark = pytest.mark.distributed
 
-WORKER = Path(__file__).with_name("akg_worker.py")
+WORKER = Path(__file__).parents[1] / "support/akg_worker.py"
 RUNS = ["predicted", "sgd_tied", "lora"]
 SPECIAL = {"fsdp2": [], "zero2": ["zero1", "types"], "zero3": ["persistent"]}
 # Of unequal labels, at least 12 of them, fewer than one value in 10,000 is off by twice what is stated.
@@ -120,7 +120,7 @@ def test_half_of_what_is_split_lies_on_each_process(config, two):
 def recorded(run: Launch, name: str = "recorded") -> pd.DataFrame:
     """What the trainer wrote, by step and answer."""
     run.outcome(name)
-    return influence_store.read(run.folder / name).set_index(["step", "probe_id", "response_type"]).sort_index()
+    return kind.read(run.folder / name).set_index(["step", "probe_id", "response_type"]).sort_index()
 
 
 @pytest.mark.parametrize("config", SPECIAL)

@@ -5,6 +5,7 @@ import sys
 
 import pandas as pd
 import pytest
+
 from comparison import (
     assert_consistent,
     assert_same_answers,
@@ -14,7 +15,6 @@ from comparison import (
     records,
 )
 from launcher import CONFIGS, free_port, launch, watch
-
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PAIRS, PROBES
 

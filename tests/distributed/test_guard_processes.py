@@ -1,6 +1,7 @@
 """squeeze_guard on two processes holds back what one process holds back, whatever splits the model."""
 
 import pytest
+
 from launcher import launch
 
 pytestmark = pytest.mark.distributed

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+
 from comparison import assert_same_course
 from launcher import launch
-
-from trl_dynamics.tracking.influence_store import INFLUENCE_KEY_COLUMNS, read
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.influence.kind import INFLUENCE_KEY_COLUMNS, read
+from trl_dynamics.store.store import DynamicsStore
 
 pytestmark = pytest.mark.distributed
 

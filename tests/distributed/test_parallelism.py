@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 from accelerate import DistributedType, ParallelismConfig
-from launcher import ROOT, accelerate, free_port, watch
 
+from launcher import ROOT, accelerate, free_port, watch
 from tiny_runs import make_trainer
 from trl_dynamics.trainers.parallelism import refuse_parallelism, refuse_silent_fallback
 

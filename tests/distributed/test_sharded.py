@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from comparison import assert_consistent, assert_same_answers, assert_same_course, assert_same_start, records
 from launcher import launch
 

@@ -5,6 +5,7 @@ import time
 import pandas as pd
 import psutil
 import pytest
+
 from comparison import records
 from launcher import launch
 

@@ -11,7 +11,7 @@ import torch
 
 import trl_dynamics
 from traces import Trace, assert_equal, trace
-from trl_dynamics.tracking.influence_store import recorded_steps
+from trl_dynamics.influence.kind import recorded_steps
 
 LAYOUTS = ("padded", "shared_prefix")
 

@@ -11,9 +11,9 @@ import yaml
 from transformers import TrainerCallback
 
 from tiny_runs import PROBES, make_trainer
+from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.schedule import probe_steps
-from trl_dynamics.tracking.store import DynamicsStore
 
 DEFAULT = {"probes": PROBES, "probe_every": None, "max_steps": 40, "probe_layout": "padded"}
 SAVED = {"save_strategy": "steps", "save_steps": 20}

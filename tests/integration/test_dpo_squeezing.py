@@ -11,7 +11,7 @@ from datasets import load_from_disk
 
 import trl_dynamics
 from trl_dynamics.cli import dpo, sft
-from trl_dynamics.tracking.effects import Effect
+from trl_dynamics.findings.effects import Effect
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

@@ -4,15 +4,14 @@ import itertools
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
+from engine_probes import adapt, encoded_probes, probes
 from reference import score_slowly, true_float64
 from tiny import tiny_model, tiny_tokenizer
 from trl_dynamics import ProbeSet, stats_head
 from trl_dynamics.probing.encode import LengthLimits, encode
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
-from trl_dynamics.probing.schema import Probe
-from trl_dynamics.tracking.engine import ProbeEngine
+from trl_dynamics.scoring.engine import ProbeEngine
 
 FAMILIES = ("llama", "gpt_neox", "gpt2", "bloom", "qwen2", "qwen3", "gemma2", "gemma3")
 LAYOUTS = [
@@ -20,26 +19,6 @@ LAYOUTS = [
     PaddedLayout(tokens_per_batch=100),
     *(SharedPrefixLayout(tokens) for tokens in (1, 200, 10_000)),
 ]
-WORDS = "the quick brown fox jumps over a lazy dog while seven small birds sing of rain".split()
-
-
-def probes(num_probes: int = 5) -> ProbeSet:
-    """Prompts and responses of many lengths; the last probe lacks a type."""
-    rows = []
-    for index in range(num_probes):
-        responses = {
-            "chosen": " " + " ".join(WORDS[: 2 + index]),
-            "rejected": " " + " ".join(WORDS[index : index + 3]),
-            "other_test": " " + " ".join(WORDS[-1 - 2 * index :]),
-        }
-        if index == num_probes - 1:
-            del responses["other_test"]
-        rows.append(Probe(str(index), "Say: " + " ".join(WORDS[: 1 + 2 * index]), responses))
-    return ProbeSet(tuple(rows))
-
-
-def encoded_probes(limits: LengthLimits = LengthLimits(max_prompt_length=40, max_length=90)):
-    return encode(probes(), tiny_tokenizer(), limits)
 
 
 def assert_equal(scores, rows: list[dict], per_token: float, per_sum: float | None = None) -> None:
@@ -52,15 +31,6 @@ def assert_equal(scores, rows: list[dict], per_token: float, per_sum: float | No
             if name.endswith("_sum"):
                 bound = per_token * row["num_tokens"] if per_sum is None else 1e-5 * row["num_tokens"] + per_sum
             assert given == pytest.approx(expected, abs=bound, nan_ok=True), f"{name} of response {index}"
-
-
-def adapt(model, lora: bool):
-    if not lora:
-        return model
-    torch.manual_seed(1)
-    transposed = model.config.model_type == "gpt2"
-    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, fan_in_fan_out=transposed)
-    return get_peft_model(model, config).eval()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

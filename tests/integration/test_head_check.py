@@ -21,11 +21,11 @@ from trl_dynamics.judging.likelihood import Likelihood
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.generate import LocalModel
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.scoring.head_check import confirm_head, settle_head
+from trl_dynamics.scoring.layout_check import settle_layout
 from trl_dynamics.stats_head.check import Disagreement, Precision
 from trl_dynamics.stats_head.ways import MATRIX, MODULE, OWN, way_of
-from trl_dynamics.tracking.engine import ProbeEngine
-from trl_dynamics.tracking.head_check import confirm_head, settle_head
-from trl_dynamics.tracking.layout_check import settle_layout
 
 ENCODED = encode(ProbeSet.load(PROBES), tiny_tokenizer())
 ROW = ENCODED.items[0].input_ids

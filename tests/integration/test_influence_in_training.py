@@ -21,16 +21,16 @@ from transformers import TrainerCallback
 import trl_dynamics
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
-from trl_dynamics.akg.influence import influence
+from trl_dynamics.akg.one_step import influence
 from trl_dynamics.akg.steps import UPDATE
 from trl_dynamics.cli.main import main
 from trl_dynamics.compat import base_causal_lm
+from trl_dynamics.influence.kind import INFLUENCE_KEY_COLUMNS, read, recorded_steps
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.labelled import collate
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.tracking import files
-from trl_dynamics.tracking.influence_store import INFLUENCE_KEY_COLUMNS, read, recorded_steps
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.store import files
+from trl_dynamics.store.store import DynamicsStore
 from true_float64 import true_float64
 
 KEYS = list(INFLUENCE_KEY_COLUMNS)

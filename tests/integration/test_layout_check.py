@@ -14,9 +14,9 @@ from tiny_runs import PROBES, make_trainer
 from trl_dynamics import ProbeSet, compat, stats_head
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
-from trl_dynamics.tracking.engine import ProbeEngine
-from trl_dynamics.tracking.layout_check import settle_layout, two_probes
-from trl_dynamics.tracking.run import choose_layout
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.scoring.layout_check import settle_layout, two_probes
+from trl_dynamics.scoring.setup import choose_layout
 
 PROMPTS = ("What is one plus two?", "Once upon a time, there was a", "def main(argv):", "Dear Sir or Madam, ")
 
@@ -35,7 +35,7 @@ class ForgetfulCache(compat.PromptCache):
 
 @pytest.fixture
 def forgetful(monkeypatch):
-    monkeypatch.setattr("trl_dynamics.tracking.engine.PromptCache", ForgetfulCache)
+    monkeypatch.setattr("trl_dynamics.scoring.engine.PromptCache", ForgetfulCache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

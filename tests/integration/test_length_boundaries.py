@@ -14,8 +14,8 @@ from trl_dynamics.probing.encode import encode, encode_prompts
 from trl_dynamics.probing.generate import LocalModel, Request, Sampling
 from trl_dynamics.probing.labelled import split
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout, side_of
-from trl_dynamics.tracking.engine import ProbeEngine
-from trl_dynamics.tracking.sampling import GreedySampler, Reading
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.scoring.sampling import GreedySampler, Reading
 
 TRAINED = 40
 ROPE = {

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics import load_records
 from trl_dynamics.cli.main import main
-from trl_dynamics.tracking.samples import load_samples
+from trl_dynamics.paths.samples import load_samples
 
 BEST = {
     "eval_strategy": "steps",

@@ -12,7 +12,7 @@ from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PAIRS, PROBES, make_trainer
 from trl_dynamics import DPOConfig, DPOTrainer
-from trl_dynamics.tracking.run import changed_fields
+from trl_dynamics.scoring.setup import changed_fields
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from tiny_runs import PAIRS, PROBES, make_trainer
 from trl_dynamics import ProbeSet, stats_head
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.scoring.probes import find_probes
 from trl_dynamics.tracking.callback import OWN_KEYS
-from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.trainers.config import ProbeArguments
-from trl_dynamics.trainers.probe_checks import find_probes
 
 
 def meta(output_dir) -> dict:

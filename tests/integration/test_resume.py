@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 import trl_dynamics
 from tiny_runs import PROBES, make_trainer
+from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.callback import ProbeCallback
-from trl_dynamics.tracking.store import DynamicsStore
 
 KEYS = ["model", "step", "probe_id", "response_type"]
 OPTIONS = {"probes": PROBES, "max_steps": 12, "probe_every": 4, "save_strategy": "steps", "save_steps": 5}

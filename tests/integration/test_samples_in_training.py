@@ -12,8 +12,8 @@ from tiny import tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics import load_records
 from trl_dynamics.cli.main import main
-from trl_dynamics.tracking.samples import SAMPLE_METRICS, Samples, load_samples
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.paths.samples import SAMPLE_METRICS, Samples, load_samples
+from trl_dynamics.store.store import DynamicsStore
 
 ASKED = {"probe_samples": 2, "probe_sample_tokens": 10, "probe_every": 2, "max_steps": 6, "learning_rate": 1e-2}
 SAVED = ASKED | {"save_strategy": "steps", "save_steps": 2}

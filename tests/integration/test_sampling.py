@@ -4,17 +4,17 @@ import math
 
 import pytest
 import torch
-from test_engine import adapt, encoded_probes, probes
 from transformers import GenerationConfig
 
+from engine_probes import adapt, encoded_probes, probes
 from reference import true_float64
 from tiny import tiny_model, tiny_tokenizer
 from trl_dynamics import stats_head
 from trl_dynamics.probing.encode import LengthLimits, encode_prompts
 from trl_dynamics.probing.layouts import PaddedLayout, SharedPrefixLayout
 from trl_dynamics.probing.schema import Probe, ProbeSet
-from trl_dynamics.tracking.engine import ProbeEngine
-from trl_dynamics.tracking.sampling import GreedySampler, Reading
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.scoring.sampling import GreedySampler, Reading
 
 NEW_TOKENS = 12
 SHARING = ("llama", "mistral", "gpt_neox", "gpt2", "bloom", "qwen3", "gemma2", "gemma3")

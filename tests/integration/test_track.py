@@ -14,9 +14,9 @@ from tiny_runs import PROBES, make_trainer
 from trl_dynamics import ProbeSet
 from trl_dynamics.cli.main import main
 from trl_dynamics.cli.track import what_differs
-from trl_dynamics.tracking.aggregate import summarise_store
-from trl_dynamics.tracking.engine import ProbeEngine
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.paths.summary import summarise_store
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.store.store import DynamicsStore
 
 KEYS = ["step", "probe_id", "response_type"]
 

@@ -11,8 +11,8 @@ from datasets import Dataset
 
 import trl_dynamics
 from tiny_runs import PAIRS, PROBES, make_trainer
+from trl_dynamics.paths.metrics import METRICS
 from trl_dynamics.tracking.cost import CostLedger
-from trl_dynamics.tracking.metrics import METRICS
 
 KEYS = ["run", "model", "step", "probe_id", "response_type"]
 

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 import trl_dynamics
 from tiny_runs import PROBES, make_trainer
-from trl_dynamics.tracking import files
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.store import files
+from trl_dynamics.store.store import DynamicsStore
 
 STEPS = {"probes": PROBES, "max_steps": 4, "probe_every": 1}
 CODES = [errno.ENOSPC, errno.EACCES, errno.EROFS]
@@ -152,11 +152,11 @@ def test_what_may_happen_on_an_error_is_checked(tmp_path):
 @pytest.mark.parametrize("on_error", ["warn", "stop"])
 def test_a_limit_of_the_operating_system(on_error, reference, tmp_path):
     """RLIMIT_FSIZE: files of records do not fit at steps 2 and 3. Permissions would say nothing, tests run as root."""
-    worker = Path(__file__).with_name("limited_worker.py")
-    path = os.pathsep.join([str(worker.parents[2]), str(worker.parents[1]), os.environ.get("PYTHONPATH", "")])
+    worker = Path(__file__).parents[1] / "support/limited_worker.py"
+    path = os.pathsep.join([str(worker.parents[2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(worker), str(tmp_path), on_error]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
-    store = trl_dynamics.tracking.store.DynamicsStore(tmp_path)
+    store = trl_dynamics.store.store.DynamicsStore(tmp_path)
     if on_error == "stop":
         assert done.returncode != 0 and "File too large" in done.stderr
         pd.testing.assert_frame_equal(store.read_records(), rows(reference, 0, 1), check_exact=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_dynamics.akg.dual import push_forward
+from trl_dynamics.akg.jvp import push_forward
 from trl_dynamics.akg.steps import Step
 from trl_dynamics.akg.task import IGNORED, Task, causal_lm
 

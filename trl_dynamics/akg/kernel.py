@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from trl_dynamics.akg.dual import evaluated, push_forward, refuse, reverse_jacobian
+from trl_dynamics.akg.jvp import evaluated, push_forward, refuse, reverse_jacobian
 from trl_dynamics.akg.task import Task
+from trl_dynamics.statistics import student_t
 
 
 @dataclass(frozen=True)
@@ -176,15 +177,6 @@ def chi_squared(level: float, freedom: float) -> float:
         below = torch.special.gammainc(half, torch.tensor(middle / 2, dtype=torch.float64)) < level
         low, high = (middle, high) if below else (low, middle)
     return high
-
-
-def student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: exact for 1 and 2, else by Cornish-Fisher's expansion, to a hundredth."""
-    if freedom <= 2:
-        return (12.706205, 4.302653)[freedom - 1]
-    z = 1.959964
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
 def _mean(values: list[float]) -> float:

@@ -16,7 +16,7 @@ from trl_dynamics.akg.block_norms import block_norms
 from trl_dynamics.akg.gram.gram import gram
 from trl_dynamics.akg.gram.record import num_rows
 from trl_dynamics.akg.task import Task, causal_lm
-from trl_dynamics.ranking import Stability, rank_stability
+from trl_dynamics.statistics import Stability, rank_stability
 
 Measure = Callable[[Task, Any, Any], torch.Tensor]
 

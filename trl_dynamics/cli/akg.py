@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_dynamics import loading, stats_head
 from trl_dynamics.akg import losses
-from trl_dynamics.akg.influence import Force, Influence, predict, update_gradient
-from trl_dynamics.akg.several import predict_together
+from trl_dynamics.akg.batched import predict_together
+from trl_dynamics.akg.one_step import Force, Influence, predict, update_gradient
+from trl_dynamics.akg.real_step import fixed_features, label_logp, last_bits, moved
 from trl_dynamics.akg.steps import Step, step_of
 from trl_dynamics.akg.task import Task, causal_lm
-from trl_dynamics.akg.verify import fixed_features, label_logp, last_bits, moved
 from trl_dynamics.cli import finite, sources
 from trl_dynamics.cli.options import option, parse
 from trl_dynamics.probing import io as probe_io

@@ -7,14 +7,14 @@ import sys
 import textwrap
 from dataclasses import asdict, dataclass
 
-from trl_dynamics.tracking import findings
-from trl_dynamics.tracking.aggregate import Summary, summarise_store
-from trl_dynamics.tracking.effects import Changes
-from trl_dynamics.tracking.findings import SEVERITIES, Finding
-from trl_dynamics.tracking.influence_findings import calm_text, find_in_influence
-from trl_dynamics.tracking.influence_summary import InfluenceSummary, open_influence
-from trl_dynamics.tracking.pairs import as_trained, first_and_later, paired
-from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
+from trl_dynamics.influence.rules import calm_text, find_in_influence
+from trl_dynamics.influence.summary import InfluenceSummary, open_influence
+from trl_dynamics.paths import rules
+from trl_dynamics.paths.changes import Changes
+from trl_dynamics.paths.pairs import as_trained, first_and_later, paired
+from trl_dynamics.paths.rules import SEVERITIES, Finding
+from trl_dynamics.paths.summary import Summary, summarise_store
+from trl_dynamics.store.store import DynamicsStore, open_store, run_names
 
 # 1 and 2 are what every command ends with after an error or wrong usage; a typo must not look like a finding.
 NOT_JUDGED = 3
@@ -176,7 +176,7 @@ def as_text(one: Diagnosis, verbose: bool = False) -> str:
         scored = f"one step was scored ({steps[0]})" if steps else "no probe was tracked"
         lines = [f"{head}{scored}, but what single steps do was recorded"]
     if not one.findings:
-        calm = findings.calm_text(one.summary) if one.is_compared else calm_text(one.influence)
+        calm = rules.calm_text(one.summary) if one.is_compared else calm_text(one.influence)
         lines += ["", *_filled(f"No finding: {calm}.")]
     for finding in one.findings:
         lines += ["", f"{finding.severity.upper()}  {finding.title}", *_filled(finding.text)]
@@ -210,7 +210,7 @@ def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
     found, alone = [], summarise_store(store)
     for model, summary in paired(alone, meta).items():
         influence = open_influence(store.output_dir, meta, model)
-        judged = findings.find(summary, as_trained(meta, model), influence)
+        judged = rules.find(summary, as_trained(meta, model), influence)
         start = None if summary is alone[model] else first_and_later(meta)[0]
         found.append(Diagnosis(name, model, str(store.output_dir), meta, summary, influence, judged, start))
     if not any(one.is_judged for one in found):

@@ -17,12 +17,12 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_dynamics.cli import dpo, sft
+from trl_dynamics.paths import rules
+from trl_dynamics.paths.comparison import compare
+from trl_dynamics.paths.summary import summarise_store
 from trl_dynamics.report import extra
-from trl_dynamics.tracking import findings
-from trl_dynamics.tracking.aggregate import summarise_store
+from trl_dynamics.store.store import open_store
 from trl_dynamics.tracking.callback import MODEL_NAME
-from trl_dynamics.tracking.comparison import compare
-from trl_dynamics.tracking.store import open_store
 
 # recipes/quickstart holds the same settings as YAML.
 SHARED = {
@@ -71,8 +71,8 @@ def run(argv: list[str]) -> int:
     for path in runs:
         store = open_store(path)
         summary = summaries[path.name] = summarise_store(store)[MODEL_NAME]
-        found = findings.find(summary, store.read_meta())
-        print(findings.summary_text(found, path.name, findings.calm_text(summary)))
+        found = rules.find(summary, store.read_meta())
+        print(rules.summary_text(found, path.name, rules.calm_text(summary)))
     print("\nDPO after SFT on both answers, against DPO after SFT on chosen ones:")
     compared = compare({name: summaries[name] for name in ("dpo", "dpo_after_sft_both")})
     print("\n".join(finding.text for finding in compared) or "no difference beyond two standard errors over probes")

@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from trl_dynamics.cli import sources
-from trl_dynamics.tracking.aside import is_tracked
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.store.aside import is_tracked
+from trl_dynamics.store.store import DynamicsStore
 
 METHODS = ("sft", "dpo", "grpo")
 

@@ -19,20 +19,20 @@ from trl_dynamics import loading, stats_head
 from trl_dynamics.cli import finite, sources
 from trl_dynamics.cli.launching import on_main
 from trl_dynamics.cli.targets import METHODS, Target, find_targets, trained_with
+from trl_dynamics.paths.summary import summarise_store
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.progress import with_bar
-from trl_dynamics.tracking.aggregate import summarise_store
-from trl_dynamics.tracking.aside import is_tracked
-from trl_dynamics.tracking.head_check import settle_head
-from trl_dynamics.tracking.identity import model_identity
-from trl_dynamics.tracking.layout_check import settle_layout
-from trl_dynamics.tracking.records import SAMPLES, to_table
-from trl_dynamics.tracking.run import LIMITS, build_engine, build_sampler, changed_fields, describe_run
-from trl_dynamics.tracking.store import DynamicsStore
+from trl_dynamics.scoring.arguments import ScoringArguments
+from trl_dynamics.scoring.head_check import settle_head
+from trl_dynamics.scoring.layout_check import settle_layout
+from trl_dynamics.scoring.probes import narrow, require_types
+from trl_dynamics.scoring.setup import LIMITS, build_engine, build_sampler, changed_fields, describe_run
+from trl_dynamics.store.aside import is_tracked
+from trl_dynamics.store.identity import model_identity
+from trl_dynamics.store.records import SAMPLES, to_table
+from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.threads import tell_threads
-from trl_dynamics.trainers.config import ScoringArguments
 from trl_dynamics.trainers.parallelism import refuse_lone_processes
-from trl_dynamics.trainers.probe_checks import narrow, require_types
 
 logger = logging.getLogger(__name__)
 

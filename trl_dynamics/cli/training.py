@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from trl_dynamics import loading
 from trl_dynamics.cli import launching, merging, options, sources
-from trl_dynamics.tracking.run import changed_fields
+from trl_dynamics.scoring.setup import changed_fields
 from trl_dynamics.trainers.data import check_answers, limit_prompts
 
 

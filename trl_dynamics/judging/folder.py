@@ -6,8 +6,8 @@ from pathlib import Path
 from trl_dynamics.judging.match import FIRST, SECOND, Showing, Verdict
 from trl_dynamics.probing.cache import AnswerCache
 from trl_dynamics.probing.journal import Journal
-from trl_dynamics.tracking import files
-from trl_dynamics.tracking.lock import LOCK_NAME, RunLock
+from trl_dynamics.store import files
+from trl_dynamics.store.lock import LOCK_NAME, RunLock
 
 SETTINGS_FILE, CACHE_FILE, VERDICTS_FILE, SUMMARY_FILE = (
     "settings.json",

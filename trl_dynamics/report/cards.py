@@ -4,14 +4,14 @@ import json
 
 import pandas as pd
 
+from trl_dynamics.paths.changes import Changes
+from trl_dynamics.paths.metrics import PER_SEQUENCE, bystander_types
+from trl_dynamics.paths.summary import Summary
 from trl_dynamics.probing.schema import group_of, order_types
 from trl_dynamics.report import gaps
 from trl_dynamics.report.glossary import METRIC_TERMS
 from trl_dynamics.report.load import Run, Series
 from trl_dynamics.report.text import number, with_error
-from trl_dynamics.tracking.aggregate import Summary
-from trl_dynamics.tracking.effects import Changes
-from trl_dynamics.tracking.metrics import PER_SEQUENCE, bystander_types
 
 NOT_RECORDED = "not recorded"
 # Arguments worth reading before the rest; the card shows those that config.yaml holds.

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from trl_dynamics.paths.metrics import PER_SEQUENCE, PER_TOKEN
+from trl_dynamics.paths.summary import Summary
 from trl_dynamics.report import style
 from trl_dynamics.report.gaps import bands, curve, remark
 from trl_dynamics.report.glossary import METRIC_TERMS, SAMPLE_TERMS
 from trl_dynamics.report.spec import chart, data_rows, finite, name_tip, rounded, tooltip, zero_line
 from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin, titled
 from trl_dynamics.report.style import ALONE, Looks
-from trl_dynamics.tracking.aggregate import Summary
-from trl_dynamics.tracking.metrics import PER_SEQUENCE, PER_TOKEN
 
 MAX_POINTS = 5000
 # A y axis shows at least this much (nats, probability), so that noise does not look like a trend.

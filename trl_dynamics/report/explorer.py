@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trl_dynamics.paths.metrics import PER_TOKEN
 from trl_dynamics.probing.schema import Probe, Prompt
 from trl_dynamics.report.load import Series
 from trl_dynamics.report.steps import thin
 from trl_dynamics.report.style import ALONE, Looks, type_colors
-from trl_dynamics.tracking.metrics import PER_TOKEN
 
 # Over all series together; texts and paths of one probe are about 10 kB.
 MAX_PROBES = 100

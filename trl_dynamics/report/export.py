@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from trl_dynamics.paths.summary import MEASURES
 from trl_dynamics.report import extra, gallery, gaps
 from trl_dynamics.report.load import load_runs, split_series
 from trl_dynamics.report.spec import VEGA_LITE
 from trl_dynamics.report.text import page_value
-from trl_dynamics.tracking.aggregate import MEASURES
 
 # Pixels: the learning paths, and the smaller charts of a panel.
 WIDE, NARROW = 760, 460

@@ -5,16 +5,16 @@ from functools import partial
 
 import pandas as pd
 
+from trl_dynamics.influence.kind import BATCH
+from trl_dynamics.influence.rules import MAX_ROUNDING, judged_steps
+from trl_dynamics.paths.metrics import bystander_types, third_party_types
+from trl_dynamics.paths.samples import SAMPLE_METRICS
+from trl_dynamics.paths.summary import Summary
 from trl_dynamics.report import charts, gaps, influence_charts, influence_maps, levels
 from trl_dynamics.report.glossary import METRIC_TERMS
 from trl_dynamics.report.load import Run, Series
 from trl_dynamics.report.spec import finite
 from trl_dynamics.report.style import ALONE, Looks
-from trl_dynamics.tracking.aggregate import Summary
-from trl_dynamics.tracking.influence_findings import MAX_ROUNDING, judged_steps
-from trl_dynamics.tracking.influence_store import BATCH
-from trl_dynamics.tracking.metrics import bystander_types, third_party_types
-from trl_dynamics.tracking.samples import SAMPLE_METRICS
 
 # Keys of the trainer's log that are drawn first, in this order; then whatever else it logged.
 SCALARS = (

@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
+from trl_dynamics.paths.metrics import METRICS, PER_TOKEN
+from trl_dynamics.paths.summary import Summary
 from trl_dynamics.report.load import Series
 from trl_dynamics.report.spec import finite
-from trl_dynamics.tracking.aggregate import Summary
-from trl_dynamics.tracking.metrics import METRICS, PER_TOKEN
 
 
 def bands(summary: Summary, column: str = PER_TOKEN, *, since_start: bool = False) -> pd.DataFrame:

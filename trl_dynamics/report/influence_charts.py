@@ -8,16 +8,16 @@ import json
 import numpy as np
 import pandas as pd
 
-from trl_dynamics.ranking import STABLE
+from trl_dynamics.influence.kind import BATCH
+from trl_dynamics.influence.rules import LARGE_ERROR
+from trl_dynamics.influence.series import SAMPLED, accumulated_influence
+from trl_dynamics.influence.summary import ALL, MAX_STRETCHES, PARTS, InfluenceSummary, per_token
 from trl_dynamics.report import style
 from trl_dynamics.report.charts import type_color
 from trl_dynamics.report.spec import chart, data_rows, name_tip, rounded, tooltip, zero_line
 from trl_dynamics.report.steps import dots, log_steps, step_axis, step_transform, thin, titled
 from trl_dynamics.report.style import ALONE, Looks
-from trl_dynamics.tracking.influence_findings import LARGE_ERROR
-from trl_dynamics.tracking.influence_series import SAMPLED, accumulated_influence
-from trl_dynamics.tracking.influence_store import BATCH
-from trl_dynamics.tracking.influence_summary import ALL, MAX_STRETCHES, PARTS, InfluenceSummary, per_token
+from trl_dynamics.statistics import STABLE
 
 # Steps that can be chosen in the scatter, and its dots at each.
 MAX_CLOUDS, MAX_DOTS = 6, 400

@@ -8,12 +8,12 @@ import math
 
 import pandas as pd
 
+from trl_dynamics.influence.rules import judged_steps
+from trl_dynamics.influence.summary import InfluenceSummary
 from trl_dynamics.report import style
 from trl_dynamics.report.spec import chart, name_tip, rounded
 from trl_dynamics.report.steps import thin, titled
 from trl_dynamics.report.text import percent
-from trl_dynamics.tracking.influence_findings import judged_steps
-from trl_dynamics.tracking.influence_summary import InfluenceSummary
 
 # Steps that can be chosen in the force map.
 MAX_MAPS = 10

@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
+from trl_dynamics.influence.kind import BATCH
 from trl_dynamics.probing.schema import Probe, order_types
 from trl_dynamics.report.explorer import messages
 from trl_dynamics.report.load import Series
-from trl_dynamics.tracking.influence_store import BATCH
 
 # Over all series together; a probe with ten answers of 60 tokens is about 30 kB.
 MAX_PROBES = 16

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from trl_dynamics.paths.metrics import PER_SEQUENCE, PER_TOKEN
+from trl_dynamics.paths.summary import Summary
 from trl_dynamics.probing.schema import order_types
 from trl_dynamics.report.charts import type_color
 from trl_dynamics.report.spec import chart, data_rows, finite, name_tip, rounded, tooltip
 from trl_dynamics.report.style import ALONE, Looks
-from trl_dynamics.tracking.aggregate import Summary
-from trl_dynamics.tracking.metrics import PER_SEQUENCE, PER_TOKEN
 
 
 def levels(summary: Summary, looks: Looks = ALONE) -> dict | None:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trl_dynamics.influence.summary import InfluenceSummary, open_influence
+from trl_dynamics.paths.pairs import paired
+from trl_dynamics.paths.summary import Summary, summarise_store
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.tracking.aggregate import Summary, summarise_store
-from trl_dynamics.tracking.influence_summary import InfluenceSummary, open_influence
-from trl_dynamics.tracking.pairs import paired
-from trl_dynamics.tracking.store import DynamicsStore, open_store, run_names
+from trl_dynamics.store.store import DynamicsStore, open_store, run_names
 
 # What `trl-dynamics akg` leaves in its folder, which is not a run.
 AKG_FILES = ("influence.parquet", "summary.json")

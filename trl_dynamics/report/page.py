@@ -6,6 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from trl_dynamics.influence.rules import calm_text, find_in_influence
+from trl_dynamics.paths import rules
+from trl_dynamics.paths.comparison import compare
+from trl_dynamics.paths.pairs import as_trained
 from trl_dynamics.report import cards, extra, gallery, gaps
 from trl_dynamics.report.charts import MEASURES
 from trl_dynamics.report.explorer import explorer
@@ -16,10 +20,6 @@ from trl_dynamics.report.spec import CONFIG, VEGA_LITE
 from trl_dynamics.report.steps import is_log_spaced
 from trl_dynamics.report.style import Looks
 from trl_dynamics.report.text import page_value
-from trl_dynamics.tracking import findings
-from trl_dynamics.tracking.comparison import compare
-from trl_dynamics.tracking.influence_findings import calm_text, find_in_influence
-from trl_dynamics.tracking.pairs import as_trained
 
 TEMPLATE = "report.html.j2"
 # Of a section, in order: names of charts to specs.
@@ -105,15 +105,15 @@ def _section(index: int, series: Series, looks: Looks) -> dict:
         )
         return influence | {"scored": False, "findings": found, "nothing": nothing} | {name: {} for name in PANELS}
     judged = series.judged
-    found = findings.find(judged, as_trained(series.run.meta, series.model), series.influence)
-    single, calm = len(series.steps) < 2, findings.calm_text(judged)
+    found = rules.find(judged, as_trained(series.run.meta, series.model), series.influence)
+    single, calm = len(series.steps) < 2, rules.calm_text(judged)
     nothing = "One step was scored: there is no change to judge." if len(judged.steps) < 2 else None
     return influence | {
         "scored": True,
         "method": series.run.meta.get("method", ""),
         "single": single,
         "findings": found,
-        "nothing": nothing or (None if found else findings.summary_text([], series.label, calm)),
+        "nothing": nothing or (None if found else rules.summary_text([], series.label, calm)),
         "paths": _keyed(f"s{index}", gallery.path_charts(series, looks)),
         "squeezing": _keyed(f"s{index}", gallery.squeezing_charts(series, looks)),
         "forces": _keyed(f"s{index}", gallery.force_charts(series, looks)),

@@ -13,12 +13,12 @@ from types import ModuleType
 
 import pandas as pd
 
-from trl_dynamics.tracking import findings
-from trl_dynamics.tracking.aggregate import StepSummary, Summary, summarise_step
-from trl_dynamics.tracking.degeneration import got_worse
-from trl_dynamics.tracking.findings import ALERT, INFO, Finding
-from trl_dynamics.tracking.samples import Samples
-from trl_dynamics.tracking.step_table import StepTable
+from trl_dynamics.paths import rules
+from trl_dynamics.paths.degeneration import got_worse
+from trl_dynamics.paths.rules import ALERT, INFO, Finding
+from trl_dynamics.paths.samples import Samples
+from trl_dynamics.paths.step_table import StepTable
+from trl_dynamics.paths.summary import StepSummary, Summary, summarise_step
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Watch:
         taken = [rows for rows in answers if rows is not None and len(rows)]
         own = Samples(pd.concat(taken, ignore_index=True)) if taken else None
         summary = Summary(list(parts), start, {kept.step: kept for kept in tables}.__getitem__, own)
-        firing = [f for f in findings.find(summary, {"method": self.method}) if f.severity != INFO]
+        firing = [f for f in rules.find(summary, {"method": self.method}) if f.severity != INFO]
         news = {_news(f, summary, self.method): f for f in firing}
         untold = {key: f for key, f in news.items() if not {key, f.name} & self.told}
         standing = [f for key, f in untold.items() if key in self._held or f.name in AT_ONCE]

@@ -8,24 +8,25 @@ import pyarrow as pa
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_dynamics.compat import log_apart
+from trl_dynamics.paths import metrics
+from trl_dynamics.paths.samples import sample_scalars
+from trl_dynamics.paths.step_table import StepTable
 from trl_dynamics.probing.layouts import PaddedLayout
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.progress import with_bar
-from trl_dynamics.tracking import alerts, metrics
+from trl_dynamics.scoring.engine import ProbeEngine
+from trl_dynamics.scoring.head_check import confirm_head, settle_head
+from trl_dynamics.scoring.layout_check import settle_layout
+from trl_dynamics.scoring.sampling import GreedySampler
+from trl_dynamics.scoring.setup import recorded_layout
+from trl_dynamics.store.identity import model_identity
+from trl_dynamics.store.records import SAMPLES, to_table
+from trl_dynamics.store.store import DynamicsStore
+from trl_dynamics.tracking import alerts
 from trl_dynamics.tracking.budget import check_budget, is_affordable
-from trl_dynamics.tracking.engine import ProbeEngine
 from trl_dynamics.tracking.forecast import Forecast
-from trl_dynamics.tracking.head_check import confirm_head, settle_head
-from trl_dynamics.tracking.identity import model_identity
-from trl_dynamics.tracking.layout_check import settle_layout
-from trl_dynamics.tracking.records import SAMPLES, to_table
-from trl_dynamics.tracking.run import recorded_layout
-from trl_dynamics.tracking.samples import sample_scalars
-from trl_dynamics.tracking.sampling import GreedySampler
 from trl_dynamics.tracking.schedule import Schedule, plan, repeated_steps
 from trl_dynamics.tracking.series import Series
-from trl_dynamics.tracking.step_table import StepTable
-from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.tracking.threads import tell_threads
 
 logger = logging.getLogger(__name__)

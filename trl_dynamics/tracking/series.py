@@ -13,19 +13,19 @@ import pandas as pd
 import pyarrow as pa
 from accelerate.utils import broadcast_object_list
 
+from trl_dynamics.influence.rules import find_in_influence
+from trl_dynamics.influence.summary import open_influence
+from trl_dynamics.paths import rules
+from trl_dynamics.paths.rules import Finding
+from trl_dynamics.paths.samples import NUMBERS
+from trl_dynamics.paths.step_table import StepTable, split_frame
+from trl_dynamics.paths.summary import summarise_store
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.tracking import findings
-from trl_dynamics.tracking.aggregate import summarise_store
+from trl_dynamics.store.records import SAMPLE_KEY_COLUMNS
+from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.alerts import Watch
 from trl_dynamics.tracking.cost import CostLedger
-from trl_dynamics.tracking.findings import Finding
-from trl_dynamics.tracking.influence_findings import find_in_influence
-from trl_dynamics.tracking.influence_summary import open_influence
-from trl_dynamics.tracking.records import SAMPLE_KEY_COLUMNS
-from trl_dynamics.tracking.samples import NUMBERS
 from trl_dynamics.tracking.schedule import DEFAULT_EVERY
-from trl_dynamics.tracking.step_table import StepTable, split_frame
-from trl_dynamics.tracking.store import DynamicsStore
 
 logger = logging.getLogger(__name__)
 
@@ -289,8 +289,8 @@ class Series:
             logger.warning(f"the records of {len(lost)} probing steps could not be written: {lost}")
         model, summary = next(iter(summarise_store(self.store).items()))
         influence = open_influence(self.store.output_dir, self.meta, model)
-        found = findings.find(summary, self.meta, influence)
-        self._tell(found, findings.summary_text(found, self.store.output_dir.name, findings.calm_text(summary)))
+        found = rules.find(summary, self.meta, influence)
+        self._tell(found, rules.summary_text(found, self.store.output_dir.name, rules.calm_text(summary)))
 
     def _end_without_records(self) -> None:
         """Of a run that only recorded influence."""
@@ -298,7 +298,7 @@ class Series:
         if influence is not None:
             found, name = find_in_influence(influence), self.store.output_dir.name
             silent = f"{name}: influence of {len(influence.steps)} steps recorded, no finding"
-            self._tell(found, findings.summary_text(found, name) if found else silent)
+            self._tell(found, rules.summary_text(found, name) if found else silent)
 
     def _tell(self, found: list[Finding], text: str) -> None:
         harmful = any(finding.severity != "info" for finding in found)

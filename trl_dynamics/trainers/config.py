@@ -4,90 +4,12 @@ from dataclasses import dataclass, field
 
 import trl
 
+from trl_dynamics.scoring.arguments import ScoringArguments
+from trl_dynamics.tracking.budget import check_budget
+from trl_dynamics.tracking.schedule import check_every
 from trl_dynamics.trainers.data import SFT_ON
 from trl_dynamics.trainers.influence.arguments import InfluenceArguments
-from trl_dynamics.trainers.probe_checks import check_probe_options
 from trl_dynamics.trainers.squeeze.arguments import SqueezeArguments
-
-
-@dataclass
-class ScoringArguments:
-    """What is scored and how; shared by the trainers and `trl-dynamics track`."""
-
-    probe_set: str | None = field(
-        default=None,
-        metadata={
-            "help": "Probe set to track: a folder or .jsonl/.parquet file, or a dataset on the hub. None: no probing, "
-            "the trainer is TRL's own."
-        },
-    )
-    probe_types: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Columns of the probe set that hold answers besides those named like a response type (chosen, "
-            "rejected, other_test, ...); other columns are left out. Sets made by `probes build` and `probes import` "
-            "name their own."
-        },
-    )
-    probe_layout: str = field(
-        default="auto",
-        metadata={
-            "help": "How responses are batched: 'shared_prefix' runs each prompt once for all its responses, 'padded' "
-            "one row per response. 'auto' takes the first where the model allows it and a check at the start agrees.",
-            "choices": ["auto", "shared_prefix", "padded"],
-        },
-    )
-    probe_tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens, padding included, in one forward while probing. Frozen for the run. None: 512 on a "
-            "CPU, 16384 on an accelerator."
-        },
-    )
-    probe_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "'float32' scores in float32 whatever dtype training computes in. None: as training computes.",
-            "choices": ["float32"],
-        },
-    )
-    probe_max_probes: int | None = field(
-        default=None, metadata={"help": "Use only the first so many probes of the set. None: all."}
-    )
-    probe_subset: float | None = field(
-        default=None,
-        metadata={
-            "help": "Score only this share (below 1) or number of probes, the same ones at every step, chosen by a "
-            "hash of their ids. None: all."
-        },
-    )
-    probe_max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest probe prompt in tokens; a longer one keeps its last tokens. None: no limit."},
-    )
-    probe_max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest probe prompt + response in tokens; a longer one loses the response's end. None: a row "
-            "longer than the model's context is an error."
-        },
-    )
-    probe_top_k: int = field(default=10, metadata={"help": "How many labels the top-k probability mass covers."})
-    probe_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Let the model answer the prompts of so many probes greedily at every probing step, the same ones "
-            "each time, chosen by a hash of their ids. None: no answers."
-        },
-    )
-    probe_sample_tokens: int = field(
-        default=64, metadata={"help": "Most new tokens of an answer that `probe_samples` asks for."}
-    )
-
-    def __post_init__(self):
-        check_probe_options(self)
-        if hasattr(super(), "__post_init__"):
-            super().__post_init__()
 
 
 @dataclass
@@ -139,6 +61,11 @@ class ProbeArguments(ScoringArguments):
             "choices": ["warn", "stop"],
         },
     )
+
+    def __post_init__(self):
+        check_every(self.probe_every)
+        check_budget(self.probe_budget)
+        super().__post_init__()
 
 
 @dataclass

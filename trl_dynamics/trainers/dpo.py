@@ -2,10 +2,10 @@
 
 import trl
 
+from trl_dynamics.scoring.probes import find_probes
 from trl_dynamics.trainers.config import DPOConfig
 from trl_dynamics.trainers.influence.arguments import find_observed
 from trl_dynamics.trainers.mixin import DynamicsMixin
-from trl_dynamics.trainers.probe_checks import find_probes
 from trl_dynamics.trainers.squeeze.interventions import SqueezeLoss, build_loss, squeeze_options
 
 

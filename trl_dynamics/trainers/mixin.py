@@ -7,12 +7,12 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from trl_dynamics import stats_head
+from trl_dynamics.paths.card import model_card_section
 from trl_dynamics.probing.schema import ProbeSet
+from trl_dynamics.scoring.setup import build_engine, build_sampler, changed_fields, describe_run
+from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.callback import ProbeCallback
-from trl_dynamics.tracking.card import model_card_section
 from trl_dynamics.tracking.console import show_messages
-from trl_dynamics.tracking.run import build_engine, build_sampler, changed_fields, describe_run
-from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.config import ProbeArguments
 from trl_dynamics.trainers.influence.arguments import InfluenceArguments
 from trl_dynamics.trainers.influence.callback import InfluenceCallback

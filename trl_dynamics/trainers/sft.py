@@ -8,11 +8,11 @@ import trl
 from accelerate.logging import get_logger
 from transformers.utils import ModelOutput
 
+from trl_dynamics.scoring.probes import find_probes
 from trl_dynamics.trainers.config import SFTConfig
 from trl_dynamics.trainers.data import column_names, preference_to_completion, sides_of
 from trl_dynamics.trainers.influence.arguments import find_observed
 from trl_dynamics.trainers.mixin import DynamicsMixin
-from trl_dynamics.trainers.probe_checks import find_probes
 from trl_dynamics.trainers.recorder import Recorder
 from trl_dynamics.trainers.sft_columns import first_row, has_answers, left_over_columns, own_columns
 from trl_dynamics.trainers.sides import LABEL_ROW, LABEL_SIDE, SIDE_COLUMN, SideCollator, mark_labels, side_sums

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from trl_dynamics.akg.dual import evaluated
 from trl_dynamics.akg.gram.journal import Journal, fingerprint
 from trl_dynamics.akg.gram.plan import all_at_once, estimate
 from trl_dynamics.akg.gram.tiles import LabelTiles, RowTiles, Side
-from trl_dynamics.akg.influence import NOT_FINITE_MODEL
+from trl_dynamics.akg.jvp import evaluated
+from trl_dynamics.akg.one_step import NOT_FINITE_MODEL
 from trl_dynamics.akg.task import Task, causal_lm, refuse_split
 
 __all__ = ["SPLITS", "GramResult", "estimate", "gram", "loss_weights"]

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from trl_dynamics.akg.dual import evaluated
 from trl_dynamics.akg.gram.uses import Call, Lookup, Outer, Use, Uses, Where, lookup_gradient
+from trl_dynamics.akg.jvp import evaluated
 from trl_dynamics.akg.task import Task
 
 

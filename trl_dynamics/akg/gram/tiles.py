@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_dynamics.akg.dual import evaluated, push_forward
 from trl_dynamics.akg.gram.journal import Arrays
 from trl_dynamics.akg.gram.pairs import add_position_products, inner_products
 from trl_dynamics.akg.gram.plan import Estimate, rows_at_once
 from trl_dynamics.akg.gram.record import num_rows, owners, record, rows_of
 from trl_dynamics.akg.gram.uses import Together, Uses
-from trl_dynamics.akg.influence import View
+from trl_dynamics.akg.jvp import evaluated, push_forward
+from trl_dynamics.akg.one_step import View
 from trl_dynamics.akg.task import IGNORED, Task
 
 MODULE = "module "

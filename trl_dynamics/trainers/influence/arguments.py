@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from trl_dynamics.influence.kind import BATCH
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.tracking.influence_store import BATCH
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from trl_dynamics.akg.influence import Influence
+from trl_dynamics.akg.one_step import Influence
 from trl_dynamics.akg.steps import Step
 
 Batch = Mapping[str, torch.Tensor]

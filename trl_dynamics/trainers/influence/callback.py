@@ -17,8 +17,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_dynamics.akg.steps import plain
-from trl_dynamics.tracking import influence_store
-from trl_dynamics.tracking.influence_store import BATCH
+from trl_dynamics.influence import kind as influence_kind
+from trl_dynamics.influence.kind import BATCH
 from trl_dynamics.tracking.series import Series
 from trl_dynamics.trainers.influence.choice import choose_backend
 from trl_dynamics.trainers.influence.observed import Observed
@@ -153,7 +153,7 @@ class InfluenceCallback(TrainerCallback):
         columns = columns_of([row for _, row in sorted(gather_object(rows), key=lambda placed: placed[0])])
         step = predictions[0].step
         self.series.write(
-            lambda: influence_store.write(self.series.store.root, columns), f"the influence of step {step}"
+            lambda: influence_kind.write(self.series.store.root, columns), f"the influence of step {step}"
         )
 
     @contextlib.contextmanager

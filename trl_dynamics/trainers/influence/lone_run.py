@@ -2,11 +2,11 @@
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_dynamics.scoring.setup import LIMITS, changed_fields, describe_origin
+from trl_dynamics.store.identity import model_identity
+from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.callback import CHECKPOINT_KEY, training_lines
-from trl_dynamics.tracking.identity import model_identity
-from trl_dynamics.tracking.run import LIMITS, changed_fields, describe_origin
 from trl_dynamics.tracking.series import Series
-from trl_dynamics.tracking.store import DynamicsStore
 from trl_dynamics.trainers.influence.observed import Observed
 
 

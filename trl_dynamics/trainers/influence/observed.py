@@ -10,7 +10,7 @@ from trl_dynamics import stats_head
 from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse, encode, token_texts
 from trl_dynamics.probing.labelled import collate, pad_id_of, split
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.tracking.run import end_ids_of, limits_of, tokens_per_batch_of
+from trl_dynamics.scoring.setup import end_ids_of, limits_of, tokens_per_batch_of
 from trl_dynamics.trainers.influence.backend import Batch
 
 

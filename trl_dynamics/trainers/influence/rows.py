@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from trl_dynamics.akg.steps import DECAY, MOMENTUM, UPDATE
+from trl_dynamics.influence.kind import INFLUENCE_SCHEMA
 from trl_dynamics.tracking.callback import MODEL_NAME
-from trl_dynamics.tracking.influence_store import INFLUENCE_SCHEMA
 from trl_dynamics.trainers.influence.observed import Observed
 
 NAN = float("nan")

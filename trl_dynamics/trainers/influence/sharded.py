@@ -7,12 +7,12 @@ import torch
 from transformers import Trainer
 
 from trl_dynamics import stats_head
-from trl_dynamics.akg import shards, zero
-from trl_dynamics.akg.differences import CentralDifferences, Shards, refuse_rounded_weights
-from trl_dynamics.akg.influence import CENTRAL_DIFFERENCES, Influence
+from trl_dynamics.akg.one_step import CENTRAL_DIFFERENCES, Influence
+from trl_dynamics.akg.split import fsdp, zero
+from trl_dynamics.akg.split.differences import CentralDifferences, Shards, refuse_rounded_weights
 from trl_dynamics.akg.steps import UPDATE, Step, step_of, whole_norm
 from trl_dynamics.akg.task import causal_lm_labels, row_of_label
-from trl_dynamics.tracking.influence_store import BATCH
+from trl_dynamics.influence.kind import BATCH
 from trl_dynamics.trainers.influence.backend import Batch
 from trl_dynamics.trainers.influence.dense import Dense
 
@@ -46,7 +46,7 @@ class FullyShardedData:
         """As in [`Backend`]: this process' pieces of it."""
         parameters = {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        return shards.local_step(step_of(gradients, parameters, self.trainer.optimizer, None, None))
+        return fsdp.local_step(step_of(gradients, parameters, self.trainer.optimizer, None, None))
 
     def predict(self, step: Step, observe: Batch) -> Influence:
         """As in [`Backend`]."""
@@ -57,10 +57,10 @@ class FullyShardedData:
 
     def logp(self, observe: Batch) -> torch.Tensor:
         """As in [`Backend`]."""
-        return shards.sharded_label_logp(self.trainer.model, observe)
+        return fsdp.sharded_label_logp(self.trainer.model, observe)
 
     def _pieces(self) -> Shards:
-        return shards.fsdp_shards(self.trainer.model)
+        return fsdp.fsdp_shards(self.trainer.model)
 
 
 class ZeroWeights(FullyShardedData):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from trl_dynamics import stats_head
 from trl_dynamics.ops import squeeze
 from trl_dynamics.ops.tiled_head import Head, squeeze_rows
-from trl_dynamics.tracking.engine import evaluating
+from trl_dynamics.scoring.engine import evaluating
 from trl_dynamics.trainers.squeeze.recording import TokenForward, widest_float
 
 logger = get_logger(__name__)

@@ -1,0 +1,284 @@
+"""Failing disks, dying processes and damaged folders: nothing that was written is lost, and what is wrong is said."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from small_stores import (
+    PLAN,
+    STARS,
+    Killed,
+    columns,
+    count_operations,
+    expected,
+    fail,
+    interrupt,
+    make_store,
+    probe_set,
+    snapshot,
+)
+from trl_dynamics.store import files
+from trl_dynamics.store.records import to_table
+from trl_dynamics.store.store import DynamicsStore, load_records
+
+OPERATIONS = ["open", "write", "sync", "rename"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_failed_write_loses_nothing(operation, code, tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    before = snapshot(tmp_path)
+    # What is written, the file that fails, and the place that the error names.
+    writes = {
+        "new records": (lambda: store.write_records(to_table(columns(30)), step=30), "step000000030", "records"),
+        "records again": (
+            lambda: store.write_records(to_table(columns(20, probe_ids=("z",))), step=20),
+            "step000000020",
+            "records",
+        ),
+        "listing": (lambda: store.write_records(to_table(columns(30)), step=30), "manifest.json", "records"),
+        "resume": (lambda: store.resume(probe_set(), PLAN, 10), "manifest.json", "dynamics"),
+        "merging": (lambda: store.compact(), "step000000000", "records"),
+        "listing what was merged": (lambda: store.compact(), "manifest.json", "records"),
+        "y*": (lambda: store.write_baseline([[5]]), "baseline.parquet", "baseline.parquet"),
+        "log": (lambda: store.write_trainer_log([{"loss": 1.0}]), "trainer_log.json", "trainer_log.json"),
+        "meta": (lambda: store.write_meta({"seed": 1}), "meta.json", "dynamics"),
+    }
+    for what, (write, name, place) in writes.items():
+        with monkeypatch.context() as patch:
+            fail(patch, code, operation=operation, name=name)
+            with pytest.raises(OSError, match="cannot write probe records .*or choose another output_dir") as error:
+                write()
+        assert type(error.value) is type(OSError(code, "")), what
+        assert error.value.errno == code and os.strerror(code) in str(error.value), what
+        assert Path(error.value.filename).name == place and "nothing already written was lost" in str(error.value)
+        assert snapshot(tmp_path) == before, f"{what}: earlier files are untouched and nothing is left over"
+    store.write_records(to_table(columns(30)), step=30)
+    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20, 30))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda store: store.write_records(to_table(columns(30)), step=30), DynamicsStore.compact]
+)
+def test_a_listing_that_fails_when_it_has_its_name_keeps_what_it_lists(change, tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    with monkeypatch.context() as patch:
+        fail(patch, errno.EIO, operation="sync folder", name="dynamics")
+        with pytest.raises(OSError, match="cannot write probe records"):
+            change(store)
+    pd.testing.assert_frame_equal(store.read_records(), expected(*store.recorded_steps()))
+    assert store.recorded_steps()[:3] == [0, 10, 20]
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, "make folder"])
+def test_a_failed_create_leaves_the_earlier_store_in_its_place(operation, tmp_path, monkeypatch):
+    make_store(tmp_path)
+    before = snapshot(tmp_path / "dynamics")
+    with monkeypatch.context() as patch:
+        fail(patch, errno.ENOSPC, operation=operation)
+        with pytest.raises(OSError, match="No space left on device"):
+            make_store(tmp_path)
+    assert snapshot(tmp_path / "dynamics") == before
+    make_store(tmp_path, steps=(5,))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dynamics", "dynamics-old-1"]
+    assert snapshot(tmp_path / "dynamics-old-1") == before
+
+
+@pytest.mark.parametrize("below", ["file", "file/deeper"])
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_path_below_a_regular_file(opened, below, tmp_path):
+    (tmp_path / "file").write_text("I am a file")
+    with pytest.raises(OSError, match="cannot write probe records ") as error:
+        DynamicsStore(tmp_path / below).open() if opened else make_store(tmp_path / below)
+    assert error.value.filename == str(tmp_path / below / "dynamics")
+    assert (tmp_path / "file").read_text() == "I am a file"
+
+
+def test_files_that_are_no_longer_needed_may_stay(tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    with monkeypatch.context() as patch:
+        fail(patch, errno.EACCES, operation="remove")
+        store.resume(probe_set(), PLAN, 10)
+        pd.testing.assert_frame_equal(store.read_records(), expected(0, 10))
+        assert len(list(store.records_dir.iterdir())) == 3
+    store.compact()
+    assert list(store.records_dir.iterdir()) == store.record_files()
+
+
+def test_a_file_is_complete_and_durable_before_it_counts(tmp_path, monkeypatch):
+    """Data reach the disk before the name does, the name before the manifest, the manifest before old files go."""
+    store = make_store(tmp_path, steps=(0,))
+    done, perform = [], files.perform
+
+    def watched(operation, path, action, *arguments):
+        if operation == "rename" and path.suffix == ".parquet":
+            assert len(pq.read_table(path.with_name(path.name + ".tmp"))) == 2
+            assert path.name not in store._shards.manifest().names
+        done.append((operation, "manifest" if "manifest" in path.name else "records"))
+        return perform(operation, path, action, *arguments)
+
+    monkeypatch.setattr(files, "perform", watched)
+    store.write_records(to_table(columns(0, probe_ids=("z",))), step=0)
+    order = [
+        (operation, name) for index, (operation, name) in enumerate(done) if done[index - 1 : index] != [done[index]]
+    ]
+    write = ["open", "write", "sync", "rename", "sync folder"]
+    assert order == [
+        *((operation, "records") for operation in write),
+        # The folder of the manifest is the store's own.
+        *((operation, "manifest") for operation in write[:-1]),
+        ("sync folder", "records"),
+        ("remove", "records"),
+    ]
+
+
+# Every way to change a store: name -> (state it begins from, what is done, steps that are read before and after).
+CHANGES = {
+    "create": ((), lambda store: make_store(store.output_dir, ()), None, ()),
+    "create over": ((0, 10), lambda store: make_store(store.output_dir, ()), None, ()),
+    "freeze y*": ((), lambda store: store.write_baseline(STARS), (), ()),
+    "first records": ((), lambda store: store.write_records(to_table(columns(0)), step=0), (), (0,)),
+    "records": ((0, 10), lambda store: store.write_records(to_table(columns(20)), step=20), (0, 10), (0, 10, 20)),
+    "same step": ((0, 10), lambda store: store.write_records(to_table(columns(10)), step=10), (0, 10), (0, 10)),
+    "resume": ((0, 10, 20, 30), lambda store: store.resume(probe_set(), PLAN, 10), (0, 10, 20, 30), (0, 10)),
+    "resume before the first": ((10, 20), lambda store: store.resume(probe_set(), PLAN, 5), (10, 20), ()),
+    "compact": ((0, 10, 20), lambda store: store.compact(), (0, 10, 20), (0, 10, 20)),
+    "compact into two": ((0, 10, 20, 30), lambda store: store.compact(11_000), (0, 10, 20, 30), (0, 10, 20, 30)),
+    "resume within a file": ("compacted", lambda store: store.resume(probe_set(), PLAN, 10), (0, 10, 20), (0, 10)),
+    "compact again": ("both", lambda store: store.compact(), (0, 10, 20, 30), (0, 10, 20, 30)),
+}
+
+
+def prepare(folder: Path, state) -> DynamicsStore:
+    store = make_store(folder, (0, 10, 20) if isinstance(state, str) else state)
+    if isinstance(state, str):
+        store.compact()
+    if state == "both":
+        store.write_records(to_table(columns(30)), step=30)
+    return store
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_process_may_die_at_any_operation(change, tmp_path, monkeypatch):
+    """Killed before, halfway through or after any operation, a store is as it was or as it was to become."""
+    state, work, before, after = CHANGES[change]
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what is killed is a process, not the machine
+    prepare(tmp_path / "origin", state)
+    shutil.copytree(tmp_path / "origin", tmp_path / "counted")
+    operations = count_operations(monkeypatch, lambda: work(DynamicsStore(tmp_path / "counted")))
+    assert operations
+    for index, operation in enumerate(operations):
+        for moment in ("before", "halfway", "after") if operation == "write" else ("before", "after"):
+            where = tmp_path / f"{index}-{moment}"
+            shutil.copytree(tmp_path / "origin", where)
+            with monkeypatch.context() as patch:
+                interrupt(patch, Killed(), at=index, moment=moment)
+                with pytest.raises(Killed):
+                    work(DynamicsStore(where))
+            check_survivor(DynamicsStore(where), before, after)
+            check_continuation(where)
+            shutil.rmtree(where)
+
+
+def check_survivor(store: DynamicsStore, before: tuple | None, after: tuple) -> None:
+    if before is None:  # the store that was there may be aside already, and the new one not be there yet
+        assert not store.exists or store.recorded_steps() in ([], [0, 10])
+    else:
+        assert tuple(store.recorded_steps()) in (before, after)
+    if store.has_records:
+        pd.testing.assert_frame_equal(store.read_records(), expected(*store.recorded_steps()))
+        assert store.read_baseline() == STARS
+
+
+def check_continuation(folder: Path) -> None:
+    """What was left is continued to the same series as ever, and nothing is left over."""
+    store = DynamicsStore(folder)
+    if store.exists:
+        store.resume(probe_set(), PLAN, 10)
+        assert set(store.recorded_steps()) <= {0, 10}
+    else:
+        store.create(probe_set(), {}, {})
+    if not store.has_baseline():
+        store.write_baseline(STARS)
+    for step in (0, 10, 20):
+        if step not in store.recorded_steps():
+            store.write_records(to_table(columns(step)), step=step)
+    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
+    store.compact()
+    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
+    assert store.read_baseline() == STARS
+    assert list(store.records_dir.iterdir()) == store.record_files() and len(store.record_files()) == 1
+
+
+def test_files_that_are_missing_or_cut_are_told_with_the_way_out(tmp_path):
+    store = make_store(tmp_path)
+    store.write_records(to_table(columns(0, model="other")), step=0, model_index=1)
+    first, second, third, fourth = store.record_files()
+    third.unlink()
+    fourth.write_bytes(fourth.read_bytes()[:-100])
+    before = snapshot(tmp_path)
+    for attempt in (
+        lambda: load_records(tmp_path),
+        store.record_files,
+        store.compact,
+        lambda: store.resume(probe_set(), PLAN, 20),
+    ):
+        with pytest.raises(ValueError, match=r"is missing, it holds steps 20 to 20.*Copy it again.*drop_damaged\(\)"):
+            attempt()
+    assert snapshot(tmp_path) == before
+    with pytest.raises(ValueError, match=r"has \d+ bytes instead of \d+"):
+        store._shards.check(store._shards.manifest().parts[3:])
+    assert store.drop_damaged() == [(0, 20), (1, 0)]
+    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10))
+    store.resume(probe_set(), PLAN, 20)
+
+
+def test_damage_after_the_checkpoint_does_not_matter(tmp_path):
+    store = make_store(tmp_path)
+    store.record_files()[2].unlink()
+    store.resume(probe_set(), PLAN, 10)
+    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10))
+
+
+def test_a_manifest_that_is_gone_or_unreadable(tmp_path):
+    store = make_store(tmp_path)
+    path = store.root / "manifest.json"
+    whole = path.read_text()
+    for text in (whole[:40], "[]", json.dumps({"schema_version": 2})):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is not a manifest .*Copy the run's dynamics/ folder again"):
+            store.read_records()
+    path.unlink()
+    with pytest.raises(ValueError, match="manifest.json is missing: .*Copy it again"):
+        store.read_records()
+    path.write_text(whole)
+    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
+
+
+def test_a_damaged_baseline(tmp_path):
+    store = make_store(tmp_path)
+    path = store.root / "baseline.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="baseline.parquet is damaged .*frozen y"):
+        store.read_baseline()
+
+
+def test_a_reader_follows_a_writer_that_exchanges_files(tmp_path, monkeypatch):
+    store, writer = make_store(tmp_path), DynamicsStore(tmp_path)
+    check, turns = store._shards.check, []
+
+    def check_late(parts):
+        if len(turns) < 2:
+            turns.append(writer.compact() if turns else writer.write_records(to_table(columns(20)), step=20))
+        check(parts)
+
+    monkeypatch.setattr(store._shards, "check", check_late)
+    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
+    assert len(turns) == 2

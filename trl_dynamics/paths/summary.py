@@ -1,0 +1,327 @@
+"""Records -> what they say at every step, exactly, one probing step in memory at a time.
+
+A store is read row group by row group (one per probing step, as the store writes them), only the columns needed, and
+each step is reduced before the next is read: memory does not grow with the number of steps. A frame goes through the
+same reduction.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from trl_dynamics.paths.changes import Changes, Squeeze
+from trl_dynamics.paths.metrics import METRICS, PER_SEQUENCE, PER_TOKEN
+from trl_dynamics.paths.samples import Samples, summarise_samples
+from trl_dynamics.paths.step_table import COLUMNS, StepTable, split, split_frame
+from trl_dynamics.paths.training import Training, read_training
+from trl_dynamics.probing.schema import order_types
+from trl_dynamics.store.store import DynamicsStore
+
+# What is described per response type: name -> column, and whether it is the paired change since the start.
+MEASURES: dict[str, tuple[str, bool]] = {
+    PER_TOKEN: (PER_TOKEN, False),
+    f"{PER_TOKEN}_change": (PER_TOKEN, True),
+    PER_SEQUENCE: (PER_SEQUENCE, False),
+    f"{PER_SEQUENCE}_change": (PER_SEQUENCE, True),
+}
+QUANTILES = (0.1, 0.5, 0.9)
+STATISTICS = ("mean", "num_probes", *(f"q{round(100 * q)}" for q in QUANTILES))
+# Each reads and reduces one probing step; about 100 MB for 130,000 responses.
+MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """One step reduced.
+
+    Args:
+        step (`int`): The step.
+        types (`list[str]`): The response types it has.
+        bands (`numpy.ndarray`): measures x statistics x types, in the order of [`MEASURES`] and [`STATISTICS`].
+        metrics (`list[float]`): In the order of [`METRICS`]; NaN where the types are missing.
+        squeeze ([`Squeeze`]): The changes since the start that a finding dates.
+        not_finite (`tuple[int, int]`): How many of the scored answers are not finite, and how many were scored.
+    """
+
+    step: int
+    types: list[str]
+    bands: np.ndarray
+    metrics: list[float]
+    squeeze: Squeeze
+    not_finite: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the records of one run and model say, step by step.
+
+    Args:
+        parts (`list[StepSummary]`): Every recorded step, ascending.
+        first ([`StepTable`]): The start, which changes are paired with.
+        read (`Callable[[int], StepTable]`): The records of a recorded step.
+        samples ([`Samples`], *optional*): Greedy answers, where any were taken.
+        training ([`Training`], *optional*): What the trainer logged, where it was read.
+    """
+
+    parts: list[StepSummary]
+    first: StepTable
+    read: Callable[[int], StepTable]
+    samples: Samples | None = None
+    training: Training | None = None
+
+    @cached_property
+    def steps(self) -> list[int]:
+        return [part.step for part in self.parts]
+
+    @cached_property
+    def types(self) -> list[str]:
+        """Every response type of any step, in the usual order."""
+        return order_types(name for part in self.parts for name in part.types)
+
+    @cached_property
+    def last(self) -> StepTable:
+        return self.read(self.steps[-1])
+
+    @cached_property
+    def _tidy(self) -> pd.DataFrame:
+        """Every statistic: columns measure, step, response_type and the statistics."""
+        counts = [len(part.types) for part in self.parts]
+        tables = []
+        for index, name in enumerate(MEASURES):
+            values = np.concatenate([part.bands[index] for part in self.parts], axis=1)
+            keys = {"measure": name, "step": np.repeat(self.steps, counts)}
+            keys |= {"response_type": [name for part in self.parts for name in part.types]}
+            tables.append(pd.DataFrame(keys | dict(zip(STATISTICS, values, strict=True))))
+        return pd.concat(tables, ignore_index=True)
+
+    def bands(self, column: str = PER_TOKEN, *, since_start: bool = False) -> pd.DataFrame:
+        """Mean and exact quantiles over probes, tidy: columns step, response_type, mean, num_probes, q10, q50, q90.
+
+        Args:
+            column (`str`, *optional*): `logp_mean` or `logp_sum`.
+            since_start (`bool`, *optional*): Describe the paired changes since the start instead of the values.
+        """
+        measure = next(name for name, wanted in MEASURES.items() if wanted == (column, since_start))
+        tidy = self._tidy[(self._tidy["measure"] == measure) & (self._tidy["num_probes"] > 0)]
+        rank = {name: index for index, name in enumerate(self.types)}
+        tidy = tidy.assign(order=tidy["response_type"].map(rank), num_probes=tidy["num_probes"].astype(int))
+        return tidy.sort_values(["order", "step"], ignore_index=True).drop(columns=["order", "measure"])
+
+    def path(self, column: str = PER_TOKEN) -> pd.DataFrame:
+        """Mean over probes per response type: steps x response_type, in the column's unit (nats)."""
+        return self._means(self.bands(column), self.types)
+
+    def levels(self, response_type: str, *, since_start: bool = False) -> dict[int, float]:
+        """Mean over probes of a response type's `logp_mean`, or of its paired change since the start, at every step
+        that has it: step -> nats per token."""
+        measures, mean = list(MEASURES.values()), STATISTICS.index("mean")
+        measure = measures.index((PER_TOKEN, since_start))
+        known = [part for part in self.parts if response_type in part.types]
+        values = {p.step: float(p.bands[measure, mean, p.types.index(response_type)]) for p in known}
+        return {step: value for step, value in values.items() if not np.isnan(value)}
+
+    def change_since_start(self, column: str = PER_TOKEN) -> pd.DataFrame:
+        """Mean over probes of (value now - value at the start), paired by probe: steps x response_type, nats.
+
+        Differs from the difference of two [`Summary.path`] rows wherever a probe lacks a type at one of the steps.
+        """
+        bands = self.bands(column, since_start=True)
+        return self._means(bands, order_types(bands["response_type"]))
+
+    def metric(self, name: str) -> pd.Series:
+        """One of [`METRICS`] over the steps that have it."""
+        index = list(METRICS).index(name)
+        return pd.Series([part.metrics[index] for part in self.parts], index=self.steps, dtype=float).dropna()
+
+    def metric_table(self) -> pd.DataFrame:
+        """Every metric whose response types the records have, tidy: columns metric, step, value."""
+        tables = [self.metric(name).rename_axis("step").rename("value").reset_index() for name in METRICS]
+        tidy = pd.concat([table.assign(metric=name) for name, table in zip(METRICS, tables, strict=True)])
+        return tidy[["metric", "step", "value"]].reset_index(drop=True)
+
+    def squeezed_since(self) -> int | None:
+        """The step from which squeezing holds at every later step, or None if it does not hold at the last."""
+        since = None
+        for part in reversed(self.parts[1:]):
+            if not part.squeeze.holds:
+                break
+            since = part.step
+        return since
+
+    def table(self, step: int) -> StepTable:
+        """The records of a recorded step; the first and the last are at hand."""
+        known = {self.first.step: lambda: self.first, self.steps[-1]: lambda: self.last}
+        return known[step]() if step in known else self.read(step)
+
+    def changes(self, start: int | None = None, end: int | None = None) -> Changes:
+        """Paired changes between two steps, by default the first and the last."""
+        ends = (self.steps[0] if start is None else start, self.steps[-1] if end is None else end)
+        return Changes(*(self.table(step) for step in ends))
+
+    def _means(self, bands: pd.DataFrame, types: list[str]) -> pd.DataFrame:
+        table = bands.pivot(index="step", columns="response_type", values="mean")
+        return table.reindex(index=pd.Index(self.steps, name="step"), columns=types)
+
+
+def summarise(records: pd.DataFrame | Summary, vocab_size: int | None = None) -> Summary:
+    """A frame of records of one run and model, reduced; a summary is returned as it is.
+
+    Args:
+        records (`pandas.DataFrame` or [`Summary`]): Records of one run and one model, any order.
+        vocab_size (`int`, *optional*): Of the model, from meta.json; metrics that need it are left out without it.
+
+    Raises:
+        ValueError: If the frame holds several runs or models.
+    """
+    if isinstance(records, Summary):
+        return records
+    tables = {table.step: table for table in split_frame(records, vocab_size)}
+    first = next(iter(tables.values()))
+    return Summary([summarise_step(first, table) for table in tables.values()], first, tables.__getitem__)
+
+
+def summarise_store(store: DynamicsStore) -> dict[str, Summary]:
+    """The records of a store, reduced without ever holding more than a few steps: model -> summary, in store order.
+
+    Raises:
+        ValueError: If there are no records, a newer version wrote them, or a key is there twice.
+    """
+    vocab_size = store.read_meta().get("model", {}).get("vocab_size")  # reading it refuses a newer schema
+    try:
+        return _summarise_all(store, vocab_size)
+    except FileNotFoundError:
+        return _summarise_all(store, vocab_size)  # the run has just ended and merged its files
+
+
+def summarise_step(start: StepTable, now: StepTable) -> StepSummary:
+    """Everything that is known about one step; `start` may have another layout."""
+    paired = start.like(now)
+    described = []
+    for column, since_start in MEASURES.values():
+        values_TP = now.values(column)
+        described.append(describe(values_TP - paired.values(column) if since_start else values_TP))
+    metrics = [metric(paired, now) for metric in METRICS.values()]
+    return StepSummary(now.step, now.types, np.stack(described), metrics, Changes(start, now).squeeze, now.not_finite)
+
+
+def describe(values_TP: np.ndarray) -> np.ndarray:
+    """Per type over the probes that have it: statistics x types, in the order of [`STATISTICS`].
+
+    Quantiles are exact and interpolate linearly between neighbours, as numpy and pandas do.
+    """
+    known_TP = ~np.isnan(values_TP)
+    counts = known_TP.sum(axis=1)
+    last, rows = np.maximum(counts - 1, 0), np.arange(len(counts))
+    total = np.where(known_TP, values_TP, 0.0).sum(axis=1)
+    statistics = [total / np.where(counts > 0, counts, np.nan), counts.astype(float)]
+    below = {q: np.floor(q * last).astype(int) for q in QUANTILES}
+    above = {q: np.minimum(below[q] + 1, last) for q in QUANTILES}
+    # The places that are asked for are as in a sorted row, where NaN comes last.
+    places = np.unique(np.concatenate([*below.values(), *above.values()]))
+    ordered_TP = np.partition(values_TP, places, axis=1)
+    for q in QUANTILES:
+        low, high = ordered_TP[rows, below[q]], ordered_TP[rows, above[q]]
+        statistics.append(low + (high - low) * (q * last - below[q]))
+    return np.stack(statistics)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring row groups of one file that hold whole steps of one model: what is read at once."""
+
+    path: Path
+    groups: tuple[int, ...]
+    model: str
+    first_step: int
+    last_step: int
+
+
+def find_blocks(path: Path) -> Iterator[Block]:
+    """The smallest blocks of a record file: one row group each, unless one cuts through a step.
+
+    Raises:
+        ValueError: If a row group holds several models.
+    """
+    pending: list[Block] = []
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        keys = file.read_row_group(group, columns=["model", "step"], use_threads=False)
+        models, steps = keys["model"].unique().to_pylist(), keys["step"].to_numpy()
+        if len(models) != 1:
+            raise ValueError(f"row group {group} of {path} holds the models {models}; expected one model per file")
+        block = Block(path, (group,), models[0], int(steps.min()), int(steps.max()))
+        if pending and (block.model != pending[0].model or block.first_step > max(b.last_step for b in pending)):
+            yield _joined(pending)
+            pending = []
+        pending.append(block)
+    if pending:
+        yield _joined(pending)
+
+
+def read_block(block: Block, vocab_size: int | None = None) -> list[StepTable]:
+    """The steps of a block, ascending."""
+    file = pq.ParquetFile(block.path, read_dictionary=["model", "probe_id", "response_type"])
+    return split(file.read_row_groups(list(block.groups), columns=list(COLUMNS), use_threads=False), vocab_size)
+
+
+def _joined(blocks: list[Block]) -> Block:
+    groups = tuple(group for block in blocks for group in block.groups)
+    first, last = min(block.first_step for block in blocks), max(block.last_step for block in blocks)
+    return Block(blocks[0].path, groups, blocks[0].model, first, last)
+
+
+def _blocks(store: DynamicsStore) -> dict[str, list[Block]]:
+    """Per model, what to read in order of steps."""
+    by_model: dict[str, list[Block]] = {}
+    for block in (block for path in store.record_files() for block in find_blocks(path)):
+        by_model.setdefault(block.model, []).append(block)
+    if not by_model:
+        raise ValueError(f"no records in {store.records_dir}; run with a probe set first (probe_set=...)")
+    return {model: sorted(own, key=lambda block: block.first_step) for model, own in by_model.items()}
+
+
+def _summarise_all(store: DynamicsStore, vocab_size: int | None) -> dict[str, Summary]:
+    answers, training = summarise_samples(store), read_training(store)
+    return {
+        model: replace(_summarise(store, model, blocks, vocab_size), samples=answers.get(model), training=training)
+        for model, blocks in _blocks(store).items()
+    }
+
+
+def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size: int | None) -> Summary:
+    first = read_block(blocks[0], vocab_size)[0]
+
+    def reduce(block: Block) -> list[StepSummary]:
+        return [summarise_step(first, table) for table in read_block(block, vocab_size)]
+
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        parts = sorted((part for found in pool.map(reduce, blocks) for part in found), key=lambda part: part.step)
+    _refuse_repeats(part.step for part in parts)
+
+    def read(step: int) -> StepTable:
+        try:
+            return _read_step(blocks, step, vocab_size)
+        except FileNotFoundError:
+            return _read_step(_blocks(store)[model], step, vocab_size)
+
+    return Summary(parts, first, read)
+
+
+def _read_step(blocks: list[Block], step: int, vocab_size: int | None) -> StepTable:
+    block = next(block for block in blocks if block.first_step <= step <= block.last_step)
+    return next(table for table in read_block(block, vocab_size) if table.step == step)
+
+
+def _refuse_repeats(steps: Iterable[int]) -> None:
+    before = None
+    for step in steps:
+        if step == before:
+            raise ValueError(f"two record files hold step {step} of the same model: the same key is there twice")
+        before = step

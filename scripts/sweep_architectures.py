@@ -1,6 +1,6 @@
 """Score every causal LM that transformers can build: its own log-probabilities, or a line that says why not.
 
-    python scripts/sweep_architectures.py [--only NAME ...] [--output trl_dynamics/tracking/ARCHITECTURES.md]
+    python scripts/sweep_architectures.py [--only NAME ...] [--output trl_dynamics/scoring/ARCHITECTURES.md]
 
 Each architecture is a tiny random model (see tiny_architectures.py) in a process of its own. The engine's
 log-probability of every token, in both layouts, is compared with the log-softmax of the model's own logits, one
@@ -228,7 +228,7 @@ def as_markdown(found: list[Outcome], counts: dict[str, int]) -> str:
         "as a module; where that is not all that a model does, its own forward runs in small batches (*slower path*).",
         "A model that has no log-probability of a token given those before it is refused with one line.",
         "",
-        "Made by `python scripts/sweep_architectures.py --output trl_dynamics/tracking/ARCHITECTURES.md`: tiny random",
+        "Made by `python scripts/sweep_architectures.py --output trl_dynamics/scoring/ARCHITECTURES.md`: tiny random",
         f"models of transformers {transformers.__version__}, logits with a standard deviation of at least "
         f"{tiny_architectures.LEAST_SPREAD:g}, no bias zero.",
         "Deviations are the largest of any token, in nats, float32 on both sides; *adapter*: LoRA on the LM head.",

@@ -3,8 +3,9 @@
 Public names load on first use, so that reading records or a report needs neither torch nor trl.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from trl_dynamics import lazy, moved
 
 if TYPE_CHECKING:
     from trl_dynamics.influence.kind import load_influence
@@ -16,39 +17,21 @@ if TYPE_CHECKING:
     from trl_dynamics.trainers.grpo import GRPOTrainer
     from trl_dynamics.trainers.sft import SFTTrainer
 
-_HOMES = {
-    "DPOConfig": "trl_dynamics.trainers.config",
-    "DPOTrainer": "trl_dynamics.trainers.dpo",
-    "GRPOConfig": "trl_dynamics.trainers.config",
-    "GRPOTrainer": "trl_dynamics.trainers.grpo",
-    "Probe": "trl_dynamics.probing.schema",
-    "ProbeSet": "trl_dynamics.probing.schema",
-    "SFTConfig": "trl_dynamics.trainers.config",
-    "SFTTrainer": "trl_dynamics.trainers.sft",
-    "load_influence": "trl_dynamics.influence.kind",
-    "load_records": "trl_dynamics.store.store",
-    "load_samples": "trl_dynamics.paths.samples",
-}
-__all__ = [
-    "DPOConfig",
-    "DPOTrainer",
-    "GRPOConfig",
-    "GRPOTrainer",
-    "Probe",
-    "ProbeSet",
-    "SFTConfig",
-    "SFTTrainer",
-    "load_influence",
-    "load_records",
-    "load_samples",
-]
+__getattr__, __dir__, __all__ = lazy.exports(
+    __name__,
+    {
+        "DPOConfig": "trainers.config",
+        "DPOTrainer": "trainers.dpo",
+        "GRPOConfig": "trainers.config",
+        "GRPOTrainer": "trainers.grpo",
+        "Probe": "probing.schema",
+        "ProbeSet": "probing.schema",
+        "SFTConfig": "trainers.config",
+        "SFTTrainer": "trainers.sft",
+        "load_influence": "influence.kind",
+        "load_records": "store.store",
+        "load_samples": "paths.samples",
+    },
+)
 
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+moved.install()

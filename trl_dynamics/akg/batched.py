@@ -34,18 +34,18 @@ def influences(
 ) -> Iterator[Influence]:
     """The influence of each of `updates`, all from the same weights and optimiser, in their order.
 
-    The numbers are those of [`akg.influence.influence`] for one after the other. A pass computes the values of a
+    The numbers are those of [`akg.influence`] for one after the other. A pass computes the values of a
     forward and a derivative beside them; several derivatives share the values, which makes four updates 10 to 40 %
     cheaper. In exchange the parts of all steps of a pass are held, as they are and stacked in the parameters' dtype, a
     step's sum of several parts too but for `output="target"`, and then all logits and their derivatives.
 
     Args:
-        task, observe, direction, lr, max_grad_norm, output, top_k: As of [`akg.influence.influence`].
+        task, observe, direction, lr, max_grad_norm, output, top_k: As of [`akg.influence`].
         updates (`Sequence`): Batches of the task.
         together (`int`): How many updates share a pass.
 
     Raises:
-        ValueError: As [`akg.influence.influence`], or if `together` is less than 1.
+        ValueError: As [`akg.influence`], or if `together` is less than 1.
     """
     task = task if isinstance(task, Task) else causal_lm(task)
     if together < 1:
@@ -69,13 +69,13 @@ def predict_together(
     output: str = "target",
     top_k: int = 10,
 ) -> list[Influence]:
-    """[`akg.influence.predict`] of several steps, in one pass for all of their parts.
+    """[`akg.one_step.predict`] of several steps, in one pass for all of their parts.
 
     A model with an operation whose derivative torch.func.vmap cannot take for several changes at once is given a pass
     for each part.
 
     Raises:
-        ValueError: As [`akg.influence.predict`].
+        ValueError: As [`akg.one_step.predict`].
     """
     check_output(output, top_k)
     label_N, item_N = task.labels_of(observe, "what is observed"), task.items(observe)

@@ -83,7 +83,7 @@ def movement(task: Task | nn.Module, step: Step, observe: Any, module: str | Non
 
     Args:
         task ([`Task`] or `nn.Module`): What is observed; a model alone is a causal LM.
-        step ([`Step`]): As of [`akg.influence.influence`]'s result, or of [`akg.steps.step_of`].
+        step ([`Step`]): As of [`akg.influence`]'s result, or of [`akg.steps.step_of`].
         observe: A batch of the task.
         module (`str`, *optional*): As of [`features`].
 

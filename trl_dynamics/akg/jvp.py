@@ -270,5 +270,5 @@ def _explained() -> Iterator[None]:
         raise ValueError(
             f"an operation of this model has no forward-mode derivative ({str(error).splitlines()[0]:.200}); with "
             "transformers use attn_implementation='eager' or 'sdpa', and experts_implementation='eager' for mixtures "
-            "of experts; akg.gram and akg.differences need no such derivative"
+            "of experts; akg.gram and akg.split.differences need no such derivative"
         ) from error

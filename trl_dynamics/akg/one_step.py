@@ -70,7 +70,7 @@ class Influence:
         loss (`float`, *optional*): The update's loss before the step, where it was computed.
         force_norm_U (`torch.Tensor`, *optional*): Norm over labels of G = dL/dz at each position of the update.
         step ([`Step`]): What the parameters would do; of split weights, this process' pieces.
-        method (`str`): `"forward mode"`, or `"central differences"`, which have an error ([`akg.differences`]).
+        method (`str`): `"forward mode"`, or `"central differences"`, which have an error ([`akg.split.differences`]).
     """
 
     total: Change

@@ -66,9 +66,9 @@ def verify(
 ) -> Verification:
     """Compare the influence of a step with what the step does; the parameters are put back, bit for bit.
 
-    Args: as [`akg.influence.influence`].
+    Args: as [`akg.influence`].
 
-    The first order is what [`akg.influence.influence`] predicts. Where it is off by more than `LARGE_ERROR`, the
+    The first order is what [`akg.influence`] predicts. Where it is off by more than `LARGE_ERROR`, the
     verdict names the largest of: the softmax's second-order term (A changes along the step), that of the logits (K
     changes), what is beyond both, and rounding; the first two only where they bring the prediction closer to truth.
     """

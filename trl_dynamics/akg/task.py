@@ -220,13 +220,13 @@ def refuse_split(model: nn.Module) -> None:
         raise ValueError(
             "the weights are split over processes by FSDP1 (FullyShardedDataParallel), which computes with flat "
             "copies that forward mode and the hooks of gram do not see; load the whole model on each process, "
-            "before it is wrapped, or shard it with FSDP2 (fsdp_version: 2) and use akg.differences"
+            "before it is wrapped, or shard it with FSDP2 (fsdp_version: 2) and use akg.split.differences"
         )
     if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_status") for parameter in model.parameters()):
         raise ValueError(
             "the weights are split over processes (tensor parallelism, FSDP2 or ZeRO-3), where forward mode and the "
             "hooks of gram cannot run; load the whole model on each, without tp_plan and before it is sharded, or use "
-            "akg.differences with the pieces of akg.shards or akg.zero"
+            "akg.split.differences with the pieces of akg.split.fsdp or akg.split.zero"
         )
 
 

@@ -1,7 +1,7 @@
 """Squeezing metrics: where does probability go while a model learns, and which answers pay for it?
 
 A metric is a function of two steps of one run and one model: `start`, the first recorded one, and `now`. Everything
-that is called a change is paired: a probe counts only where it was scored at both. [`tracking.aggregate`] applies them
+that is called a change is paired: a probe counts only where it was scored at both. [`paths.summary`] applies them
 to every step of a frame or a store.
 
     start, now   [`StepTable`]s; `start` has the layout of `now`

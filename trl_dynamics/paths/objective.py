@@ -1,6 +1,6 @@
 """Findings about DPO's own objective: a training loss above that of the reference, reward accuracy below one half.
 
-They read what the trainer logged while it trained ([`tracking.training`]), so that models which were scored afterwards
+They read what the trainer logged while it trained ([`paths.training`]), so that models which were scored afterwards
 are not judged by it.
 """
 

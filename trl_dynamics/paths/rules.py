@@ -1,6 +1,6 @@
 """Findings: failure signatures (and successes) in the records of a run, in words, with numbers, rule and remedy.
 
-A finding says only what the records support; what counts as a change is defined in [`tracking.effects`].
+A finding says only what the records support; what counts as a change is defined in [`paths.changes`].
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Greedy answers over a run: what they look like at every step, as numbers for trackers, findings and the report.
 
-The teacher-forced argmax of [`tracking.metrics`] asks what the model finds likeliest along an answer that it is given;
+The teacher-forced argmax of [`paths.metrics`] asks what the model finds likeliest along an answer that it is given;
 these answers are free-running: the model reads its own tokens, as it does when somebody uses it.
 """
 
@@ -237,7 +237,7 @@ def load_samples(*output_dirs: str | Path) -> pd.DataFrame:
         output_dirs: Runs' output directories (or their `dynamics/` folders).
 
     Returns:
-        `pandas.DataFrame`: The columns of [`tracking.records.SAMPLE_SCHEMA`] with `run` in front; no rows where the
+        `pandas.DataFrame`: The columns of [`store.records.SAMPLE_SCHEMA`] with `run` in front; no rows where the
         runs were not asked for answers (`probe_samples`).
 
     Raises:

@@ -296,7 +296,7 @@ def metric_by_run(
 
 
 def metric(summaries: Mapping[str, Summary], name: str, looks: Looks = ALONE) -> dict | None:
-    """One metric of [`tracking.metrics.METRICS`], a line per run."""
+    """One metric of [`paths.metrics.METRICS`], a line per run."""
     term = METRIC_TERMS[name]
     span = MIN_SPAN_MASS if name == "drained_mass" else MIN_SPAN
     curves = {label: curve(summary, name) for label, summary in summaries.items()}
@@ -304,7 +304,7 @@ def metric(summaries: Mapping[str, Summary], name: str, looks: Looks = ALONE) ->
 
 
 def sample_metric(summaries: Mapping[str, Summary], name: str, looks: Looks = ALONE) -> dict | None:
-    """One metric of [`tracking.samples.SAMPLE_METRICS`], a line per run that was asked for greedy answers."""
+    """One metric of [`paths.samples.SAMPLE_METRICS`], a line per run that was asked for greedy answers."""
     term, answers = SAMPLE_TERMS[name], {label: summary.samples for label, summary in summaries.items()}
     curves = {label: found.metric(name).reindex(found.steps) for label, found in answers.items() if found is not None}
     unit = term.unit.split(",")[0]

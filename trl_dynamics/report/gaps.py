@@ -18,7 +18,7 @@ def bands(summary: Summary, column: str = PER_TOKEN, *, since_start: bool = Fals
 
 
 def curve(summary: Summary, name: str) -> pd.Series:
-    """One metric of [`tracking.metrics.METRICS`] at every recorded step; NaN where it is not finite."""
+    """One metric of [`paths.metrics.METRICS`] at every recorded step; NaN where it is not finite."""
     return finite(summary.metric(name).reindex(summary.steps))
 
 

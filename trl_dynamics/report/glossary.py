@@ -14,7 +14,7 @@ class Term:
     healthy: str = ""
 
 
-# Keys are the names of tracking.metrics.METRICS.
+# Keys are the names of paths.metrics.METRICS.
 METRIC_TERMS: dict[str, Term] = {
     "argmax_minus_chosen": Term(
         "gap argmax − chosen",
@@ -119,7 +119,7 @@ METRIC_TERMS: dict[str, Term] = {
     ),
 }
 
-# Keys are the names of tracking.samples.SAMPLE_METRICS.
+# Keys are the names of paths.samples.SAMPLE_METRICS.
 SAMPLE_TERMS: dict[str, Term] = {
     "distinct_2": Term(
         "distinct-2",

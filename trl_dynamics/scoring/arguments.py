@@ -99,7 +99,7 @@ def check_probe_options(options) -> None:
     """Refuse values that no run can have.
 
     Args:
-        options: A dataclass with the fields of [`ScoringArguments`]; its further `probe_` fields are checked for choices.
+        options: A dataclass with the fields of [`ScoringArguments`]; the choices of every `probe_` field are checked.
 
     Raises:
         ValueError: If a value is out of its range or not among its choices.

@@ -7,12 +7,12 @@
     dynamics/manifest.json        which files of records/ and samples/ hold which steps; readers trust nothing else
     dynamics/records/*.parquet    one file per (model, step), merged into a few at the end of the run
     dynamics/samples/*.parquet    the same for greedy answers, where the run was asked for any
-    dynamics/influence/*.parquet  what steps were predicted to do and did, see [`tracking.influence_store`]
+    dynamics/influence/*.parquet  what steps were predicted to do and did, see [`influence.kind`]
     dynamics/trainer_log.json     the trainer's own log lines
     dynamics/report.html          the page, once made
     .dynamics.lock                beside it while a run is writing
 
-Every file is replaced as a whole or not at all (see [`tracking.files`]), and files of records never change, so a crash
+Every file is replaced as a whole or not at all (see [`store.files`]), and files of records never change, so a crash
 at any moment loses at most the step being written.
 """
 
@@ -344,7 +344,7 @@ def load_records(*output_dirs: str | Path) -> pd.DataFrame:
         output_dirs: Runs' output directories (or their `dynamics/` folders).
 
     Returns:
-        `pandas.DataFrame`: The columns of [`tracking.records.RECORD_SCHEMA`] with `run` in front.
+        `pandas.DataFrame`: The columns of [`store.records.RECORD_SCHEMA`] with `run` in front.
 
     Raises:
         ValueError: If a folder holds no records.

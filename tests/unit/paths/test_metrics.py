@@ -230,7 +230,7 @@ def test_frames_of_several_models_are_refused():
         metrics.scalars(frame)
 
 
-@pytest.mark.parametrize("module", ["tracking.metrics", "tracking.findings", "report.page", "report.export"])
+@pytest.mark.parametrize("module", ["paths.metrics", "paths.rules", "report.page", "report.export"])
 def test_modules_load_no_torch(module):
     code = f"import trl_dynamics.{module}, sys; print(sorted({{'torch', 'trl', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

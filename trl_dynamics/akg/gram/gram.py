@@ -73,7 +73,7 @@ def gram(
     """All inner products between the gradients of observers and those of an update's rows.
 
     Gradients are those that training has: of a model that detaches something on the way, such as DoRA, they do not say
-    all that moves; [`akg.influence.influence`] does.
+    all that moves; [`akg.influence`] does.
 
     Args:
         task ([`Task`] or `nn.Module`): What is updated and observed; a model alone is a causal LM. A row of a batch

@@ -20,7 +20,7 @@ class Backend(Protocol):
     DeepSpeed runs, which steps inside of the backward, its engine knows.
 
     Attributes:
-        method (`str`): How changes are found, as in [`akg.influence.Influence`].
+        method (`str`): How changes are found, as in [`akg.one_step.Influence`].
         steps_in_backward (`bool`): Whether the optimiser has stepped before transformers' callbacks are asked.
     """
 

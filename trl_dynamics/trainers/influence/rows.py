@@ -54,7 +54,7 @@ def rows_of(
 
 
 def columns_of(rows: Sequence[dict]) -> dict[str, list]:
-    """The rows as the columns of [`tracking.influence_store`]."""
+    """The rows as the columns of [`influence.kind`]."""
     return {name: [row[name] for row in rows] for name in INFLUENCE_SCHEMA.names}
 
 

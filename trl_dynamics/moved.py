@@ -1,0 +1,54 @@
+"""Modules that were public under another path: the old import still works, and warns once with the new path."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from types import ModuleType
+
+MOVED = {
+    "trl_dynamics.akg.cheap": "trl_dynamics.akg.proxies",
+    "trl_dynamics.akg.influence": "trl_dynamics.akg.one_step",
+    "trl_dynamics.akg.several": "trl_dynamics.akg.batched",
+    "trl_dynamics.akg.verify": "trl_dynamics.akg.real_step",
+    "trl_dynamics.tracking.influence_store": "trl_dynamics.influence.kind",
+    "trl_dynamics.tracking.lbk": "trl_dynamics.paths.lbk",
+    "trl_dynamics.tracking.metrics": "trl_dynamics.paths.metrics",
+    "trl_dynamics.tracking.samples": "trl_dynamics.paths.samples",
+    "trl_dynamics.tracking.store": "trl_dynamics.store.store",
+}
+
+
+class MovedModule(ModuleType):
+    """An old path: attributes are those of the new module.
+
+    Importing it also binds it in its package, over a function of the same name that the package exports
+    (`akg.influence`), so calling it calls that function.
+    """
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(MOVED[self.__name__]), name)
+
+    def __call__(self, *args, **kwargs):
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the old paths; it comes last, so that a file of that name wins."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec):
+        return MovedModule(spec.name)
+
+    def exec_module(self, module):
+        new = MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} has moved to {new}; import from there", FutureWarning, stacklevel=2)
+
+
+def install() -> None:
+    """Let the old paths be found, once per process."""
+    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.append(MovedFinder())

@@ -9,9 +9,9 @@ from trl_dynamics import lazy, moved
 
 if TYPE_CHECKING:
     from trl_dynamics.influence.kind import load_influence
+    from trl_dynamics.paths.records import load_records
     from trl_dynamics.paths.samples import load_samples
     from trl_dynamics.probing.schema import Probe, ProbeSet
-    from trl_dynamics.store.store import load_records
     from trl_dynamics.trainers.config import DPOConfig, GRPOConfig, SFTConfig
     from trl_dynamics.trainers.dpo import DPOTrainer
     from trl_dynamics.trainers.grpo import GRPOTrainer
@@ -29,7 +29,7 @@ __getattr__, __dir__, __all__ = lazy.exports(
         "SFTConfig": "trainers.config",
         "SFTTrainer": "trainers.sft",
         "load_influence": "influence.kind",
-        "load_records": "store.store",
+        "load_records": "paths.records",
         "load_samples": "paths.samples",
     },
 )

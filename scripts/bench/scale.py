@@ -3,7 +3,7 @@
     python scripts/bench/scale.py [--quick | --full] [--probes N] [--types N] [--steps N]
 
 The rows are generated, not trained: levels, drifts and noise are plausible, the last bits of every number random, the
-worst case for compression. They are written with the store's own `write_records`. Aggregation and the command
+worst case for compression. They are written with the store's own `write`. Aggregation and the command
 `trl-dynamics report` run as processes of their own, on two cores, with the store dropped from the page cache before.
 """
 
@@ -22,8 +22,9 @@ import pandas as pd
 import pyarrow as pa
 
 from trl_dynamics.paths import metrics
+from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.paths.records import probe_set_files
 from trl_dynamics.probing.schema import RESPONSE_TYPES, Probe, ProbeSet
-from trl_dynamics.store.records import to_table
 from trl_dynamics.store.store import DynamicsStore
 
 GOALS = {"report_seconds": "<= 60", "report_peak_gb": "<= 4", "scalars_seconds": "<= 0.3"}
@@ -122,9 +123,9 @@ class Generator:
         store, probes = DynamicsStore(folder), self.probe_set()
         about = {"name": probes.name, "fingerprint": probes.fingerprint, "num_probes": len(probes)}
         meta = {"method": "dpo", "status": "finished", "probe_set": about | {"counts": probes.counts}}
-        store.create(probes, meta, {"beta": 0.1})
+        store.create(meta, {"beta": 0.1}, probe_set_files(probes))
         for step in range(self.num_steps):
-            store.write_records(to_table(self.columns(step)), step=step)
+            store.write(step, {RECORDS: RECORDS.table(self.columns(step))})
         return store
 
 
@@ -158,15 +159,15 @@ def measure(generator: Generator, folder: Path) -> dict[str, float]:
     print(f"{generator.num_probes:,} probes x {len(generator.types)} types x {generator.num_steps:,} steps")
     began = time.perf_counter()
     store = generator.write(folder / "run")
-    seconds, num_files = time.perf_counter() - began, len(store.record_files())
+    seconds, num_files = time.perf_counter() - began, len(store.files(RECORDS))
     began = time.perf_counter()
     store.compact()
     merging = time.perf_counter() - began
-    num_bytes = sum(path.stat().st_size for path in store.record_files())
+    num_bytes = sum(path.stat().st_size for path in store.files(RECORDS))
     row("rows", f"{num_rows:,}")
     row("store", f"{num_bytes / 1e9:.2f} GB, {num_bytes / num_rows:.1f} bytes per record")
     row("generated and written", f"{seconds:.1f} s, {seconds / generator.num_steps * 1e3:.0f} ms per step")
-    row("merged, as a run's end", f"{num_files:,} files to {len(store.record_files()):,} in {merging:.1f} s")
+    row("merged, as a run's end", f"{num_files:,} files to {len(store.files(RECORDS)):,} in {merging:.1f} s")
     one = one_step(generator, folder / "step")
     row("load average before", ", ".join(f"{load:.2f}" for load in os.getloadavg()))
     forget(store)
@@ -185,20 +186,20 @@ def measure(generator: Generator, folder: Path) -> dict[str, float]:
 
 def one_step(generator: Generator, folder: Path) -> dict[str, float]:
     """What the main process does at one probing step besides scoring, in seconds; best of three."""
-    before, store, times = to_table(generator.columns(0)).to_pandas(), DynamicsStore(folder), []
-    store.create(ProbeSet((Probe("p", "p", {"chosen": "c"}),), required_types=()), {"probe_set": {}}, {})
+    before, store, times = RECORDS.table(generator.columns(0)).to_pandas(), DynamicsStore(folder), []
+    store.create({}, {}, {})
     for step in (1, 2, 3):
         lists = {name: values.tolist() for name, values in generator.columns(step).items()}
         marks = [time.perf_counter()]
-        table = to_table(lists)
+        table = RECORDS.table(lists)
         marks.append(time.perf_counter())
-        store.write_records(table, step=step)
+        store.write(step, {RECORDS: table})
         marks.append(time.perf_counter())
         frame = table.to_pandas()
         metrics.scalars(pd.concat([before, frame], ignore_index=True))
         marks.append(time.perf_counter())
         times.append(np.diff(marks))
-    names = ("to_table_seconds", "write_records_seconds", "scalars_seconds")
+    names = ("to_table_seconds", "write_seconds", "scalars_seconds")
     found = dict(zip(names, np.min(times, axis=0).tolist(), strict=True))
     row("main process, one step", ", ".join(f"{name.removesuffix('_seconds')} {s:.3f} s" for name, s in found.items()))
     return found
@@ -212,7 +213,7 @@ def run_apart(*arguments: str) -> Cost:
 
 def forget(store: DynamicsStore) -> None:
     """Drop the store's files from the page cache, so that they are read from the disk."""
-    for path in store.record_files():
+    for path in store.files(RECORDS):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -9,8 +9,8 @@ import torch
 
 from akg_models import most_outside
 from launcher import Launch, launch
+from small_stores import read_influence
 from trl_dynamics.akg.one_step import CENTRAL_DIFFERENCES, FORWARD_MODE
-from trl_dynamics.influence import kind
 from trl_dynamics.store.store import DynamicsStore
 
 pytestmark = pytest.mark.distributed
@@ -120,7 +120,7 @@ def test_half_of_what_is_split_lies_on_each_process(config, two):
 def recorded(run: Launch, name: str = "recorded") -> pd.DataFrame:
     """What the trainer wrote, by step and answer."""
     run.outcome(name)
-    return kind.read(run.folder / name).set_index(["step", "probe_id", "response_type"]).sort_index()
+    return read_influence(run.folder / name).set_index(["step", "probe_id", "response_type"]).sort_index()
 
 
 @pytest.mark.parametrize("config", SPECIAL)

@@ -5,7 +5,8 @@ import pytest
 
 from comparison import assert_same_course
 from launcher import launch
-from trl_dynamics.influence.kind import INFLUENCE_KEY_COLUMNS, read
+from small_stores import read_influence
+from trl_dynamics.influence.kind import INFLUENCE
 from trl_dynamics.store.store import DynamicsStore
 
 pytestmark = pytest.mark.distributed
@@ -34,8 +35,8 @@ def test_two_processes_record_what_one_records(name, one, two):
     assert (one.outcome(name)["num_processes"], two.outcome(name)["num_processes"]) == (1, 2)
     assert two.outcome(name)["wrapper"] == "DistributedDataParallel"
     assert_same_course(one.folder / name, two.folder / name)
-    ours, theirs = read(one.folder / name), read(two.folder / name)
-    keys = list(INFLUENCE_KEY_COLUMNS)
+    ours, theirs = read_influence(one.folder / name), read_influence(two.folder / name)
+    keys = list(INFLUENCE.keys)
     assert ours[keys].equals(theirs[keys]) and not theirs.duplicated(keys).any()
     assert set(theirs["step"]) == {0, 2} and set(theirs["update"]) == {"batch", "chosen"}
     assert [*map(list, ours["token_ids"])] == [*map(list, theirs["token_ids"])]

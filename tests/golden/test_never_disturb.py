@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import trl_dynamics
+from small_stores import influence_steps
 from traces import Trace, assert_equal, trace
-from trl_dynamics.influence.kind import recorded_steps
 
 LAYOUTS = ("padded", "shared_prefix")
 
@@ -77,7 +77,7 @@ def test_training_is_trls(case, arm, expected, tmp_path):
         assert not (tmp_path / "dynamics").exists()
     else:
         assert len(trl_dynamics.load_records(tmp_path)["step"].unique()) > 10
-        assert len(recorded_steps(tmp_path)) == (10 if "akg_every" in CASES[case] else 0)
+        assert len(influence_steps(tmp_path)) == (10 if "akg_every" in CASES[case] else 0)
 
 
 @pytest.mark.parametrize("case", ["sft", "dpo", "grpo"])

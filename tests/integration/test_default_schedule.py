@@ -11,6 +11,7 @@ import yaml
 from transformers import TrainerCallback
 
 from tiny_runs import PROBES, make_trainer
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.cost import CostLedger
 from trl_dynamics.tracking.schedule import probe_steps
@@ -52,7 +53,7 @@ def meta(output_dir) -> dict:
 def test_a_run_without_options_keeps_to_a_third(scoring, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "trl_dynamics"):
         make(tmp_path, scoring).train()
-    steps, found = DynamicsStore(tmp_path).recorded_steps(), meta(tmp_path)
+    steps, found = DynamicsStore(tmp_path).steps(RECORDS, 0), meta(tmp_path)
     whole = probe_steps(40, 0.05)
     assert found["schedule"] == {"steps": whole, "every": 0.05, "budget": 1 / 3, "thinned": True, "on_save": True}
     assert [choice["step"] for choice in found["decisions"]] == whole
@@ -78,7 +79,7 @@ def test_a_resumed_run_goes_on_with_its_spacing_and_limit(tmp_path):
 def test_a_run_that_began_with_a_spacing_goes_on_with_it_where_none_is_given(tmp_path):
     make(tmp_path, 6.0, probe_every=8, **SAVED).train()
     make(tmp_path, 6.0, **SAVED).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
-    assert DynamicsStore(tmp_path).recorded_steps() == sorted({*probe_steps(40, 8), 20})
+    assert DynamicsStore(tmp_path).steps(RECORDS, 0) == sorted({*probe_steps(40, 8), 20})
     assert meta(tmp_path)["schedule"]["budget"] is None and "decisions" not in meta(tmp_path)
     # Given anew, a value wins.
     trainer = make(tmp_path, 6.0, probe_every=16, probe_budget=0.9, **SAVED)
@@ -98,7 +99,7 @@ def test_a_run_of_an_older_version_goes_on_without_a_limit(given, tmp_path):
     config.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "probe_every" or given}))
     make(tmp_path, 6.0, **SAVED).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     assert meta(tmp_path)["schedule"]["every"] == every
-    assert DynamicsStore(tmp_path).recorded_steps() == sorted({*probe_steps(40, every), 20})
+    assert DynamicsStore(tmp_path).steps(RECORDS, 0) == sorted({*probe_steps(40, every), 20})
 
 
 def test_checkpoints_and_evaluations_count_in_the_forecast(tmp_path, caplog):
@@ -106,7 +107,7 @@ def test_checkpoints_and_evaluations_count_in_the_forecast(tmp_path, caplog):
     options |= {"eval_strategy": "steps", "eval_steps": 13, "probe_on_evaluate": True}
     with caplog.at_level(logging.INFO, "trl_dynamics"):
         make(tmp_path, 0.5, **options).train()
-    steps = DynamicsStore(tmp_path).recorded_steps()
+    steps = DynamicsStore(tmp_path).steps(RECORDS, 0)
     assert steps == [0, 8, 10, 13, 16, 20, 24, 26, 30, 32, 39, 40]
     said = [record.getMessage() for record in caplog.records if "scorings of" in record.getMessage()]
     assert len(said) == 1 and f"about {len(steps)} scorings of 0.5 s each = 6 s in all" in said[0]

@@ -19,13 +19,15 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 import trl_dynamics
+from small_stores import influence_steps, read_influence
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics.akg.one_step import influence
 from trl_dynamics.akg.steps import UPDATE
 from trl_dynamics.cli.main import main
 from trl_dynamics.compat import base_causal_lm
-from trl_dynamics.influence.kind import INFLUENCE_KEY_COLUMNS, read, recorded_steps
+from trl_dynamics.influence.kind import INFLUENCE
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.probing.encode import encode
 from trl_dynamics.probing.labelled import collate
 from trl_dynamics.probing.schema import ProbeSet
@@ -33,7 +35,7 @@ from trl_dynamics.store import files
 from trl_dynamics.store.store import DynamicsStore
 from true_float64 import true_float64
 
-KEYS = list(INFLUENCE_KEY_COLUMNS)
+KEYS = list(INFLUENCE.keys)
 
 
 def exact_model(family: str, **options) -> torch.nn.Module:
@@ -98,7 +100,7 @@ def derivative(before, after, item, distance: float = 1e-4) -> torch.Tensor:
 
 
 def batch_rows(output_dir, step: int) -> pd.DataFrame:
-    frame = read(output_dir, {step})
+    frame = read_influence(output_dir, {step})
     return frame[frame["update"] == "batch"].reset_index(drop=True)
 
 
@@ -116,7 +118,7 @@ def test_what_is_recorded_is_what_the_steps_do(method, options, tmp_path):
     trainer = make_trainer(method, tmp_path, probes=PROBES, learning_rate=1e-4, **OPTIONS, **options)
     witness = Witness(trainer)
     trainer.train()
-    assert recorded_steps(tmp_path) == [0, 1, 2, 3]
+    assert influence_steps(tmp_path) == [0, 1, 2, 3]
     for step, (before, after) in enumerate(zip(witness.before, witness.after, strict=True)):
         rows = batch_rows(tmp_path, step)
         assert [*zip(rows["probe_id"], rows["response_type"], strict=True)] == [
@@ -171,7 +173,7 @@ def test_another_update_is_the_first_part_of_the_optimisers_step_on_it(method, o
     for step in (0, 3):
         model, optimizer = witness.before[step], witness.optimizers[step]
         wanted = influence(model, answers, collate(ITEMS, pad), direction=optimizer, max_grad_norm=1.0)
-        frame = read(tmp_path, {step})
+        frame = read_influence(tmp_path, {step})
         assert [*dict.fromkeys(frame["update"])] == ["rejected", "batch"]
         rows = frame[frame["update"] == "rejected"]
         tokens = np.concatenate(rows["predicted"].tolist())
@@ -207,7 +209,7 @@ def test_other_updates_go_through_reentrant_checkpointing(lora, tmp_path):
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     make_trainer("sft", tmp_path / "plain", gradient_checkpointing=False, **common).train()
     make_trainer("sft", tmp_path / "reentrant", **reentrant, **common).train()
-    one, other = (read(tmp_path / name).set_index(KEYS) for name in ("plain", "reentrant"))
+    one, other = (read_influence(tmp_path / name).set_index(KEYS) for name in ("plain", "reentrant"))
     columns = ["logp_sum", "predicted_sum", "update_sum", "force_norm", "grad_norm"]
     pd.testing.assert_frame_equal(one[columns], other[columns], rtol=1e-9)
     assert (one["predicted_sum"].abs() > 1e-8).all()
@@ -215,7 +217,9 @@ def test_other_updates_go_through_reentrant_checkpointing(lora, tmp_path):
 
 def test_texts_of_tokens_are_recorded(tmp_path):
     make_trainer("sft", tmp_path, probes=PROBES, **(OPTIONS | {"max_steps": 1})).train()
-    texts = {(row.probe_id, row.response_type): "".join(row.token_texts) for row in read(tmp_path).itertuples()}
+    texts = {
+        (row.probe_id, row.response_type): "".join(row.token_texts) for row in read_influence(tmp_path).itertuples()
+    }
     assert texts == {(p.probe_id, kind): text for p in ProbeSet.load(PROBES) for kind, text in p.responses.items()}
 
 
@@ -230,13 +234,13 @@ def test_it_needs_no_tracked_probe_set_and_may_have_another(tmp_path):
     options = OPTIONS | {"akg_every": 3, "akg_observe": observed, "akg_max_probes": 1}
     for name, probes in (("lone", None), ("both", PROBES)):
         make_trainer("dpo", tmp_path / name, probes=probes, **options).train()
-        assert recorded_steps(tmp_path / name) == [0, 3]
-    lone, both = read(tmp_path / "lone"), read(tmp_path / "both")
+        assert influence_steps(tmp_path / name) == [0, 3]
+    lone, both = read_influence(tmp_path / "lone"), read_influence(tmp_path / "both")
     pd.testing.assert_frame_equal(lone, both)
     assert lone["probe_id"].nunique() == 1 and lone["num_tokens"].iloc[0] == len(PROBES[1]["chosen"])
     store = DynamicsStore(tmp_path / "lone")
     meta = store.read_meta()
-    assert not store.has_records and meta["status"] == "finished" and store.read_config()["akg_every"] == 3
+    assert not store.steps(RECORDS) and meta["status"] == "finished" and store.read_config()["akg_every"] == 3
     assert meta["akg"]["observe"]["num_probes"] == 1 and meta["akg"]["dtype"] == "float64"
     assert meta["akg"] == DynamicsStore(tmp_path / "both").read_meta()["akg"]
     assert 0 < meta["parts"][0]["akg_seconds"] and meta["train_seconds"] > 0 == meta["probe_seconds"]
@@ -248,15 +252,15 @@ def test_a_resumed_run_records_what_the_whole_one_does(tracked, tmp_path):
     options |= {"akg_observe": save_probes(tmp_path), "probes": PROBES if tracked else None}
     for name in ("whole", "run"):
         make_trainer("sft", tmp_path / name, **options).train()
-    assert recorded_steps(tmp_path / "run") == [0, 2, 4, 6]
+    assert influence_steps(tmp_path / "run") == [0, 2, 4, 6]
     checkpoint = str(tmp_path / "run/checkpoint-3")
     make_trainer("sft", tmp_path / "run", **options).train(resume_from_checkpoint=checkpoint)
-    pd.testing.assert_frame_equal(read(tmp_path / "run"), read(tmp_path / "whole"))
+    pd.testing.assert_frame_equal(read_influence(tmp_path / "run"), read_influence(tmp_path / "whole"))
     # What a run that goes on without it leaves out does not stay there from the part that it takes back.
     off = options | {"akg_every": None}
     if tracked:
         make_trainer("sft", tmp_path / "run", **off).train(resume_from_checkpoint=checkpoint)
-        assert recorded_steps(tmp_path / "run") == [0, 2]
+        assert influence_steps(tmp_path / "run") == [0, 2]
         assert json.loads((tmp_path / "run/dynamics/meta.json").read_text())["akg"]["every"] == 2
     else:
         with pytest.raises(ValueError, match="cannot resume probing.*another probe set"):
@@ -295,8 +299,8 @@ def test_a_new_run_in_the_same_place_moves_the_old_ones_rows_aside(tracked, tmp_
     options = {"akg_observe": save_probes(tmp_path), "probes": PROBES if tracked else None}
     make_trainer("sft", tmp_path, **(OPTIONS | options)).train()
     make_trainer("sft", tmp_path, **(OPTIONS | options | {"max_steps": 2})).train()
-    assert recorded_steps(tmp_path) == [0, 1]
-    assert recorded_steps(tmp_path / "dynamics-old-1") == [0, 1, 2, 3]
+    assert influence_steps(tmp_path) == [0, 1]
+    assert influence_steps(tmp_path / "dynamics-old-1") == [0, 1, 2, 3]
 
 
 def fill_disk(monkeypatch, name: str) -> None:
@@ -315,7 +319,7 @@ def test_a_full_disk_costs_rows_only(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "trl_dynamics"):
         fill_disk(patch, "step-000000001")
         make_trainer("sft", tmp_path, probes=PROBES, **OPTIONS).train()
-    assert recorded_steps(tmp_path) == [0, 2, 3]
+    assert influence_steps(tmp_path) == [0, 2, 3]
     assert sum("Lost: the influence of step 1" in record.getMessage() for record in caplog.records) == 1
     with monkeypatch.context() as patch, pytest.raises(OSError, match="nothing already written was lost"):
         fill_disk(patch, "step-000000001")
@@ -327,7 +331,7 @@ def test_a_step_that_was_left_out_has_no_rows(tmp_path, monkeypatch):
     trainer = make_trainer("sft", tmp_path, probes=PROBES, **OPTIONS)
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda _: trainer.state.global_step == 1))
     trainer.train()
-    assert recorded_steps(tmp_path) == [0, 2, 3]
+    assert influence_steps(tmp_path) == [0, 2, 3]
 
 
 def test_autocast_is_left_and_half_precision_weights_are_warned_of(tmp_path, caplog):
@@ -406,7 +410,7 @@ def test_the_command_line_takes_it(tmp_path):
     flags += ["--akg_observe", "embedded", "--akg_max_probes", "2", "--akg_updates", "batch", "chosen"]
     flags += ["--akg_every", "2", "--max_steps", "3", "--use_cpu", "True", "--bf16", "False", "--report_to", "none"]
     assert main(["dpo", *flags, "--output_dir", str(tmp_path / "run")]) == 0
-    frame = read(tmp_path / "run")
+    frame = read_influence(tmp_path / "run")
     assert set(frame["step"]) == {0, 2} and set(frame["update"]) == {"batch", "chosen"}
     assert frame["probe_id"].nunique() == 2
     assert DynamicsStore(tmp_path / "run").read_config()["dataset_name"] == "embedded"

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 import trl_dynamics
 from tiny_runs import PROBES, make_trainer
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.callback import ProbeCallback
 
@@ -55,7 +56,7 @@ def whole(tmp_path_factory):
     """The uninterrupted run, probed at 0, 1, 2, 4, 5 (saved), 8, 10 (saved), 12."""
     folder = tmp_path_factory.mktemp("whole")
     make_trainer("sft", folder, **OPTIONS).train()
-    assert DynamicsStore(folder).recorded_steps() == [0, 1, 2, 4, 5, 8, 10, 12]
+    assert DynamicsStore(folder).steps(RECORDS, 0) == [0, 1, 2, 4, 5, 8, 10, 12]
     return folder
 
 
@@ -116,7 +117,7 @@ def test_a_crash_between_a_checkpoint_and_its_probe(tmp_path, whole, monkeypatch
         patch.setattr(ProbeCallback, "on_save", dies)
         with pytest.raises(Crash):
             make_trainer("sft", tmp_path, **OPTIONS).train()
-    assert (tmp_path / "checkpoint-5").is_dir() and DynamicsStore(tmp_path).recorded_steps() == [0, 1, 2, 4]
+    assert (tmp_path / "checkpoint-5").is_dir() and DynamicsStore(tmp_path).steps(RECORDS, 0) == [0, 1, 2, 4]
     resume(tmp_path, 5)
     pd.testing.assert_frame_equal(records(tmp_path), records(whole), check_exact=True)
 
@@ -136,7 +137,7 @@ def test_a_crash_between_a_probe_and_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_save_checkpoint", dies_at_8)
     with pytest.raises(Crash):
         trainer.train()
-    assert DynamicsStore(tmp_path / "run").recorded_steps() == [0, 1, 2, 4, 8]
+    assert DynamicsStore(tmp_path / "run").steps(RECORDS, 0) == [0, 1, 2, 4, 8]
     resume(tmp_path / "run", 4, save_steps=4)
     pd.testing.assert_frame_equal(records(tmp_path / "run"), records(tmp_path / "whole"), check_exact=True)
 
@@ -149,7 +150,7 @@ def test_a_run_without_probes_on_save_keeps_its_counters(tmp_path):
     resume(tmp_path, 5, probe_on_save=False)
     kept = [entry for entry in before["timeline"] if entry[0] <= 5]
     assert meta(tmp_path)["timeline"][: len(kept)] == kept and kept[-1][1] == 0.0
-    assert DynamicsStore(tmp_path).recorded_steps() == [0, 1, 2, 4, 8, 12]
+    assert DynamicsStore(tmp_path).steps(RECORDS, 0) == [0, 1, 2, 4, 8, 12]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_resume_refuses_a_checkpoint_of_another_run(run):
     make_trainer("sft", run, **(OPTIONS | {"max_steps": 5})).train()
     with pytest.raises(ValueError, match="checkpoint is of another run than the records .*move its dynamics-old-"):
         resume(run, 10)
-    assert DynamicsStore(run).recorded_steps() == [0, 1, 2, 4, 5]
+    assert DynamicsStore(run).steps(RECORDS, 0) == [0, 1, 2, 4, 5]
 
 
 def test_resume_of_a_run_without_records_is_refused(tmp_path):
@@ -205,7 +206,7 @@ def test_a_second_run_in_the_same_place_is_refused_while_the_first_trains(tmp_pa
     first.add_callback(During(start_second))
     first.train()
     assert not list(tmp_path.glob("dynamics-old-*")), "the refused run moved and wrote nothing"
-    assert DynamicsStore(tmp_path).recorded_steps() == [0, 1]
+    assert DynamicsStore(tmp_path).steps(RECORDS, 0) == [0, 1]
     second.train()
     assert len(list(tmp_path.glob("dynamics-old-*"))) == 1
 
@@ -216,4 +217,4 @@ def test_a_run_that_raises_lets_the_next_one_in(tmp_path):
     with pytest.raises(Crash):
         trainer.train()
     make_trainer("sft", tmp_path, probes=PROBES, max_steps=2).train()
-    assert DynamicsStore(tmp_path).recorded_steps() == [0, 1, 2]
+    assert DynamicsStore(tmp_path).steps(RECORDS, 0) == [0, 1, 2]

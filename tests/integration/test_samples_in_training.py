@@ -12,6 +12,7 @@ from tiny import tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics import load_records
 from trl_dynamics.cli.main import main
+from trl_dynamics.paths.records import read_probe_set
 from trl_dynamics.paths.samples import SAMPLE_METRICS, Samples, load_samples
 from trl_dynamics.store.store import DynamicsStore
 
@@ -59,7 +60,7 @@ def test_the_last_answer_is_that_of_the_trained_model(run):
     folder, trainer = run
     last = load_samples(folder).query("step == 6")
     for row in last.to_dict("records"):
-        prompt = next(probe for probe in DynamicsStore(folder).read_probe_set() if probe.probe_id == row["probe_id"])
+        prompt = next(probe for probe in read_probe_set(DynamicsStore(folder)) if probe.probe_id == row["probe_id"])
         ids = tiny_tokenizer()(prompt.prompt)["input_ids"]
         with torch.no_grad():
             logp = torch.log_softmax(trainer.model.eval()(torch.tensor([[*ids, *row["token_ids"]]])).logits[0], -1)

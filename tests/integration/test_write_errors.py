@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 
 import trl_dynamics
 from tiny_runs import PROBES, make_trainer
+from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.paths.records import read_baseline, read_records
 from trl_dynamics.store import files
 from trl_dynamics.store.store import DynamicsStore
 
@@ -54,7 +56,7 @@ def warnings(caplog) -> list[str]:
 def reference(tmp_path_factory) -> pd.DataFrame:
     folder = tmp_path_factory.mktemp("reference")
     make_trainer("sft", folder, **STEPS).train()
-    return DynamicsStore(folder).read_records()
+    return read_records(DynamicsStore(folder))
 
 
 def rows(frame: pd.DataFrame, *steps: int) -> pd.DataFrame:
@@ -66,7 +68,7 @@ def test_training_goes_on_without_the_records_that_cannot_be_written(code, refer
     with caplog.at_level(logging.WARNING, "trl_dynamics"):
         run_on(FullDisk(monkeypatch, code, since=2, until=4), tmp_path)
     store = DynamicsStore(tmp_path)
-    pd.testing.assert_frame_equal(store.read_records(), rows(reference, 0, 1, 4), check_exact=True)
+    pd.testing.assert_frame_equal(read_records(store), rows(reference, 0, 1, 4), check_exact=True)
     told = warnings(caplog)
     assert len(told) == 1, "one warning, however many steps fail"
     for part in (os.strerror(code), "nothing already written was lost", "Free space", "Lost: the records of step 2"):
@@ -75,7 +77,7 @@ def test_training_goes_on_without_the_records_that_cannot_be_written(code, refer
         "written again, from step 4" in caplog.text and "2 probing steps could not be written: [2, 3]" in caplog.text
     )
     assert store.read_meta()["lost_steps"] == [2, 3] and store.read_meta()["status"] == "finished"
-    assert len(list(store.records_dir.iterdir())) == 1
+    assert len(list((store.root / "records").iterdir())) == 1
 
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
@@ -83,7 +85,7 @@ def test_training_stops_when_asked_to(code, reference, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="nothing already written was lost") as caught:
         run_on(FullDisk(monkeypatch, code, since=2), tmp_path, probe_on_error="stop")
     assert caught.value.errno == code
-    pd.testing.assert_frame_equal(DynamicsStore(tmp_path).read_records(), rows(reference, 0, 1), check_exact=True)
+    pd.testing.assert_frame_equal(read_records(DynamicsStore(tmp_path)), rows(reference, 0, 1), check_exact=True)
     assert not list((tmp_path / "dynamics").rglob("*.tmp"))
 
 
@@ -95,21 +97,21 @@ def test_every_file_may_be_the_one_that_fails(name, reference, tmp_path, monkeyp
     assert len(warnings(caplog)) == 1
     store = DynamicsStore(tmp_path)
     kept = (0, 1, 2, 3, 4) if name in ("trainer_log.json",) else (2, 3, 4)
-    pd.testing.assert_frame_equal(store.read_records(), rows(reference, *kept), check_exact=True)
-    assert store.read_trainer_log() and store.read_config()["probe_every"] == 1 and store.read_baseline()
+    pd.testing.assert_frame_equal(read_records(store), rows(reference, *kept), check_exact=True)
+    assert store.read_trainer_log() and store.read_config()["probe_every"] == 1 and read_baseline(store)
     assert store.read_meta()["lost_steps"] == [step for step in range(5) if step not in kept]
 
 
 def test_a_store_that_cannot_be_made_costs_the_records_only(tmp_path, monkeypatch, caplog):
     make_trainer("sft", tmp_path, **(STEPS | {"max_steps": 1})).train()
-    before = DynamicsStore(tmp_path).read_records()
+    before = read_records(DynamicsStore(tmp_path))
     with caplog.at_level(logging.WARNING, "trl_dynamics"):
         trainer = run_on(FullDisk(monkeypatch, errno.EROFS), tmp_path)
     assert len(warnings(caplog)) == 1 and "Read-only file system" in warnings(caplog)[0]
     assert not trainer.probe_callback.has_records
     trainer.create_model_card()
     assert "Training dynamics" not in (tmp_path / "README.md").read_text(), "the earlier run's records are not ours"
-    pd.testing.assert_frame_equal(DynamicsStore(tmp_path).read_records(), before)
+    pd.testing.assert_frame_equal(read_records(DynamicsStore(tmp_path)), before)
     with pytest.raises(OSError, match="cannot write probe records"):
         run_on(FullDisk(monkeypatch, errno.EROFS), tmp_path, probe_on_error="stop")
 
@@ -124,7 +126,7 @@ def test_a_run_that_never_had_a_store_is_resumed_with_a_new_one(tmp_path, monkey
     with caplog.at_level(logging.WARNING, "trl_dynamics"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "no records could be written before step 2: they begin here" in caplog.text
-    assert DynamicsStore(tmp_path).recorded_steps() == [2, 3, 4]
+    assert DynamicsStore(tmp_path).steps(RECORDS, 0) == [2, 3, 4]
     assert DynamicsStore(tmp_path).read_meta()["baseline_step"] == 2
     assert (tmp_path / "dynamics-old-1").is_dir()
 
@@ -132,16 +134,16 @@ def test_a_run_that_never_had_a_store_is_resumed_with_a_new_one(tmp_path, monkey
 def test_a_resume_that_cannot_be_written_keeps_the_records(tmp_path, monkeypatch):
     options = STEPS | {"save_strategy": "steps", "save_steps": 2}
     make_trainer("sft", tmp_path, **options).train()
-    before = DynamicsStore(tmp_path).read_records()
+    before = read_records(DynamicsStore(tmp_path))
     trainer = make_trainer("sft", tmp_path, **options)
     with monkeypatch.context() as patch:
         trainer.add_callback(FullDisk(patch, errno.EROFS))
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    pd.testing.assert_frame_equal(DynamicsStore(tmp_path).read_records(), before, check_exact=True)
+    pd.testing.assert_frame_equal(read_records(DynamicsStore(tmp_path)), before, check_exact=True)
     trainer = make_trainer("sft", tmp_path, **options)
     trainer.add_callback(FullDisk(monkeypatch, errno.EROFS, until=4))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    pd.testing.assert_frame_equal(DynamicsStore(tmp_path).read_records(), rows(before, 0, 1, 2, 4), check_exact=True)
+    pd.testing.assert_frame_equal(read_records(DynamicsStore(tmp_path)), rows(before, 0, 1, 2, 4), check_exact=True)
 
 
 def test_what_may_happen_on_an_error_is_checked(tmp_path):
@@ -159,10 +161,10 @@ def test_a_limit_of_the_operating_system(on_error, reference, tmp_path):
     store = trl_dynamics.store.store.DynamicsStore(tmp_path)
     if on_error == "stop":
         assert done.returncode != 0 and "File too large" in done.stderr
-        pd.testing.assert_frame_equal(store.read_records(), rows(reference, 0, 1), check_exact=True)
+        pd.testing.assert_frame_equal(read_records(store), rows(reference, 0, 1), check_exact=True)
         return
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"steps": 4}
     assert done.stderr.count("Training goes on") == 1 and "Lost: the records of step 2" in done.stderr
     assert "lost: the records of step 3" in done.stderr, "later losses are told in short"
-    pd.testing.assert_frame_equal(store.read_records(), rows(reference, 0, 1, 4), check_exact=True)
+    pd.testing.assert_frame_equal(read_records(store), rows(reference, 0, 1, 4), check_exact=True)

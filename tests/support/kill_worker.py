@@ -25,6 +25,8 @@ import pandas as pd
 import torch
 
 from tiny_runs import PROBES, make_trainer
+from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.paths.records import read_baseline, read_records
 from trl_dynamics.scoring.engine import ProbeEngine
 from trl_dynamics.store import files
 from trl_dynamics.store.store import DynamicsStore
@@ -145,12 +147,12 @@ def check_survivor(
         checkpoint: Where it was continued.
     """
     store = DynamicsStore(folder)
-    steps = set(store.recorded_steps()) if store.exists else set()
+    steps = set(store.steps(RECORDS, 0)) if store.exists else set()
     if steps:
-        frame = store.read_records()
+        frame = read_records(store)
         assert (frame.groupby("step").size() == ROWS_PER_STEP).all(), "a step is there in part"
         pd.testing.assert_frame_equal(frame, rows(whole, steps), check_exact=True)
-        store.read_baseline()
+        read_baseline(store)
     due = set(whole["step"])
     recorded, start = progress["recorded"], step_of(checkpoint)
     # The probe of the checkpoint itself may not have been taken when the run before was killed.
@@ -175,8 +177,8 @@ def main(folder: Path, seed: int, num_kills: int) -> dict:
     started = time.monotonic()
     finish(fork_run(folder / "again", None, progress), folder / "again")
     seconds = time.monotonic() - started
-    whole = DynamicsStore(folder / "whole").read_records()
-    pd.testing.assert_frame_equal(DynamicsStore(folder / "again").read_records(), whole, check_exact=True)
+    whole = read_records(DynamicsStore(folder / "whole"))
+    pd.testing.assert_frame_equal(read_records(DynamicsStore(folder / "again")), whole, check_exact=True)
     kills, lost, phases, runs = [], 0, Counter(), 0
     while len(kills) < num_kills:
         run, runs = folder / f"run-{runs}", runs + 1
@@ -205,8 +207,8 @@ def main(folder: Path, seed: int, num_kills: int) -> dict:
         is_whole = store.exists and store.read_meta()["status"] == "finished"
         if not is_whole:
             finish(fork_run(run, checkpoint, progress), run)
-        pd.testing.assert_frame_equal(store.read_records(), whole, check_exact=True)
-        left, listed = set(store.records_dir.iterdir()), set(store.record_files())
+        pd.testing.assert_frame_equal(read_records(store), whole, check_exact=True)
+        left, listed = set((store.root / "records").iterdir()), set(store.files(RECORDS))
         assert left >= listed
         if not is_whole:
             assert left == listed and len(left) == 1

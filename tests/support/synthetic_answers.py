@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from synthetic_runs import STEPS
+from trl_dynamics.paths.kinds import SAMPLES
 from trl_dynamics.scoring.repetition import distinct_share, longest_repeat, repeat_share, same_shares
-from trl_dynamics.store.records import SAMPLE_SCHEMA
 
 
 def answers(
@@ -57,7 +57,7 @@ def answers(
                     "text": text.format(step=step),
                 }
             )
-    frame = pd.DataFrame(rows)[SAMPLE_SCHEMA.names]
+    frame = pd.DataFrame(rows)[SAMPLES.schema.names]
     for _, own in frame.groupby("step"):
         frame.loc[own.index, "same_share"] = same_shares(own["token_ids"].tolist())
     return frame

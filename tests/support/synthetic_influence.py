@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from synthetic_runs import meta, probe_set, records
-from trl_dynamics.influence import kind
+from trl_dynamics.influence.kind import INFLUENCE
 from trl_dynamics.influence.summary import InfluenceSummary
+from trl_dynamics.paths.records import probe_set_files
 from trl_dynamics.store.store import DynamicsStore
 
 TYPES = ("chosen", "rejected", "other_test")
@@ -92,10 +93,11 @@ def set_value(frame: pd.DataFrame, rows: pd.Series, column: str, value: float) -
 def write_influence(folder: Path, frame: pd.DataFrame, texts: list[list[str]] | None = None) -> Path:
     """Write `frame` into a run's store, a file per step; by default a token's text is its id after a blank and a t."""
     texts = texts or [[f" t{token}" for token in tokens] for tokens in frame["token_ids"]]
-    names = kind.INFLUENCE_SCHEMA.names
+    names = INFLUENCE.schema.names
     # A column that is not set here is one that an exact, dense step has no value for.
     for _, rows in frame.assign(token_texts=texts).reindex(columns=names).groupby("step"):
-        kind.write(DynamicsStore(folder).root, {name: rows[name].tolist() for name in names})
+        table = INFLUENCE.table({name: rows[name].tolist() for name in names})
+        DynamicsStore(folder).write(int(rows["step"].iloc[0]), {INFLUENCE: table})
     return folder
 
 
@@ -103,7 +105,7 @@ def write_alone(folder: Path, frame: pd.DataFrame) -> Path:
     """Write `frame` as a run that tracked no probe set and recorded influence alone."""
     scored = records(types=[*frame["response_type"].unique()], num_probes=frame["probe_id"].nunique(), steps=[0])
     probes = probe_set(scored)
-    DynamicsStore(folder).create(probes, meta(scored, probes), {})
+    DynamicsStore(folder).create(meta(scored, probes), {}, probe_set_files(probes))
     return write_influence(folder, frame)
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from small_stores import write_records
+from trl_dynamics.paths.kinds import RECORDS, SAMPLES
+from trl_dynamics.paths.records import probe_set_files
 from trl_dynamics.probing.schema import RESPONSE_TYPES, Probe, ProbeSet
-from trl_dynamics.store.records import RECORD_SCHEMA, SAMPLE_SCHEMA, to_table
 from trl_dynamics.store.store import DynamicsStore
 
 ALL_TYPES = tuple(RESPONSE_TYPES)
@@ -89,7 +91,7 @@ def records(
                         "eos_logp": np.nan if index == 3 else -0.5 + eos * t + wobble[4],
                     }
                 )
-    return pd.DataFrame(rows)[RECORD_SCHEMA.names]
+    return pd.DataFrame(rows)[RECORDS.schema.names]
 
 
 def probe_set(frame: pd.DataFrame, *, prompt: str = "What did question {i} ask?", name: str = "synthetic") -> ProbeSet:
@@ -165,14 +167,15 @@ def write_run(
     """Write `frame`, and greedy `answers` of its steps, as a run's store in `folder`, one shard per model and step."""
     probes = probe_set(frame, prompt=prompt) if prompt else probe_set(frame)
     store = DynamicsStore(folder)
-    store.create(probes, meta(frame, probes, method=method, **entries), {"learning_rate": 1e-6, "beta": 0.1})
+    config = {"learning_rate": 1e-6, "beta": 0.1}
+    store.create(meta(frame, probes, method=method, **entries), config, probe_set_files(probes))
     store.write_trainer_log(trainer_log(sorted(frame["step"].unique()), method))
     for index, (model, rows) in enumerate(frame.groupby("model", sort=False)):
         for step, shard in rows.groupby("step"):
-            columns = {name: shard[name].tolist() for name in RECORD_SCHEMA.names}
+            columns = {name: shard[name].tolist() for name in RECORDS.schema.names}
             samples = None
             if answers is not None:
                 own = answers[(answers["model"] == model) & (answers["step"] == step)]
-                samples = to_table({name: own[name].tolist() for name in SAMPLE_SCHEMA.names}, "samples")
-            store.write_records(to_table(columns), step=int(step), model_index=index, samples=samples)
+                samples = SAMPLES.table({name: own[name].tolist() for name in SAMPLES.schema.names})
+            write_records(store, RECORDS.table(columns), step=int(step), model_index=index, samples=samples)
     return folder

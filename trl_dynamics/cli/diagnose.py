@@ -11,6 +11,7 @@ from trl_dynamics.influence.rules import calm_text, find_in_influence
 from trl_dynamics.influence.summary import InfluenceSummary, open_influence
 from trl_dynamics.paths import rules
 from trl_dynamics.paths.changes import Changes
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.paths.pairs import as_trained, first_and_later, paired
 from trl_dynamics.paths.rules import SEVERITIES, Finding
 from trl_dynamics.paths.summary import Summary, summarise_store
@@ -200,13 +201,13 @@ def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{store.root / 'meta.json'} is damaged ({error!r}); copy the run again") from error
     running = meta.get("status") == "running"
-    if not store.has_records:
+    if not store.steps(RECORDS):
         influence = open_influence(store.output_dir, meta)
         if influence is not None:
             judged = find_in_influence(influence)
             return [Diagnosis(name, "policy", str(store.output_dir), meta, None, influence, judged)]
         wait = "the run has begun but scored nothing yet, try again later" if running else "no probe was ever scored"
-        raise ValueError(f"no records in {store.records_dir}: {wait}")
+        raise ValueError(f"no records in {store.root / RECORDS.name}: {wait}")
     found, alone = [], summarise_store(store)
     for model, summary in paired(alone, meta).items():
         influence = open_influence(store.output_dir, meta, model)

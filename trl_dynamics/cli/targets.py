@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from trl_dynamics.cli import sources
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.store.aside import is_tracked
 from trl_dynamics.store.store import DynamicsStore
 
@@ -90,7 +91,7 @@ def _last_step(folder: Path) -> int:
     state = _read_json(folder / "trainer_state.json").get("global_step")
     step = _step_of(folder) if folder.name.startswith("checkpoint-") else state
     if not step and (store := _run_in(folder)) is not None:
-        step = max(store.recorded_steps(), default=None)
+        step = max(store.steps(RECORDS), default=None)
     return int(step or 1)
 
 

@@ -19,17 +19,18 @@ from trl_dynamics import loading, stats_head
 from trl_dynamics.cli import finite, sources
 from trl_dynamics.cli.launching import on_main
 from trl_dynamics.cli.targets import METHODS, Target, find_targets, trained_with
+from trl_dynamics.paths.kinds import RECORDS, SAMPLES
+from trl_dynamics.paths.records import has_baseline, probe_set_files, read_baseline, write_baseline
 from trl_dynamics.paths.summary import summarise_store
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.progress import with_bar
 from trl_dynamics.scoring.arguments import ScoringArguments
 from trl_dynamics.scoring.head_check import settle_head
+from trl_dynamics.scoring.identity import model_identity
 from trl_dynamics.scoring.layout_check import settle_layout
 from trl_dynamics.scoring.probes import narrow, require_types
 from trl_dynamics.scoring.setup import LIMITS, build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.store.aside import is_tracked
-from trl_dynamics.store.identity import model_identity
-from trl_dynamics.store.records import SAMPLES, to_table
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.threads import tell_threads
 from trl_dynamics.trainers.parallelism import refuse_lone_processes
@@ -124,14 +125,14 @@ def run(argv: list[str]) -> int:
     paths = {model: summary.path() for model, summary in summarise_store(store).items()}
     table = pd.concat(paths, names=["model"])
     print("mean log-probability per token (nats):", table.round(3).to_string(), f"records: {store.root}", sep="\n")
-    return finite.exit_status("track", *not_finite(store), where=str(store.records_dir))
+    return finite.exit_status("track", *not_finite(store), where=str(store.root / RECORDS.name))
 
 
 def not_finite(store: DynamicsStore) -> tuple[int, int]:
     """How many of all recorded answers have a log-probability that is not finite, and how many there are."""
     indices = {target["model_index"] for target in store.read_meta()["targets"]}
-    steps = sorted({step for index in indices for step in store.recorded_steps(index)})
-    columns = [store.read_records({step})["logp_sum"] for step in steps]
+    steps = sorted({step for index in indices for step in store.steps(RECORDS, index)})
+    columns = [store.read(RECORDS, {step}, ["logp_sum"])["logp_sum"] for step in steps]
     return sum(int((~np.isfinite(column)).sum()) for column in columns), sum(map(len, columns))
 
 
@@ -239,13 +240,13 @@ class _Session:
             )
         scores = engine.score(model, self.baselines.get(plan))
         num_rows = len(scores.columns["probe_id"])
-        table = to_table({"model": [target.model] * num_rows, "step": [target.step] * num_rows} | scores.columns)
-        samples = None
+        table = RECORDS.table({"model": [target.model] * num_rows, "step": [target.step] * num_rows} | scores.columns)
+        tables = {RECORDS: table, SAMPLES: None}
         if sampler is not None:
             answers = sampler.sample(model)
             num_rows = len(answers["probe_id"])
             keys = {"model": [target.model] * num_rows, "step": [target.step] * num_rows}
-            samples = to_table(keys | answers, SAMPLES)
+            tables[SAMPLES] = SAMPLES.table(keys | answers)
         # Which y* goes on after an interruption: that of each model's first target.
         plans = self.meta.setdefault("plans", {})
         is_first, is_begun = "batch_plan" not in self.meta, str(target.model_index) in plans
@@ -259,12 +260,12 @@ class _Session:
         def write() -> None:
             if is_first:
                 why = "; ".join(self.news) or "track begins there"
-                self.store.create(probe_set, self.meta, changed_fields(args), why)
-            if not self.store.has_baseline(model_index=target.model_index):
-                self.store.write_baseline(scores.star_ids, model_index=target.model_index)
+                self.store.create(self.meta, changed_fields(args), probe_set_files(probe_set), why)
+            if not has_baseline(self.store, target.model_index):
+                write_baseline(self.store, scores.star_ids, model_index=target.model_index)
             if not is_begun:
                 self.store.write_meta(self.meta)
-            self.store.write_records(table, step=target.step, model_index=target.model_index, samples=samples)
+            self.store.write(target.step, tables, target.model_index)
             logger.info(f"scored {target.model} at step {target.step}")
 
         on_main(write)
@@ -288,15 +289,15 @@ class _Session:
             )
         self.news = what_differs(earlier, self.facts, probe_set) if earlier else []
         indices = {target.model_index for target in self.targets}
-        done = set() if self.news else {(i, step) for i in indices for step in self.store.recorded_steps(i)}
+        done = set() if self.news else {(i, step) for i in indices for step in self.store.steps(RECORDS, i)}
         if self.facts["settings"]["probe_samples"]:
-            done &= {(i, step) for i in indices for step in self.store.recorded_steps(i, SAMPLES)}
+            done &= {(i, step) for i in indices for step in self.store.steps(SAMPLES, i)}
         if not done:
             return self.facts, set(), {}
         logger.info(f"{self.store.root} has records of {len(done)} of {len(self.targets)} targets already")
         begun = sorted({index for index, _ in done})
         plans = {str(begun[0]): earlier["batch_plan"]["fingerprint"]} | earlier.get("plans", {})
-        star_ids = {plans[str(i)]: self.store.read_baseline(model_index=i) for i in begun if str(i) in plans}
+        star_ids = {plans[str(i)]: read_baseline(self.store, model_index=i) for i in begun if str(i) in plans}
         return earlier | self.facts | {"plans": plans}, done, star_ids
 
 
@@ -339,7 +340,7 @@ def recorded_run(args: TrackArguments) -> RecordedRun | None:
     source = DynamicsStore(args.model_name_or_path[0])
     if not source.exists:
         return None
-    star_ids = source.read_baseline() if source.has_baseline() else None
+    star_ids = read_baseline(source) if has_baseline(source) else None
     return RecordedRun(str(source.output_dir), source.read_meta(), star_ids)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from trl_dynamics.influence import kind
-from trl_dynamics.influence.kind import BATCH
+from trl_dynamics.influence.kind import BATCH, INFLUENCE
 from trl_dynamics.probing.schema import order_types
 from trl_dynamics.statistics import Agreement, rank_agreement, weighted_spearman
+from trl_dynamics.store.store import open_store
 
 # What of a step does it -> its column: this batch's gradient, the optimiser's memory of earlier ones, weight decay.
 PARTS = {"gradient": "update_sum", "momentum": "momentum_sum", "decay": "decay_sum"}
@@ -159,10 +159,11 @@ def open_influence(run_dir: str | Path, meta: dict, model: str = "policy") -> In
     """
 
     def read(step: int, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
-        rows = kind.read(run_dir, {step}, columns)
+        rows = store.read(INFLUENCE, {step}, list(columns))
         return rows[rows["model"] == model]
 
-    steps = kind.recorded_steps(run_dir)
+    store = open_store(run_dir)
+    steps = store.steps(INFLUENCE)
     if not steps or read(steps[0]).empty:
         return None
     return InfluenceSummary(steps, read, meta.get("akg", {}).get("dtype", "float32"))

@@ -14,12 +14,12 @@ import pandas as pd
 
 from trl_dynamics.findings.effects import Effect, clustered_effect
 from trl_dynamics.paths.changes import ENTROPY_COLLAPSE
+from trl_dynamics.paths.kinds import SAMPLES
 from trl_dynamics.paths.metrics import mean
-from trl_dynamics.store.records import SAMPLE_VALUE_COLUMNS
 from trl_dynamics.store.store import DynamicsStore, read_runs
 
 # What is read of every step; ids and texts are for those who ask for them.
-NUMBERS = ["num_tokens", "ended", *SAMPLE_VALUE_COLUMNS]
+NUMBERS = ["num_tokens", "ended", *SAMPLES.values]
 
 
 def length(rows: pd.DataFrame) -> float:
@@ -218,11 +218,11 @@ class Samples:
 
 def summarise_samples(store: DynamicsStore) -> dict[str, Samples]:
     """The numbers of a store's greedy answers by model; empty where none were taken."""
-    frame = store.read_samples(columns=NUMBERS)
+    frame = store.read(SAMPLES, columns=NUMBERS)
 
     def reading(model: str) -> Callable[[set[int]], pd.DataFrame]:
         def read(steps: set[int]) -> pd.DataFrame:
-            whole = store.read_samples(steps)
+            whole = store.read(SAMPLES, steps)
             return whole[whole["model"] == model]
 
         return read
@@ -237,13 +237,13 @@ def load_samples(*output_dirs: str | Path) -> pd.DataFrame:
         output_dirs: Runs' output directories (or their `dynamics/` folders).
 
     Returns:
-        `pandas.DataFrame`: The columns of [`store.records.SAMPLE_SCHEMA`] with `run` in front; no rows where the
+        `pandas.DataFrame`: The columns of [`paths.kinds.SAMPLES`] with `run` in front; no rows where the
         runs were not asked for answers (`probe_samples`).
 
     Raises:
         ValueError: If a folder is no run.
     """
-    return read_runs("load_samples", output_dirs, DynamicsStore.read_samples)
+    return read_runs("load_samples", output_dirs, lambda store: store.read(SAMPLES))
 
 
 def _mean(rows: pd.DataFrame, column: str) -> float:

@@ -6,23 +6,23 @@ same reduction.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from trl_dynamics.paths.changes import Changes, Squeeze
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.paths.metrics import METRICS, PER_SEQUENCE, PER_TOKEN
+from trl_dynamics.paths.records import no_records
 from trl_dynamics.paths.samples import Samples, summarise_samples
-from trl_dynamics.paths.step_table import COLUMNS, StepTable, split, split_frame
+from trl_dynamics.paths.step_table import COLUMNS, StepTable, split_frame
 from trl_dynamics.paths.training import Training, read_training
 from trl_dynamics.probing.schema import order_types
-from trl_dynamics.store.store import DynamicsStore
+from trl_dynamics.store.store import Block, DynamicsStore
 
 # What is described per response type: name -> column, and whether it is the paired change since the start.
 MEASURES: dict[str, tuple[str, bool]] = {
@@ -232,59 +232,19 @@ def describe(values_TP: np.ndarray) -> np.ndarray:
     return np.stack(statistics)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Neighbouring row groups of one file that hold whole steps of one model: what is read at once."""
-
-    path: Path
-    groups: tuple[int, ...]
-    model: str
-    first_step: int
-    last_step: int
-
-
-def find_blocks(path: Path) -> Iterator[Block]:
-    """The smallest blocks of a record file: one row group each, unless one cuts through a step.
-
-    Raises:
-        ValueError: If a row group holds several models.
-    """
-    pending: list[Block] = []
-    file = pq.ParquetFile(path)
-    for group in range(file.num_row_groups):
-        keys = file.read_row_group(group, columns=["model", "step"], use_threads=False)
-        models, steps = keys["model"].unique().to_pylist(), keys["step"].to_numpy()
-        if len(models) != 1:
-            raise ValueError(f"row group {group} of {path} holds the models {models}; expected one model per file")
-        block = Block(path, (group,), models[0], int(steps.min()), int(steps.max()))
-        if pending and (block.model != pending[0].model or block.first_step > max(b.last_step for b in pending)):
-            yield _joined(pending)
-            pending = []
-        pending.append(block)
-    if pending:
-        yield _joined(pending)
-
-
-def read_block(block: Block, vocab_size: int | None = None) -> list[StepTable]:
-    """The steps of a block, ascending."""
-    file = pq.ParquetFile(block.path, read_dictionary=["model", "probe_id", "response_type"])
-    return split(file.read_row_groups(list(block.groups), columns=list(COLUMNS), use_threads=False), vocab_size)
-
-
-def _joined(blocks: list[Block]) -> Block:
-    groups = tuple(group for block in blocks for group in block.groups)
-    first, last = min(block.first_step for block in blocks), max(block.last_step for block in blocks)
-    return Block(blocks[0].path, groups, blocks[0].model, first, last)
+def read_block(block: Block, vocab_size: int | None = None) -> StepTable:
+    """The records of one step."""
+    return StepTable.of(block.read(COLUMNS, names=("model", "probe_id", "response_type")), vocab_size)
 
 
 def _blocks(store: DynamicsStore) -> dict[str, list[Block]]:
     """Per model, what to read in order of steps."""
-    by_model: dict[str, list[Block]] = {}
-    for block in (block for path in store.record_files() for block in find_blocks(path)):
-        by_model.setdefault(block.model, []).append(block)
-    if not by_model:
-        raise ValueError(f"no records in {store.records_dir}; run with a probe set first (probe_set=...)")
-    return {model: sorted(own, key=lambda block: block.first_step) for model, own in by_model.items()}
+    by_index: dict[int, list[Block]] = {}
+    for block in store.blocks(RECORDS):
+        by_index.setdefault(block.model_index, []).append(block)
+    if not by_index:
+        raise no_records(store)
+    return {str(own[0].read(["model"])["model"][0]): own for own in by_index.values()}
 
 
 def _summarise_all(store: DynamicsStore, vocab_size: int | None) -> dict[str, Summary]:
@@ -296,13 +256,13 @@ def _summarise_all(store: DynamicsStore, vocab_size: int | None) -> dict[str, Su
 
 
 def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size: int | None) -> Summary:
-    first = read_block(blocks[0], vocab_size)[0]
+    first = read_block(blocks[0], vocab_size)
 
-    def reduce(block: Block) -> list[StepSummary]:
-        return [summarise_step(first, table) for table in read_block(block, vocab_size)]
+    def reduce(block: Block) -> StepSummary:
+        return summarise_step(first, read_block(block, vocab_size))
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        parts = sorted((part for found in pool.map(reduce, blocks) for part in found), key=lambda part: part.step)
+        parts = list(pool.map(reduce, blocks))
     _refuse_repeats(part.step for part in parts)
 
     def read(step: int) -> StepTable:
@@ -315,8 +275,7 @@ def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size
 
 
 def _read_step(blocks: list[Block], step: int, vocab_size: int | None) -> StepTable:
-    block = next(block for block in blocks if block.first_step <= step <= block.last_step)
-    return next(table for table in read_block(block, vocab_size) if table.step == step)
+    return read_block(next(block for block in blocks if block.step == step), vocab_size)
 
 
 def _refuse_repeats(steps: Iterable[int]) -> None:

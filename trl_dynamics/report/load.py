@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl_dynamics.influence.summary import InfluenceSummary, open_influence
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.paths.pairs import paired
+from trl_dynamics.paths.records import read_probe_set
 from trl_dynamics.paths.summary import Summary, summarise_store
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.store.store import DynamicsStore, open_store, run_names
@@ -122,7 +124,7 @@ def _unused(label: str, taken: set[str]) -> str:
 
 def _load(name: str, store: DynamicsStore) -> Run:
     meta = store.read_meta()
-    alone = None if store.has_records else open_influence(store.output_dir, meta)
+    alone = None if store.steps(RECORDS) else open_influence(store.output_dir, meta)
     summaries = {} if alone else summarise_store(store)
     influences = {model: open_influence(store.output_dir, meta, model) for model in summaries} or {"policy": alone}
     return Run(
@@ -139,6 +141,6 @@ def _load(name: str, store: DynamicsStore) -> Run:
 def _read_probe_set(store: DynamicsStore) -> ProbeSet | None:
     # A set of a user's own types only was valid when scored but is refused by the reader; the records remain readable.
     try:
-        return store.read_probe_set()
+        return read_probe_set(store)
     except (OSError, ValueError):
         return None

@@ -175,6 +175,7 @@ def describe_origin(model, probe_set: ProbeSet, method: str) -> dict:
             "num_probes": len(probe_set),
             "counts": probe_set.counts,
             "metadata": probe_set.metadata,
+            "selection": {"probe_max_probes": None, "probe_subset": None} | probe_set.selection,
         },
     }
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from trl_dynamics.store import files
-from trl_dynamics.store.records import SCHEMA_VERSION
+from trl_dynamics.store.manifest import SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
 

@@ -1,28 +1,38 @@
-"""The records and samples of a store on disk: files that never change, and the manifest that says which of them count.
+"""The rows of a store on disk: files that never change, and the manifest that says which of them count.
 
 A change is one exchange: new files are written, the manifest is replaced, the files it no longer lists are removed.
-Whoever is killed in between leaves the state before or the state after, and files that nobody reads.
+A process that is killed in between leaves the state before or the state after, and files that nobody reads.
+
+While a run goes on, neighbouring files of one size class are merged, [`FAN`] at a time and in the exchange that adds
+the last of them. So a run of n steps has about FAN log n files, each row is copied log n times, and no write takes
+longer because the run is long.
 """
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 
 from trl_dynamics.store import files, parquet
-from trl_dynamics.store.manifest import MANIFEST_NAME, Manifest, Part, damage, read_manifest
-from trl_dynamics.store.migrate import manifest_of_v1
-from trl_dynamics.store.records import RECORDS, SAMPLES
+from trl_dynamics.store.kind import Kind
+from trl_dynamics.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, Part, damage, read_manifest
+from trl_dynamics.store.migrate import manifest_of_v1, with_unlisted
 
+# Files of one size class that are merged into one of the next.
+FAN = 16
+# Nothing larger is made while a run goes on: copying that much takes about a second.
+RUNNING_BYTES = 64 * 2**20
 TARGET_BYTES = 512 * 2**20
-_OURS = re.compile(r"m\d{3,}-step\d{9,}(-\d{6,})?\.parquet(\.tmp)?")
+_OURS = re.compile(r"(m\d{3,}-step\d{9,}(-\d{6,})?|step-\d{9,})\.parquet(\.tmp)?")
 _TRIES = 5
 
+Write = Callable[[Callable[[int, int], str]], Part]
 
-class Shards:
-    """The records and samples of one store; what is done to a step is done to both in the same exchange.
+
+class Parts:
+    """The rows of one store, of whatever kinds.
 
     Args:
         root (`Path`): The `dynamics/` folder.
@@ -34,22 +44,23 @@ class Shards:
         self._schema_version = schema_version
 
     def manifest(self) -> Manifest:
-        """What counts; a store of version 1 is read without being changed.
+        """What counts; a store of an earlier version is read without being changed.
 
         Raises:
             ValueError: If it is damaged, missing from a store that had one, or of a newer version.
         """
         if self._manifest_path.is_file():
-            return read_manifest(self._manifest_path)
-        version = self._schema_version()
-        if version is None or version == 1:
-            return manifest_of_v1(self.root / RECORDS)
-        raise ValueError(
-            f"{self._manifest_path} is missing: the folder was changed from outside or copied incompletely. Copy it "
-            "again from where it was written"
-        )
+            found = read_manifest(self._manifest_path)
+        elif self._schema_version() in (None, 1):
+            found = manifest_of_v1(self.root)
+        else:
+            raise ValueError(
+                f"{self._manifest_path} is missing: the folder was changed from outside or copied incompletely. Copy "
+                "it again from where it was written"
+            )
+        return found if found.version >= SCHEMA_VERSION else with_unlisted(self.root, found)
 
-    def check(self, parts: tuple[Part, ...] | list[Part]) -> None:
+    def check(self, parts: Iterable[Part]) -> None:
         """Refuse files that are missing or do not have their full length.
 
         Raises:
@@ -64,7 +75,7 @@ class Shards:
                 )
 
     def path(self, part: Part) -> Path:
-        """Where the file of a part lies."""
+        """Where the file of a part is."""
         return self.root / part.kind / part.file
 
     def consistent(self, read: Callable[[Manifest], object]) -> object:
@@ -80,94 +91,140 @@ class Shards:
         raise ValueError(f"{self.root} changes faster than it can be read; try again when the run has ended")
 
     def tables(
-        self,
-        manifest: Manifest,
-        steps: set[int] | None = None,
-        kind: str = RECORDS,
-        columns: list[str] | None = None,
+        self, manifest: Manifest, kind: str, steps: set[int] | None = None, schema: pa.Schema | None = None
     ) -> list[pa.Table]:
         """The rows of every step, or of `steps`, in order of (model index, step)."""
         wanted = [part for part in manifest.of_kind(kind) if steps is None or steps & set(part.steps)]
         found = [
             (part.model_index, step, table)
             for part in wanted
-            for step, table in parquet.read_steps(self.root, part, steps, columns)
+            for step, table in parquet.read_steps(self.root, part, steps, schema)
         ]
         return [table for _, _, table in sorted(found, key=lambda row: row[:2])]
 
-    def add(self, table: pa.Table, step: int, model_index: int, samples: pa.Table | None = None) -> Path:
-        """Write the records of one step, and its samples if there are any, into files of their own; whatever the step
-        had before is replaced. Returns the file of the records."""
-
-        def writing(kind: str, rows: pa.Table) -> Callable[[Callable[[int, int], str]], Part]:
-            return lambda name: parquet.write_part(
-                self.root, name(model_index, step), model_index, iter([(step, rows)]), kind
-            )
-
-        writes = [writing(RECORDS, table)]
-        if samples is not None:
-            files.make_folder(self.root / SAMPLES)
-            writes.append(writing(SAMPLES, samples))
-        come = self._exchange(lambda part, other: part.model_index == model_index and other == step, *writes)
-        return self.path(come[0])
+    def add(self, step: int, tables: Mapping[Kind, pa.Table | None], model_index: int) -> None:
+        """Write the rows of one step; rows that it has of these kinds are replaced, or dropped where there are none
+        now. All of them count from the same moment on."""
+        manifest, gone, writes = self.manifest(), [], []
+        for kind, table in tables.items():
+            parts = manifest.of_kind(kind.name, model_index)
+            if table is None:
+                gone += [part for part in parts if step in part.steps]
+                continue
+            if not (self.root / kind.name).is_dir():
+                files.make_folder(self.root / kind.name)
+            group = self._to_merge(parts, step)
+            gone += group or [part for part in parts if step in part.steps]
+            writes.append(self._writing(kind.name, model_index, group, (step, table)))
+        merged = {(part.kind, part.file) for part in gone if step not in part.steps}
+        self._exchange(
+            manifest,
+            gone,
+            lambda part, other: other == step or (part.kind, part.file) in merged,
+            *writes,
+            kinds={kind.name: kind.rules for kind, table in tables.items() if table is not None},
+        )
 
     def drop(self, is_gone: Callable[[Part, int], bool]) -> None:
         """Take steps out; files that also hold other steps are copied without them. Leftovers of crashes go too."""
-        if not self._manifest_path.is_file() or self.manifest().touched(is_gone):
-            self._exchange(is_gone)
+        manifest = self.manifest()
+        gone = manifest.touched(is_gone)
+        if gone or manifest.version < SCHEMA_VERSION:
+            self._exchange(manifest, gone, is_gone)
         self.sweep()
 
     def compact(self, target_bytes: int = TARGET_BYTES) -> None:
         """Merge neighbouring files of a kind and model up to `target_bytes` each; every merge is one exchange."""
         manifest = self.manifest()
         self.check(manifest.parts)
-        for group in parquet.groups(manifest.parts, target_bytes):
-            names = {part.file for part in group}
-            self._exchange(
-                lambda part, _, names=names: part.file in names,
-                lambda name, group=group: parquet.merge(self.root, name(*group[0].order[1:]), group),
-            )
+        for group in groups(manifest.parts, target_bytes):
+            writing = self._writing(group[0].kind, group[0].model_index, group)
+            self._exchange(self.manifest(), group, lambda part, step: True, writing)
         self.sweep()
 
     def sweep(self) -> None:
         """Remove files of ours that the manifest does not list: leftovers of crashes."""
-        listed = self.manifest().names
-        folders = [self.root / kind for kind in (RECORDS, SAMPLES)]
-        for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
-            if _OURS.fullmatch(path.name) and path.name not in listed:
-                files.remove(path)
+        manifest = self.manifest()
+        for kind in {part.kind for part in manifest.parts} | set(manifest.kinds):
+            folder = self.root / kind
+            for path in list(folder.iterdir()) if folder.is_dir() else ():
+                if _OURS.fullmatch(path.name) and (kind, path.name) not in manifest.names:
+                    files.remove(path)
+
+    def _to_merge(self, parts: tuple[Part, ...], step: int) -> list[Part]:
+        """The parts that the rows of a new last step complete to a file of the next size classes."""
+        if not parts or parts[-1].steps[-1] >= step:
+            return []
+        group: list[Part] = []
+        size, num_bytes = 1, 0
+        while True:
+            rest = parts[: len(parts) - len(group)]
+            found = rest[-(FAN - 1) :]
+            num_bytes += sum(part.num_bytes for part in found)
+            same = len(found) == FAN - 1 and all(size <= len(part.steps) < size * FAN for part in found)
+            if not same or num_bytes > RUNNING_BYTES:
+                return group
+            group, size = [*found, *group], size * FAN
+
+    def _writing(self, kind: str, model_index: int, group: list[Part], *more: tuple[int, pa.Table]) -> Write:
+        """The write of one file from the rows of parts and of further (step, rows) pairs after them."""
+
+        def write(name: Callable[[int, int], str]) -> Part:
+            self.check(group)
+            first = group[0].steps[0] if group else more[0][0]
+            rows: Iterator = (pair for source in (parquet.merged(self.root, group), more) for pair in source)
+            return parquet.write_part(self.root, name(model_index, first), model_index, kind, rows)
+
+        return write
 
     def _exchange(
-        self, is_gone: Callable[[Part, int], bool], *writes: Callable[[Callable[[int, int], str]], Part]
-    ) -> list[Part]:
-        manifest, come = self.manifest(), []
+        self,
+        manifest: Manifest,
+        gone: list[Part],
+        is_gone: Callable[[Part, int], bool],
+        *writes: Write,
+        kinds: Mapping[str, dict] | None = None,
+    ) -> None:
+        """Replace the parts `gone` by what `writes` write and by copies of the steps that stay of them."""
+        come: list[Part] = []
 
         def name(model_index: int, step: int) -> str:
             return manifest.new_name(model_index, step, taken=len(come))
 
-        gone = manifest.touched(is_gone)
         try:
             for write in writes:
                 come.append(write(name))
             for part in gone:
-                kept = {step for step in part.steps if not is_gone(part, step)}
-                if kept:
+                left = {step for step in part.steps if not is_gone(part, step)}
+                if left:
                     self.check([part])
-                    tables: Iterator = parquet.read_steps(self.root, part, kept)
-                    target = name(part.model_index, min(kept))
-                    come.append(parquet.write_part(self.root, target, part.model_index, tables, part.kind))
-            files.write(self._manifest_path, manifest.exchange(gone, come).encode())
+                    rows = parquet.read_steps(self.root, part, left)
+                    target = name(part.model_index, min(left))
+                    come.append(parquet.write_part(self.root, target, part.model_index, part.kind, rows))
+            files.write(self._manifest_path, manifest.exchange(gone, come, kinds or {}).encode())
         except Exception:
             self._discard(come)
             raise
         for part in gone:
             files.remove(self.path(part))
-        return come
 
     def _discard(self, parts: list[Part]) -> None:
         """Remove what an exchange that failed has written, unless its manifest made it to the disk after all."""
         with contextlib.suppress(OSError, ValueError):
             listed = self.manifest().names
             for part in parts:
-                if part.file not in listed:
+                if (part.kind, part.file) not in listed:
                     files.remove(self.path(part))
+
+
+def groups(parts: Iterable[Part], target_bytes: int) -> list[list[Part]]:
+    """Which neighbouring parts of a kind and model to merge: at most `target_bytes` in all, groups of one left out."""
+    found: list[list[Part]] = []
+    for part in parts:
+        last = found[-1] if found else None
+        fits = last and last[0].order[:2] == part.order[:2] and last[-1].steps[-1] < part.steps[0]
+        if fits and sum(other.num_bytes for other in last) + part.num_bytes <= target_bytes:
+            last.append(part)
+        else:
+            found.append([part])
+    return [group for group in found if len(group) > 1]

@@ -1,23 +1,21 @@
 """The store: `output_dir/dynamics/`, written by the main process of one run.
 
-    dynamics/meta.json            what produced the numbers: versions, seed, model, probe set, batch plan, cost
+    dynamics/meta.json            what produced the numbers: versions, seed, model, cost, what every recorder says
     dynamics/config.yaml          resolved arguments of the run
-    dynamics/probe_set/           copy of the probe set that was scored
-    dynamics/baseline.parquet     per-token y* ids, frozen when the first records were taken
-    dynamics/manifest.json        which files of records/ and samples/ hold which steps; readers trust nothing else
-    dynamics/records/*.parquet    one file per (model, step), merged into a few at the end of the run
-    dynamics/samples/*.parquet    the same for greedy answers, where the run was asked for any
-    dynamics/influence/*.parquet  what steps were predicted to do and did, see [`influence.kind`]
+    dynamics/manifest.json        which files hold which steps of which kind of row; readers trust nothing else
+    dynamics/<kind>/*.parquet     the rows of one kind; a file per (model, step), merged by size while the run goes on
+    dynamics/<attachment>         what a recorder keeps beside its rows, such as a copy of what is observed
     dynamics/trainer_log.json     the trainer's own log lines
     dynamics/report.html          the page, once made
     .dynamics.lock                beside it while a run is writing
 
-Every file is replaced as a whole or not at all (see [`store.files`]), and files of records never change, so a crash
+Every file is replaced as a whole or not at all (see [`store.files`]), and files of rows never change, so a crash
 at any moment loses at most the step being written.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -25,27 +23,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from trl_dynamics.influence import kind as influence_kind
 from trl_dynamics.plain import json_text, plain_or_text, yaml_text
-from trl_dynamics.probing.io import load as load_probe_set
-from trl_dynamics.probing.io import to_files as probe_set_files
-from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.store import files
 from trl_dynamics.store.aside import is_tracked, move_aside, where_is_run
-from trl_dynamics.store.identity import refuse_other_probes, refuse_other_series
+from trl_dynamics.store.identity import Same, refuse_other_series
+from trl_dynamics.store.kind import BEFORE, Kind
 from trl_dynamics.store.lock import RunLock
-from trl_dynamics.store.manifest import MANIFEST_NAME, Manifest, damage, refuse_newer
-from trl_dynamics.store.parts import TARGET_BYTES, Shards
-from trl_dynamics.store.records import (
-    FOLDER,
-    KEY_COLUMNS,
-    RECORDS,
-    SAMPLE_KEY_COLUMNS,
-    SAMPLE_SCHEMA,
-    SAMPLES,
-    SCHEMA_VERSION,
-    SCHEMAS,
-)
+from trl_dynamics.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, damage, refuse_newer
+from trl_dynamics.store.parts import TARGET_BYTES, Parts
+
+# Where everything is, below a run's output_dir.
+FOLDER = "dynamics"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of one kind, model and step: what is read at once.
+
+    Args:
+        path (`Path`): The file.
+        group (`int` or `None`): Its row group; None for the whole file.
+        model_index, step (`int`): Whose rows.
+    """
+
+    path: Path
+    group: int | None
+    model_index: int
+    step: int
+
+    def read(self, columns: Sequence[str], names: Sequence[str] = ()) -> pa.Table:
+        """The rows with `columns`; those of them in `names` as dictionaries.
+
+        Raises:
+            FileNotFoundError: If the run has merged its files meanwhile; ask for [`DynamicsStore.blocks`] again.
+        """
+        with pq.ParquetFile(self.path, read_dictionary=list(names)) as file:
+            if self.group is None:
+                return file.read(list(columns), use_threads=False)
+            return file.read_row_group(self.group, list(columns), use_threads=False)
 
 
 class DynamicsStore:
@@ -55,14 +70,13 @@ class DynamicsStore:
     `with store: ...`, or [`open`] and [`close`].
 
     Args:
-        output_dir (`str` or `Path`): The run's output directory; everything of ours lies below its `dynamics/`.
+        output_dir (`str` or `Path`): The run's output directory; the store is its folder `dynamics/`.
     """
 
     def __init__(self, output_dir: str | Path):
         self.output_dir = Path(output_dir)
         self.root = self.output_dir / FOLDER
-        self._shards = Shards(self.root, lambda: self.read_meta()["schema_version"] if self.exists else None)
-        self.records_dir = self.root / RECORDS
+        self._parts = Parts(self.root, lambda: self.read_meta()["schema_version"] if self.exists else None)
         self._lock = RunLock(self.output_dir)
 
     def open(self) -> None:
@@ -91,34 +105,35 @@ class DynamicsStore:
     def exists(self) -> bool:
         return (self.root / "meta.json").is_file()
 
-    @property
-    def has_records(self) -> bool:
-        return bool(self._shards.manifest().of_kind(RECORDS))
-
-    def record_files(self) -> list[Path]:
-        """The parquet files of the records, in order of (model index, first step); every row in them counts.
+    def files(self, kind: Kind) -> list[Path]:
+        """The parquet files of a kind, in order of (model index, first step); every row in them counts.
 
         Each file holds one model, with a row group per step.
 
         Raises:
             ValueError: If one is missing or damaged, with the way out.
         """
-        return self._shards.consistent(lambda manifest: [*map(self._shards.path, manifest.of_kind(RECORDS))])
+        return self._parts.consistent(lambda manifest: [*map(self._parts.path, manifest.of_kind(kind.name))])
 
-    def recorded_steps(self, model_index: int = 0, kind: str = RECORDS) -> list[int]:
-        """Steps at which a model has records, or samples, ascending."""
-        return self._shards.manifest().steps(model_index, kind)
+    def steps(self, kind: Kind, model_index: int | None = None) -> list[int]:
+        """Steps at which a model, or any, has rows of a kind, ascending."""
+        return self._parts.manifest().steps(kind.name, model_index)
 
-    def create(self, probe_set: ProbeSet, meta: dict, config: dict, why: str = "a new run begins there") -> None:
+    def create(
+        self, meta: dict, config: dict, attachments: Mapping[str, bytes], why: str = "a new run begins there"
+    ) -> None:
         """Start a new store; an old one is moved aside once the new one is complete, and a log line says `why`.
 
         Values are written plain; what has no plain form is left out of config.yaml and named there in a comment.
 
+        Args:
+            meta, config (`dict`): For meta.json and config.yaml.
+            attachments (`Mapping[str, bytes]`): File name -> content, see [`attach`].
+
         Raises:
             OSError: If the place cannot be written, with the path and what to do.
         """
-        content = {f"probe_set/{name}": text.encode() for name, text in probe_set_files(probe_set).items()}
-        content |= {
+        content = dict(attachments) | {
             "config.yaml": yaml_text(config).encode(),
             MANIFEST_NAME: Manifest().encode(),
             "meta.json": _encode_meta(meta),
@@ -127,26 +142,26 @@ class DynamicsStore:
             new = self.output_dir / f".{FOLDER}-new"
             if new.exists():
                 files.remove(new)
-            files.make_folder(new / "records")
-            files.make_folder(new / "probe_set")
+            for folder in sorted({(new / name).parent for name in content}):
+                files.make_folder(folder)
             for name, payload in content.items():
                 files.write(new / name, payload)
             if self.root.exists():
                 move_aside(self.root, why)
             files.move_folder(new, self.root)
 
-    def check_resume(self, probe_set: ProbeSet, plan_fingerprint: str, meta: dict | None = None) -> dict:
+    def check_resume(self, meta: dict, same: Sequence[Same] = ()) -> dict:
         """Whether this store can be continued; nothing is written.
 
         Args:
-            meta (`dict`, *optional*): meta.json as this run would write it; with it the model and the precision are
-                compared too.
+            meta (`dict`): meta.json as this run would write it.
+            same (`Sequence[Same]`): The entries of it that must be those that were recorded.
 
         Returns:
             `dict`: meta.json as recorded.
 
         Raises:
-            ValueError: If there is nothing to continue, or the probes, their batches or the model are not the same.
+            ValueError: If there is nothing to continue, or one of `same` differs.
         """
         if not self.exists:
             raise ValueError(
@@ -158,101 +173,99 @@ class DynamicsStore:
         if is_tracked(earlier):
             raise ValueError(
                 f"cannot resume probing: {self.root} holds what trl-dynamics track scored, no records of a training "
-                f"run.{where_is_run(self.root, (meta or {}).get('run_id'))} Move {FOLDER} away, and those of the run "
+                f"run.{where_is_run(self.root, meta.get('run_id'))} Move {FOLDER} away, and those of the run "
                 "to its place, or use another output_dir."
             )
-        refuse_other_probes(earlier, self.read_config(), probe_set, self.root)
-        refuse_other_series(earlier, meta or {}, self.root)
-        if earlier["batch_plan"]["fingerprint"] != plan_fingerprint:
-            raise ValueError(
-                f"cannot resume probing: the probe batches differ from those recorded in {self.root}. Keep the "
-                "tokenizer, probe_layout, probe_tokens_per_batch and the length limits of the run, or use another "
-                "output_dir."
-            )
+        refuse_other_series(earlier, meta, same, self.root)
         return earlier
 
     def drop_after(self, step: int) -> None:
-        """Drop the records and samples of later steps, and the frozen y* when none are left; and the influence of
-        every step that is not done yet at `step`.
+        """Drop the rows that a run which goes on after `step` will write again: those of later steps, and of kinds
+        whose rows describe a step that is yet to be taken, those of `step` too. A store of an earlier schema version
+        becomes one of today's.
 
         Raises:
             ValueError: If a file of steps that stay is missing or damaged.
             OSError: If the place cannot be written.
         """
-        manifest = self._shards.manifest()
-        self._shards.check([part for part in manifest.parts if part.steps[0] <= step])
+        manifest = self._parts.manifest()
+        last = {kind: step - 1 if rules["kept"] == BEFORE else step for kind, rules in manifest.kinds.items()}
+        self._parts.check(part for part in manifest.parts if part.steps[0] <= last[part.kind])
         with files.explained(self.root):
-            self._shards.drop(lambda _, other: other > step)
-            influence_kind.drop_from(self.root, step)
-            if not self.has_records:
-                files.remove(self._baseline_path(0))
-            if self.read_meta()["schema_version"] < SCHEMA_VERSION:
-                self.write_meta(self.read_meta())
+            self._parts.drop(lambda part, other: other > last[part.kind])
+            meta = self.read_meta()
+            if meta["schema_version"] < SCHEMA_VERSION:
+                self.write_meta(meta)
 
-    def resume(self, probe_set: ProbeSet, plan_fingerprint: str, step: int, meta: dict | None = None) -> None:
-        """Continue a store after a checkpoint: [`check_resume`], then [`drop_after`] its step."""
-        self.check_resume(probe_set, plan_fingerprint, meta)
-        self.drop_after(step)
-
-    def write_records(
-        self, table: pa.Table, *, step: int, model_index: int = 0, samples: pa.Table | None = None
-    ) -> Path:
-        """Write the records of one step, and the greedy answers taken with them, replacing all that the step may have;
-        returns the records' file. Both count from the same moment on.
+    def write(self, step: int, tables: Mapping[Kind, pa.Table | None], model_index: int = 0) -> None:
+        """Write the rows of one step, replacing all that the step may have of these kinds; None takes them away. All
+        of them count from the same moment on.
 
         Raises:
-            ValueError: If a table is empty, of another step, or not in the written schema.
+            ValueError: If a table is empty, of another step, or not in the schema of its kind.
             OSError: If it cannot be written; nothing changed then.
         """
-        tables = {RECORDS: table} | ({} if samples is None else {SAMPLES: samples})
         for kind, rows in tables.items():
-            if rows.schema != SCHEMAS[kind]:
-                raise ValueError(f"{kind} do not have the written schema: {rows.schema}")
+            if rows is None:
+                continue
+            if rows.schema != kind.schema:
+                raise ValueError(f"{kind.name} do not have the written schema: {rows.schema}")
             if set(rows["step"].to_pylist()) != {step}:
-                raise ValueError(f"expected {kind} of step {step}, got steps {sorted(set(rows['step'].to_pylist()))}")
-        with files.explained(self.records_dir):
-            return self._shards.add(table, step, model_index, samples)
+                found = sorted(set(rows["step"].to_pylist()))
+                raise ValueError(f"expected {kind.name} of step {step}, got steps {found}")
+        with files.explained(self.root):
+            self._parts.add(step, tables, model_index)
 
-    def read_records(self, steps: set[int] | None = None) -> pd.DataFrame:
-        """All records, or those of `steps`, as a frame in order of (model index, step), without a `run` column.
+    def read(self, kind: Kind, steps: set[int] | None = None, columns: list[str] | None = None) -> pd.DataFrame:
+        """All rows of a kind, or those of `steps`, in order of (model index, step), without a `run` column; the keys
+        and `columns` only, where these are given. No rows where none were written.
 
         Raises:
-            ValueError: If there are none, or a file is missing or damaged.
+            ValueError: If a column is unknown, a file is missing or damaged, or a newer version wrote the rows.
         """
-        frame = self._read(RECORDS, steps, KEY_COLUMNS)
-        if frame is None:
-            raise ValueError(f"no records in {self.records_dir}; run with a probe set first (probe_set=...)")
+        schema = kind.part_of(columns)
+        tables = self._consistent(kind, lambda manifest: self._parts.tables(manifest, kind.name, steps, schema))
+        frame = pa.concat_tables(tables or [schema.empty_table()]).to_pandas()
+        repeated = frame.duplicated(list(kind.keys))
+        if repeated.any():
+            first = frame[repeated].iloc[0][list(kind.keys)].to_dict()
+            raise ValueError(f"{self.root / kind.name} holds the same key twice: {first}")
         return frame
 
-    def read_samples(self, steps: set[int] | None = None, columns: list[str] | None = None) -> pd.DataFrame:
-        """Greedy answers as [`read_records`] reads records, with the keys and `columns` only where these are given; no
-        rows where none were taken.
+    def blocks(self, kind: Kind) -> list[Block]:
+        """Every step of a kind, in order of (model index, step), to be read one at a time.
 
         Raises:
-            ValueError: If a file is missing or damaged.
+            ValueError: If a file is missing or damaged, or a newer version wrote the rows.
         """
-        wanted = [*SAMPLE_KEY_COLUMNS, *columns] if columns is not None else SAMPLE_SCHEMA.names
-        frame = self._read(SAMPLES, steps, SAMPLE_KEY_COLUMNS, wanted)
-        return SAMPLE_SCHEMA.empty_table().select(wanted).to_pandas() if frame is None else frame
+
+        def found(manifest: Manifest) -> list[Block]:
+            return [
+                Block(self._parts.path(part), index if len(part.steps) > 1 else None, part.model_index, step)
+                for part in manifest.of_kind(kind.name)
+                for index, step in enumerate(part.steps)
+            ]
+
+        return sorted(self._consistent(kind, found), key=lambda block: (block.model_index, block.step))
 
     def compact(self, target_bytes: int = TARGET_BYTES) -> None:
-        """Merge records, and samples, into few files of at most about `target_bytes`, with a row group per step.
+        """Merge the files of every kind into few of at most about `target_bytes`, with a row group per step.
 
         Safe against a crash at any moment; needs memory for one step and disk space for one file.
 
         Raises:
             ValueError: If a file is missing or damaged.
-            OSError: If it cannot be written; the records stay as they are then.
+            OSError: If it cannot be written; the rows stay as they are then.
         """
-        with files.explained(self.records_dir):
-            self._shards.compact(target_bytes)
+        with files.explained(self.root):
+            self._parts.compact(target_bytes)
 
     def drop_damaged(self) -> list[tuple[int, int]]:
         """Give up files that are missing or damaged; returns the (model index, step) that are lost with them."""
-        bad = [part for part in self._shards.manifest().parts if damage(self.root, part)]
-        names = {part.file for part in bad}
-        with files.explained(self.records_dir):
-            self._shards.drop(lambda part, _: part.file in names)
+        bad = [part for part in self._parts.manifest().parts if damage(self.root, part)]
+        names = {(part.kind, part.file) for part in bad}
+        with files.explained(self.root):
+            self._parts.drop(lambda part, _: (part.kind, part.file) in names)
         return sorted({(part.model_index, step) for part in bad for step in part.steps})
 
     def write_meta(self, meta: dict) -> None:
@@ -287,69 +300,32 @@ class DynamicsStore:
         path = self.root / "config.yaml"
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def read_probe_set(self) -> ProbeSet:
-        return load_probe_set(self.root / "probe_set")
-
-    def has_baseline(self, model_index: int = 0) -> bool:
-        return self._baseline_path(model_index).is_file()
-
-    def write_baseline(self, star_ids: list[list[int]], *, model_index: int = 0) -> None:
-        """Freeze y* per response, before the first records: one list of token ids per encoded response, in the batch
-        plan's item order."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({"star_ids": pa.array(star_ids, type=pa.list_(pa.int64()))}), sink)
-        path = self._baseline_path(model_index)
+    def attach(self, name: str, payload: bytes) -> None:
+        """Write, or replace, a file that a recorder keeps beside its rows; `name` may have folders."""
+        path = self.root / name
         with files.explained(path):
-            files.write(path, sink.getvalue().to_pybytes())
+            files.make_folder(path.parent)
+            files.write(path, payload)
 
-    def read_baseline(self, *, model_index: int = 0) -> list[list[int]]:
-        """The frozen y* token ids, one list per encoded response.
+    def attachment(self, name: str) -> bytes | None:
+        """The content of an attachment, None where there is none."""
+        path = self.root / name
+        return path.read_bytes() if path.is_file() else None
 
-        Raises:
-            ValueError: If they were never written, or the file is damaged.
-        """
-        path = self._baseline_path(model_index)
-        lost = "without the frozen y* tokens the run's squeezing metrics cannot go on"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: {lost}")
-        try:
-            with pq.ParquetFile(path) as file:
-                return file.read()["star_ids"].to_pylist()
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is damaged ({error}): {lost}. Copy it again from a backup") from error
-
-    def _read(
-        self, kind: str, steps: set[int] | None, keys: tuple[str, ...], columns: list[str] | None = None
-    ) -> pd.DataFrame | None:
+    def _consistent(self, kind: Kind, read: Callable[[Manifest], list]) -> list:
         if self.exists:
             self.read_meta()  # refuses a newer schema
-        tables = self._shards.consistent(lambda manifest: self._shards.tables(manifest, steps, kind, columns))
-        if not tables:
-            return None
-        frame = pa.concat_tables(tables).to_pandas()
-        repeated = frame.duplicated(list(keys))
-        if repeated.any():
-            first = frame[repeated].iloc[0][list(keys)].to_dict()
-            raise ValueError(f"{self.root / kind} holds the same key twice: {first}")
-        return frame
 
-    def _baseline_path(self, model_index: int) -> Path:
-        return self.root / ("baseline.parquet" if model_index == 0 else f"baseline-m{model_index:03d}.parquet")
+        def checked(manifest: Manifest) -> list:
+            version = manifest.kinds.get(kind.name, {}).get("version", 1)
+            if version > kind.version:
+                raise ValueError(
+                    f"{self.root / kind.name} has {kind.name} of version {version}, this version reads up to "
+                    f"{kind.version}; upgrade trl-dynamics"
+                )
+            return read(manifest)
 
-
-def load_records(*output_dirs: str | Path) -> pd.DataFrame:
-    """Records of one or more runs as one frame, unique by (run, model, step, probe_id, response_type).
-
-    Args:
-        output_dirs: Runs' output directories (or their `dynamics/` folders).
-
-    Returns:
-        `pandas.DataFrame`: The columns of [`store.records.RECORD_SCHEMA`] with `run` in front.
-
-    Raises:
-        ValueError: If a folder holds no records.
-    """
-    return read_runs("load_records", output_dirs, DynamicsStore.read_records)
+        return self._parts.consistent(checked)
 
 
 def read_runs(

@@ -9,6 +9,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from trl_dynamics.compat import log_apart
 from trl_dynamics.paths import metrics
+from trl_dynamics.paths.kinds import RECORDS, SAMPLES
+from trl_dynamics.paths.records import probe_set_files
 from trl_dynamics.paths.samples import sample_scalars
 from trl_dynamics.paths.step_table import StepTable
 from trl_dynamics.probing.layouts import PaddedLayout
@@ -16,11 +18,10 @@ from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.progress import with_bar
 from trl_dynamics.scoring.engine import ProbeEngine
 from trl_dynamics.scoring.head_check import confirm_head, settle_head
+from trl_dynamics.scoring.identity import SAME, SAME_PROBES, model_identity
 from trl_dynamics.scoring.layout_check import settle_layout
 from trl_dynamics.scoring.sampling import GreedySampler
 from trl_dynamics.scoring.setup import recorded_layout
-from trl_dynamics.store.identity import model_identity
-from trl_dynamics.store.records import SAMPLES, to_table
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking import alerts
 from trl_dynamics.tracking.budget import check_budget, is_affordable
@@ -68,7 +69,15 @@ class ProbeCallback(TrainerCallback):
         shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
         engine.watch = functools.partial(with_bar, shown=shown)
         meta["model"] |= model_identity(trainer.model)
-        self.series = Series(store, probe_set, meta, config, trainer.accelerator, trainer.args.probe_on_error)
+        self.series = Series(
+            store,
+            meta,
+            config,
+            trainer.accelerator,
+            trainer.args.probe_on_error,
+            attachments=probe_set_files(probe_set),
+            same=[*SAME, *SAME_PROBES],
+        )
         self._schedule: Schedule | None = None
         self._steps: frozenset[int] = frozenset()
         self._forecast: Forecast | None = None
@@ -208,7 +217,7 @@ class ProbeCallback(TrainerCallback):
         baseline = self.series.baseline
         scores = self.engine.score(self.trainer.model, self.series.star_ids)
         num_rows = len(scores.columns["probe_id"])
-        rows = to_table({"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows} | scores.columns)
+        rows = RECORDS.table({"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows} | scores.columns)
         table = StepTable.of(rows, self.series.meta["model"]["vocab_size"])
         start = table if baseline is None or baseline.step == step else baseline
         return rows, scores.star_ids, table, metrics.step_scalars(start, table)
@@ -220,7 +229,7 @@ class ProbeCallback(TrainerCallback):
         columns = self.sampler.sample(self.trainer.model)
         num_rows = len(columns["probe_id"])
         keys = {"model": [MODEL_NAME] * num_rows, "step": [step] * num_rows}
-        rows = to_table(keys | columns, SAMPLES)
+        rows = SAMPLES.table(keys | columns)
         return rows, sample_scalars(rows.drop_columns(["token_ids", "text"]).to_pandas())
 
     def _settle_layout(self, plan: dict | None) -> None:

@@ -6,7 +6,7 @@ of what a failed write does: with `on_error="warn"` it is told and training goes
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,12 +16,13 @@ from accelerate.utils import broadcast_object_list
 from trl_dynamics.influence.rules import find_in_influence
 from trl_dynamics.influence.summary import open_influence
 from trl_dynamics.paths import rules
+from trl_dynamics.paths.kinds import RECORDS, SAMPLES
+from trl_dynamics.paths.records import read_baseline, read_records, write_baseline
 from trl_dynamics.paths.rules import Finding
 from trl_dynamics.paths.samples import NUMBERS
 from trl_dynamics.paths.step_table import StepTable, split_frame
 from trl_dynamics.paths.summary import summarise_store
-from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.store.records import SAMPLE_KEY_COLUMNS
+from trl_dynamics.store.identity import Same
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.alerts import Watch
 from trl_dynamics.tracking.cost import CostLedger
@@ -56,19 +57,29 @@ class Series:
 
     Args:
         store ([`DynamicsStore`]): Where they go.
-        probe_set ([`ProbeSet`]): Copied into the store.
         meta (`dict`): What produced the numbers; schedule, cost and status are added here.
         config (`dict`): Resolved arguments, written as config.yaml.
         accelerator ([`~accelerate.Accelerator`]): The processes that must agree.
         on_error (`str`): `"warn"` or `"stop"`.
+        attachments (`Mapping[str, bytes]`): Files of a new store, see [`DynamicsStore.attach`].
+        same (`list[Same]`): Entries of `meta` that must be those of the run that goes on; more may be added.
     """
 
     def __init__(
-        self, store: DynamicsStore, probe_set: ProbeSet, meta: dict, config: dict, accelerator, on_error: str
+        self,
+        store: DynamicsStore,
+        meta: dict,
+        config: dict,
+        accelerator,
+        on_error: str,
+        *,
+        attachments: Mapping[str, bytes],
+        same: list[Same],
     ):
         if on_error not in ON_ERROR:
             raise ValueError(f"probe_on_error is {on_error!r}, expected one of {', '.join(ON_ERROR)}")
-        self.store, self.probe_set, self.meta, self.config = store, probe_set, meta, config
+        self.store, self.meta, self.config = store, meta, config
+        self.attachments, self.same = attachments, same
         self.accelerator, self.on_error, self._asked = accelerator, on_error, meta.get("samples")
         self.cost = CostLedger()
         self.star_ids: list[list[int]] | None = None
@@ -83,7 +94,7 @@ class Series:
     @property
     def has_records(self) -> bool:
         """Whether the store holds records of this run; to be asked on the main process."""
-        return self._is_open and self.store.has_records
+        return self._is_open and bool(self.store.steps(RECORDS))
 
     def begin(self, step: int, mark: dict, setup_seconds: float = 0.0) -> None:
         """Start a new series, or continue one after the checkpoint of `step`.
@@ -138,7 +149,7 @@ class Series:
         if self.baseline is not None and self.accelerator.is_main_process:
             tables = [self.baseline, *([] if self._latest is None else [self.table(self._latest)])]
             for table in tables:
-                self.watch.see(table, self.store.read_samples({table.step}, NUMBERS))
+                self.watch.see(table, self.store.read(SAMPLES, {table.step}, NUMBERS))
         self._latest = None
 
     def table(self, records: pd.DataFrame) -> StepTable:
@@ -151,7 +162,7 @@ class Series:
         return self._on_main(lambda: self._look(table, samples))
 
     def _look(self, table: StepTable, samples: pa.Table | None) -> list[Finding]:
-        wanted = [*SAMPLE_KEY_COLUMNS, *NUMBERS]
+        wanted = [*SAMPLES.keys, *NUMBERS]
         found = self.watch.add(table, None if samples is None else samples.select(wanted).to_pandas())
         news = [{"name": finding.name, "severity": finding.severity, "step": table.step} for finding in found]
         self.meta["alerts"] = [*self.meta.get("alerts", []), *news]
@@ -166,9 +177,9 @@ class Series:
 
         def write() -> None:
             self._reopen()
-            if not self.store.has_baseline():
-                self.store.write_baseline(self.star_ids)
-            self.store.write_records(table, step=step, samples=samples)
+            if not self.store.steps(RECORDS):
+                write_baseline(self.store, self.star_ids)
+            self.store.write(step, {RECORDS: table, SAMPLES: samples})
             self.meta["lost_steps"] = [lost for lost in self.meta["lost_steps"] if lost != step]
             if "records" in self._failing:
                 logger.warning(f"probe records are written again, from step {step} on")
@@ -233,7 +244,7 @@ class Series:
         failure = self._try_to_open()
         position, prepare = Position("", None, None, set(), {}), self._create
         if step > 0 and (mark.get("has_store", True) or self._is_own_store()):
-            earlier = self.store.check_resume(self.probe_set, self.meta["batch_plan"]["fingerprint"], self.meta)
+            earlier = self.store.check_resume(self.meta, self.same)
             position, prepare = self._read(step, earlier), lambda: self.store.drop_after(step)
         elif step > 0:
             logger.warning(
@@ -255,17 +266,17 @@ class Series:
         return None
 
     def _create(self) -> None:
-        self.store.create(self.probe_set, self.meta, self.config)
+        self.store.create(self.meta, self.config, self.attachments)
 
     def _is_own_store(self) -> bool:
         return self.store.exists and self.store.read_meta().get("run_id") == self.meta["run_id"]
 
     def _read(self, step: int, earlier: dict) -> Position:
-        run_id, steps = earlier.get("run_id", ""), {other for other in self.store.recorded_steps() if other <= step}
+        run_id, steps = earlier.get("run_id", ""), {other for other in self.store.steps(RECORDS, 0) if other <= step}
         if not steps:
             return Position(run_id, None, None, steps, {k: v for k, v in earlier.items() if k != "baseline_step"})
-        self._latest = self.store.read_records({max(steps)}) if len(steps) > 1 else None
-        return Position(run_id, self.store.read_baseline(), self.store.read_records({min(steps)}), steps, earlier)
+        self._latest = read_records(self.store, {max(steps)}) if len(steps) > 1 else None
+        return Position(run_id, read_baseline(self.store), read_records(self.store, {min(steps)}), steps, earlier)
 
     def _reopen(self) -> None:
         if not self._is_open:

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 
 from trl_dynamics import stats_head
 from trl_dynamics.paths.card import model_card_section
+from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.paths.records import read_records
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.scoring.setup import build_engine, build_sampler, changed_fields, describe_run
 from trl_dynamics.store.store import DynamicsStore
@@ -95,8 +97,8 @@ class DynamicsMixin:
         try:
             if not self.probe_callback.has_records:
                 return
-            steps = store.recorded_steps()
-            section = model_card_section(store.read_records({steps[0], steps[-1]}))
+            steps = store.steps(RECORDS, 0)
+            section = model_card_section(read_records(store, {steps[0], steps[-1]}))
         except (OSError, ValueError) as error:
             # Cards are written at every checkpoint, and records that cannot be read are no reason to stop training.
             logger.warning(f"the model card has no table of the probes: {error}")

@@ -12,7 +12,8 @@ from synthetic_runs import SQUEEZED, records, write_run
 from trl_dynamics.cli import diagnose
 from trl_dynamics.cli.main import main
 from trl_dynamics.paths import rules
-from trl_dynamics.store.records import SCHEMA_VERSION
+from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.store.manifest import SCHEMA_VERSION
 from trl_dynamics.store.store import DynamicsStore
 
 FRAMES = {
@@ -122,7 +123,7 @@ def make_newer(path):
 
 
 def lose_a_file(path):
-    DynamicsStore(path).record_files()[1].unlink()
+    DynamicsStore(path).files(RECORDS)[1].unlink()
 
 
 def drop_records(path):

@@ -14,7 +14,7 @@ from trl_dynamics.influence import summary as summary_module
 from trl_dynamics.influence.rules import find_in_influence, judged_steps
 from trl_dynamics.influence.summary import ALL, open_influence
 from trl_dynamics.paths import rules
-from trl_dynamics.store.records import RECORD_SCHEMA, to_table
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.series import Series
 
@@ -34,7 +34,7 @@ def test_means_and_errors_are_what_loops_give():
                 if wanted:
                     predicted.append(row["predicted_sum"] / row["num_tokens"])
                     true.append(row["true_sum"] / row["num_tokens"])
-                    noise.append(summary.ROUNDING["float32"] ** 2 / row["num_tokens"])
+                    noise.append(summary_module.ROUNDING["float32"] ** 2 / row["num_tokens"])
             norm = sum(value**2 for value in true) ** 0.5
             wrong = sum((p - t) ** 2 for p, t in zip(predicted, true, strict=True)) ** 0.5
             error = summary.errors.set_index(["step", "response_type"]).loc[(step, name)]
@@ -273,11 +273,11 @@ def test_diagnose_tells_those_of_a_run_that_recorded_influence_alone(tmp_path, c
 def test_the_end_of_training_tells_them(tracked, tmp_path, caplog):
     frame = records(types=["chosen"], num_probes=4, steps=[0, 1])
     probes, alone = probe_set(frame), SimpleNamespace(is_main_process=True, num_processes=1)
-    series = Series(DynamicsStore(tmp_path), probes, meta(frame, probes), {}, alone, "stop")
+    series = Series(DynamicsStore(tmp_path), meta(frame, probes), {}, alone, "stop", attachments={}, same=[])
     series.begin(0, {})
     series.star_ids = [[0]]
     for step, rows in frame.groupby("step") if tracked else ():
-        series.add(to_table({name: rows[name].tolist() for name in RECORD_SCHEMA.names}), int(step))
+        series.add(RECORDS.table({name: rows[name].tolist() for name in RECORDS.schema.names}), int(step))
     write_influence(tmp_path, influence(error=0.6))
     with caplog.at_level("INFO", logger="trl_dynamics"):
         series.end([])

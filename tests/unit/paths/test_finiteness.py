@@ -10,10 +10,10 @@ from synthetic_runs import ALL_TYPES, SQUEEZED, STEPS, records, write_run
 from trl_dynamics.cli.main import main
 from trl_dynamics.paths import metrics, rules
 from trl_dynamics.paths.comparison import compare
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.paths.samples import Samples, sample_scalars
 from trl_dynamics.paths.step_table import split_frame
 from trl_dynamics.paths.summary import summarise, summarise_store
-from trl_dynamics.store.records import VALUE_COLUMNS
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.alerts import Watch
 
@@ -21,7 +21,7 @@ LATE = STEPS[3:]
 NUM_PROBES = 24
 
 
-def broken(frame, steps=LATE, probes=NUM_PROBES, value=np.nan, columns=tuple(VALUE_COLUMNS)):
+def broken(frame, steps=LATE, probes=NUM_PROBES, value=np.nan, columns=tuple(RECORDS.values)):
     """The answers of the first `probes` probes are not finite at `steps`."""
     rows = frame["step"].isin(steps) & (frame["probe_id"] < f"p{probes:03d}")
     frame = frame.copy()

@@ -1,5 +1,6 @@
 """Summaries step by step against pivots of the whole frame, and stores that are never held whole."""
 
+import json
 import subprocess
 import sys
 
@@ -11,12 +12,13 @@ import pytest
 
 import pandas_reference as reference
 from memory_peak import PEAK, needs_linux
-from synthetic_runs import SQUEEZED, STEPS, VOCAB_SIZE, probe_set, records, write_run
+from small_stores import write_records
+from synthetic_runs import SQUEEZED, STEPS, VOCAB_SIZE, records, write_run
 from trl_dynamics.paths import metrics, rules
+from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.paths.step_table import split_frame
-from trl_dynamics.paths.summary import MEASURES, find_blocks, summarise, summarise_store
+from trl_dynamics.paths.summary import MEASURES, summarise, summarise_store
 from trl_dynamics.report.load import load_runs, split_series
-from trl_dynamics.store.records import RECORD_SCHEMA, to_table
 from trl_dynamics.store.store import DynamicsStore
 
 MISSING = ("rejected", "other_test")
@@ -111,24 +113,19 @@ def test_several_models_are_summarised_apart(tmp_path):
             assert found[name].metric(metric).to_dict() == close(reference.metric(frame, metric).to_dict())
 
 
-def one_file(path, frame, **options):
-    """The records of `frame`, in its order, as one file."""
-    pq.write_table(to_table({name: frame[name].tolist() for name in RECORD_SCHEMA.names}), path, **options)
-    return path
-
-
-@pytest.mark.parametrize("size", [1, 100, 10_000], ids=["row by row", "cut through steps", "one group"])
-def test_row_groups_may_cut_through_steps(tmp_path, monkeypatch, size):
-    frame = holed(1, num_probes=4, types=["chosen", "rejected", "other_test"]).sort_values("step", kind="stable")
+def test_a_step_in_several_row_groups_is_read_whole(tmp_path):
+    frame = holed(1, num_probes=4, types=["chosen", "rejected", "other_test"])
     store = DynamicsStore(write_run(tmp_path / "run", frame))
-    expected = summarise(frame)
-    path = one_file(tmp_path / "one.parquet", frame, row_group_size=size)
-    monkeypatch.setattr(DynamicsStore, "record_files", lambda self: [path])
-    blocks = list(find_blocks(path))
-    assert [block.first_step for block in blocks] == sorted(block.first_step for block in blocks)
-    assert len(blocks) == {1: len(STEPS), 10_000: 1}.get(size, len(blocks))
+    expected = summarise_store(store)["policy"]
+    manifest = store.root / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    for part in listed["parts"]:
+        path = store.root / part["kind"] / part["file"]
+        pq.write_table(pq.read_table(path), path, row_group_size=1)
+        part["bytes"] = path.stat().st_size
+    manifest.write_text(json.dumps(listed))
     found = summarise_store(store)["policy"]
-    pd.testing.assert_frame_equal(found.bands(), expected.bands(), rtol=1e-12)
+    pd.testing.assert_frame_equal(found.bands(), expected.bands(), check_exact=True)
     assert found.steps == list(STEPS) and found.table(40).step == 40
 
 
@@ -136,15 +133,15 @@ def test_files_merged_while_they_are_read_are_found_again(tmp_path, monkeypatch)
     frame = records(num_probes=3, types=["chosen", "rejected"])
     store = DynamicsStore(write_run(tmp_path / "run", frame))
     with store:
-        before = store.record_files()
+        before = store.blocks(RECORDS)
         expected = summarise_store(store)["policy"]
         store.compact()
-    assert len(store.record_files()) == 1 and not before[0].exists()
+    assert len(store.files(RECORDS)) == 1 and not before[0].path.exists()
     assert expected.table(40).row("chosen", "logp_mean").tolist() == close(
         summarise(frame).table(40).row("chosen", "logp_mean").tolist()
     )
-    listings = [before, store.record_files()]
-    monkeypatch.setattr(DynamicsStore, "record_files", lambda self: listings.pop(0))
+    listings = [before, store.blocks(RECORDS)]
+    monkeypatch.setattr(DynamicsStore, "blocks", lambda self, kind: listings.pop(0))
     assert summarise_store(store)["policy"].path().equals(expected.path())
 
 
@@ -153,24 +150,15 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"same key twice: step 10, probe_id 'p001', response_type 'chosen'"):
         summarise(pd.concat([frame, frame[(frame["step"] == 10) & (frame["probe_id"] == "p001")].head(1)]))
     store = DynamicsStore(write_run(tmp_path / "run", frame))
-    files = store.record_files()
-    monkeypatch.setattr(DynamicsStore, "record_files", lambda self: [*files, files[1]])
+    blocks = store.blocks(RECORDS)
+    monkeypatch.setattr(DynamicsStore, "blocks", lambda self, kind: [*blocks[:2], *blocks[1:]])
     with pytest.raises(ValueError, match="two record files hold step 10"):
-        summarise_store(store)
-
-
-def test_a_file_of_several_models_is_refused(tmp_path, monkeypatch):
-    frame = pd.concat([records(num_probes=2), records(num_probes=2, model="other")])
-    store = DynamicsStore(write_run(tmp_path / "run", frame))
-    path = one_file(tmp_path / "one.parquet", frame)
-    monkeypatch.setattr(DynamicsStore, "record_files", lambda self: [path])
-    with pytest.raises(ValueError, match="expected one model per file"):
         summarise_store(store)
 
 
 def test_a_store_without_records_is_refused(tmp_path):
     store = DynamicsStore(tmp_path / "run")
-    store.create(probe_set(records(num_probes=2)), {}, {})
+    store.create({}, {}, {})
     with pytest.raises(ValueError, match="no records in"):
         summarise_store(store)
 
@@ -223,18 +211,18 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
 def write_large(folder, num_steps, num_probes=1000):
     frame = records(num_probes=2, types=["chosen", "rejected"], steps=[0, 1])
     store = DynamicsStore(folder)
-    store.create(probe_set(frame), {}, {})
+    store.create({}, {}, {})
     types = [f"type_{index}" for index in range(13)]
     row = frame.iloc[0]
     rows = {
         "probe_id": np.repeat([f"p{index:05d}" for index in range(num_probes)], len(types)),
         "response_type": np.tile(types, num_probes),
     }
-    for name in RECORD_SCHEMA.names:
+    for name in RECORDS.schema.names:
         rows.setdefault(name, np.full(num_probes * len(types), row[name]))
     for step in range(num_steps):
-        table = pa.table(rows | {"step": np.full(num_probes * len(types), step)}, schema=RECORD_SCHEMA)
-        store.write_records(table.select(RECORD_SCHEMA.names), step=step)
+        table = pa.table(rows | {"step": np.full(num_probes * len(types), step)}, schema=RECORDS.schema)
+        write_records(store, table.select(RECORDS.schema.names), step=step)
     return store.output_dir
 
 

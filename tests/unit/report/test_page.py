@@ -11,6 +11,7 @@ import pytest
 from report_page import EVIL, Page
 from synthetic_runs import ALL_TYPES, SFT, SQUEEZED, probe_set, records, write_run
 from trl_dynamics.paths.metrics import METRICS
+from trl_dynamics.paths.records import read_records
 from trl_dynamics.report import cards, charts, extra, load
 from trl_dynamics.report.explorer import MAX_PROBES, MAX_STEPS, explorer
 from trl_dynamics.report.glossary import METRIC_TERMS
@@ -105,7 +106,7 @@ def test_explorer_holds_texts_and_paths(runs):
     probe = one["probes"][1]
     assert probe["prompt"] == [{"role": "user", "text": "What did question 1 ask?"}]
     chosen = probe["responses"][0]
-    frame = DynamicsStore(runs["sft"]).read_records()
+    frame = read_records(DynamicsStore(runs["sft"]))
     rows = frame[(frame["probe_id"] == "p001") & (frame["response_type"] == "chosen")].sort_values("step")
     assert chosen["type"] == "chosen" and chosen["text"] == "chosen answer to p001"
     assert chosen["tokens"] == rows["num_tokens"].iloc[0]

@@ -12,10 +12,11 @@ import textwrap
 
 import pytest
 
-from small_stores import columns, fail, make_store, probe_set
+from small_stores import columns, fail, make_store, write_records
+from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.paths.records import read_records
 from trl_dynamics.store import lock as lock_module
 from trl_dynamics.store.lock import LOCK_NAME, LockedError
-from trl_dynamics.store.records import to_table
 from trl_dynamics.store.store import DynamicsStore
 
 OWNER = """
@@ -87,7 +88,7 @@ def test_one_writer_at_a_time_within_a_process(tmp_path):
         first.open()
         with pytest.raises(LockedError, match=f"process {os.getpid()} on"):
             second.open()
-        first.create(probe_set(), {}, {})
+        first.create({}, {}, {})
         assert json.loads((tmp_path / LOCK_NAME).read_text()).keys() == {"host", "pid", "since"}
     second.open()
     with pytest.raises(LockedError):
@@ -108,9 +109,9 @@ def test_the_lock_is_given_back_when_the_block_raises(tmp_path):
 def test_reading_needs_no_lock(tmp_path):
     make_store(tmp_path)
     with DynamicsStore(tmp_path) as writer:
-        assert len(DynamicsStore(tmp_path).read_records()) == 12
-        writer.write_records(to_table(columns(30)), step=30)
-        assert DynamicsStore(tmp_path).recorded_steps() == [0, 10, 20, 30]
+        assert len(read_records(DynamicsStore(tmp_path))) == 12
+        write_records(writer, RECORDS.table(columns(30)), step=30)
+        assert DynamicsStore(tmp_path).steps(RECORDS, 0) == [0, 10, 20, 30]
 
 
 def test_a_lock_file_released_while_another_waits_to_lock_it_does_not_count(tmp_path, monkeypatch):
@@ -149,7 +150,7 @@ def test_without_locks_a_run_is_warned_and_not_refused(code, tmp_path, monkeypat
 
     monkeypatch.setattr(lock_module.fcntl, "flock", unsupported)
     with caplog.at_level(logging.WARNING), DynamicsStore(tmp_path) as store:
-        store.create(probe_set(), {}, {})
+        store.create({}, {}, {})
     assert "file system without locks" in caplog.text
 
 

@@ -12,58 +12,61 @@ import pyarrow as pa
 import pytest
 import torch
 
-from small_stores import PLAN, columns, expected, make_store, probe_set, snapshot
+from small_stores import PLAN, check_resume, columns, expected, make_store, probe_set, resume, snapshot, write_records
 from trl_dynamics import load_records
+from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.paths.records import probe_set_files, read_baseline, read_probe_set, read_records, write_baseline
 from trl_dynamics.probing.schema import ProbeSet
-from trl_dynamics.store.records import KEY_COLUMNS, RECORD_SCHEMA, SCHEMA_VERSION, to_table
+from trl_dynamics.store.manifest import SCHEMA_VERSION
 from trl_dynamics.store.store import DynamicsStore, open_store, run_names
 
 
 def steps_of(store: DynamicsStore) -> list[int]:
-    return sorted(store.read_records()["step"].unique().tolist())
+    return sorted(read_records(store)["step"].unique().tolist())
 
 
 def test_records_round_trip(tmp_path):
     store = make_store(tmp_path, steps=(20, 0, 10))
-    frame = store.read_records()
-    assert list(frame.columns) == RECORD_SCHEMA.names
+    frame = read_records(store)
+    assert list(frame.columns) == RECORDS.schema.names
     pd.testing.assert_frame_equal(frame, expected(0, 10, 20))
-    assert sorted(store.record_files()) == sorted(store.records_dir.iterdir())
-    assert [pd.read_parquet(path)["step"].unique().tolist() for path in store.record_files()] == [[0], [10], [20]]
-    assert store.recorded_steps() == [0, 10, 20] and store.recorded_steps(1) == []
-    pd.testing.assert_frame_equal(store.read_records({10}), expected(10))
+    assert sorted(store.files(RECORDS)) == sorted((store.root / "records").iterdir())
+    assert [pd.read_parquet(path)["step"].unique().tolist() for path in store.files(RECORDS)] == [[0], [10], [20]]
+    assert store.steps(RECORDS, 0) == [0, 10, 20] and store.steps(RECORDS, 1) == []
+    pd.testing.assert_frame_equal(read_records(store, {10}), expected(10))
 
 
 def test_nan_and_infinity_come_back(tmp_path):
     store = make_store(tmp_path, steps=())
     values = columns(0) | {"eos_logp": [float("nan"), float("-inf"), 0.0, -1e-300]}
-    store.write_records(to_table(values), step=0)
-    back = store.read_records()["eos_logp"]
+    write_records(store, RECORDS.table(values), step=0)
+    back = read_records(store)["eos_logp"]
     assert back.isna().tolist() == [True, False, False, False] and back.tolist()[1:] == [float("-inf"), 0.0, -1e-300]
 
 
 def test_everything_else_round_trips(tmp_path):
     store = make_store(tmp_path, model="größe", seed=7)
-    assert store.exists and store.has_records
+    assert store.exists and store.steps(RECORDS)
     meta = store.read_meta()
     assert (meta["schema_version"], meta["model"], meta["seed"]) == (SCHEMA_VERSION, "größe", 7)
     assert store.read_config() == {"learning_rate": 1e-5}
-    assert store.read_probe_set() == probe_set()
-    assert store.read_baseline() == [[1, 2], [3]]
+    assert read_probe_set(store) == probe_set()
+    assert read_baseline(store) == [[1, 2], [3]]
     assert store.read_trainer_log() == []
     store.write_trainer_log([{"step": 1, "loss": 0.5}])
     assert store.read_trainer_log() == [{"step": 1, "loss": 0.5}]
-    store.write_baseline([[9]], model_index=2)
-    assert (store.read_baseline(), store.read_baseline(model_index=2)) == ([[1, 2], [3]], [[9]])
+    write_baseline(store, [[9]], model_index=2)
+    assert (read_baseline(store), read_baseline(store, model_index=2)) == ([[1, 2], [3]], [[9]])
     with pytest.raises(ValueError, match="baseline-m001.parquet is missing: .*frozen y"):
-        store.read_baseline(model_index=1)
+        read_baseline(store, model_index=1)
 
 
 def test_reading_does_not_depend_on_the_locale(tmp_path):
     make_store(tmp_path, model="größe").write_trainer_log([{"note": "größe"}])
     code = (
-        "import sys; from trl_dynamics.store.store import open_store; store = open_store(sys.argv[1])\n"
-        "print(ascii([store.read_meta()['model'], store.read_probe_set().name, store.read_trainer_log()[0]['note']]))"
+        "import sys; from trl_dynamics.paths.records import read_probe_set\n"
+        "from trl_dynamics.store.store import open_store; store = open_store(sys.argv[1])\n"
+        "print(ascii([store.read_meta()['model'], read_probe_set(store).name, store.read_trainer_log()[0]['note']]))"
     )
     ascii_only = {
         "PYTHONUTF8": "0",
@@ -79,25 +82,27 @@ def test_reading_does_not_depend_on_the_locale(tmp_path):
 
 def test_a_step_taken_again_replaces_its_records_and_gets_a_new_file(tmp_path):
     store = make_store(tmp_path, steps=(0, 10))
-    old = store.record_files()[1]
-    new = store.write_records(to_table(columns(10, probe_ids=("z",))), step=10)
-    assert set(store.read_records().query("step == 10")["probe_id"]) == {"z"}
-    assert new.name != old.name and sorted(store.records_dir.iterdir()) == sorted(store.record_files())
-    store.resume(probe_set(), PLAN, 0)
-    assert store.write_records(to_table(columns(10)), step=10).name not in (old.name, new.name)
+    old = store.files(RECORDS)[1]
+    write_records(store, RECORDS.table(columns(10, probe_ids=("z",))), step=10)
+    new = store.files(RECORDS)[1]
+    assert set(read_records(store).query("step == 10")["probe_id"]) == {"z"}
+    assert new.name != old.name and sorted((store.root / "records").iterdir()) == sorted(store.files(RECORDS))
+    resume(store, probe_set(), PLAN, 0)
+    write_records(store, RECORDS.table(columns(10)), step=10)
+    assert store.files(RECORDS)[1].name not in (old.name, new.name)
 
 
 def test_folders_named_like_partitions_add_no_columns(tmp_path):
     store = make_store(tmp_path / "lr=1e-5")
-    assert list(store.read_records().columns) == RECORD_SCHEMA.names
+    assert list(read_records(store).columns) == RECORDS.schema.names
 
 
 def test_several_models_share_a_store(tmp_path):
     store = make_store(tmp_path, steps=())
-    store.write_records(to_table(columns(0, model="later")), step=0, model_index=1)
-    store.write_records(to_table(columns(5, model="first")), step=5, model_index=0)
-    store.write_records(to_table(columns(0, model="first")), step=0, model_index=0)
-    keys = store.read_records()[["model", "step"]].drop_duplicates()
+    write_records(store, RECORDS.table(columns(0, model="later")), step=0, model_index=1)
+    write_records(store, RECORDS.table(columns(5, model="first")), step=5, model_index=0)
+    write_records(store, RECORDS.table(columns(0, model="first")), step=0, model_index=0)
+    keys = read_records(store)[["model", "step"]].drop_duplicates()
     assert [tuple(row) for row in keys.to_numpy()] == [("first", 0), ("first", 5), ("later", 0)]
 
 
@@ -106,7 +111,7 @@ def test_several_models_share_a_store(tmp_path):
     [
         lambda table: table.drop_columns("entropy_mean"),
         lambda table: table.append_column("extra", pa.array([1.0] * len(table))),
-        lambda table: table.select(RECORD_SCHEMA.names[::-1]),
+        lambda table: table.select(RECORDS.schema.names[::-1]),
         lambda table: table.set_column(1, "step", table["step"].cast(pa.int32())),
     ],
     ids=["missing", "extra", "order", "type"],
@@ -114,34 +119,34 @@ def test_several_models_share_a_store(tmp_path):
 def test_only_the_written_schema_is_accepted(change, tmp_path):
     store = make_store(tmp_path, steps=())
     with pytest.raises(ValueError, match="records do not have the written schema"):
-        store.write_records(change(to_table(columns(0))), step=0)
-    assert not store.has_records and list(store.records_dir.iterdir()) == []
+        write_records(store, change(RECORDS.table(columns(0))), step=0)
+    assert not store.steps(RECORDS) and not list(store.root.rglob("*.parquet*"))[1:]
 
 
 @pytest.mark.parametrize("change", [{"entropy_mean": None}, {"extra": [1.0] * 4}], ids=["missing", "extra"])
 def test_columns_must_be_those_of_the_schema(change):
     changed = {name: values for name, values in (columns(0) | change).items() if values is not None}
     with pytest.raises(ValueError, match="records need exactly the columns"):
-        to_table(changed)
+        RECORDS.table(changed)
 
 
 def test_every_key_is_unique(tmp_path):
     store = make_store(tmp_path)
-    assert not store.read_records().duplicated(list(KEY_COLUMNS)).any()
+    assert not read_records(store).duplicated(list(RECORDS.keys)).any()
     manifest = store.root / "manifest.json"
     listed = json.loads(manifest.read_text())
     listed["parts"].append(listed["parts"][1])
     manifest.write_text(json.dumps(listed))
     with pytest.raises(ValueError, match="holds the same key twice: .*'step': 10"):
-        store.read_records()
+        read_records(store)
 
 
 def test_a_step_holds_records_of_that_step(tmp_path):
     store = make_store(tmp_path)
     with pytest.raises(ValueError, match=r"expected records of step 30, got steps \[10\]"):
-        store.write_records(to_table(columns(10)), step=30)
+        write_records(store, RECORDS.table(columns(10)), step=30)
     with pytest.raises(ValueError, match=r"expected records of step 30, got steps \[\]"):
-        store.write_records(to_table(columns(30)).slice(0, 0), step=30)
+        write_records(store, RECORDS.table(columns(30)).slice(0, 0), step=30)
     assert steps_of(store) == [0, 10, 20]
 
 
@@ -159,7 +164,7 @@ def test_create_moves_an_earlier_store_aside_and_says_so(tmp_path, caplog):
     third = make_store(tmp_path, steps=())
     assert snapshot(tmp_path / "dynamics-old-1") == first
     assert snapshot(tmp_path / "dynamics-old-2") == second
-    assert third.exists and not third.has_records
+    assert third.exists and not third.steps(RECORDS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dynamics", "dynamics-old-1", "dynamics-old-2"]
 
 
@@ -169,28 +174,38 @@ def test_create_moves_an_earlier_store_aside_and_says_so(tmp_path, caplog):
 def test_resume_drops_later_steps_only(step, kept, tmp_path):
     store = make_store(tmp_path)
     before = snapshot(tmp_path)
-    DynamicsStore(tmp_path).resume(probe_set(), PLAN, step)
+    resume(DynamicsStore(tmp_path), probe_set(), PLAN, step)
     assert steps_of(store) == kept
-    assert store.read_baseline() == [[1, 2], [3]]
+    assert read_baseline(store) == [[1, 2], [3]]
     after = snapshot(tmp_path)
     changed = {name for name in after if after[name] != before[name]}
     assert changed <= {"dynamics/manifest.json"}, "no file of records is written again"
     assert len(before) - len(after) == 3 - len(kept)
 
 
-def test_resume_before_the_first_record_thaws_the_baseline(tmp_path):
+def test_resume_before_the_first_record_leaves_none(tmp_path):
     store = make_store(tmp_path, steps=(10, 20))
-    store.resume(probe_set(), PLAN, 5)
-    assert not store.has_records
-    with pytest.raises(ValueError, match="baseline.parquet is missing"):
-        store.read_baseline()
+    resume(store, probe_set(), PLAN, 5)
+    assert not store.steps(RECORDS) and store.read(RECORDS).empty
+
+
+def test_an_option_that_made_the_difference_is_named(tmp_path):
+    was, now = ({"probe_max_probes": number, "probe_subset": None} for number in (3, None))
+    store = make_store(tmp_path, probe_set={"fingerprint": "a", "selection": was})
+    with pytest.raises(ValueError, match="the probe set changed, probe_max_probes was 3, is None; "):
+        check_resume(store, probe_set(), PLAN, {"probe_set": {"fingerprint": "b", "selection": now}})
+    check_resume(store, probe_set(), PLAN, {"probe_set": {"fingerprint": "a", "selection": now}})
 
 
 @pytest.mark.parametrize(
     ("given", "plan", "said"),
     [
-        (probe_set(" Nein."), PLAN, "another probe set: .*Pass the set in .*probe_set, or use another output_dir"),
-        (probe_set(), "plan-2", "probe batches differ .*probe_layout, probe_tokens_per_batch and the length limits"),
+        (
+            probe_set(" Nein."),
+            PLAN,
+            "the probe set changed; .*the set in .*probe_set/ folder, or use another output_dir",
+        ),
+        (probe_set(), "plan-2", "probe batches changed; .*probe_layout, probe_tokens_per_batch and the length limits"),
     ],
     ids=["probe set", "batch plan"],
 )
@@ -198,7 +213,7 @@ def test_resume_refuses_other_things_and_loses_nothing(given, plan, said, tmp_pa
     store = make_store(tmp_path)
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=f"cannot resume probing.*{said}"):
-        store.resume(given, plan, 0)
+        resume(store, given, plan, 0)
     assert snapshot(tmp_path) == before
 
 
@@ -219,7 +234,7 @@ META = {"model": MODEL, "mixed_precision": "no", "top_k": 10, "num_processes": 1
         ({"model": MODEL | {"num_parameters": 1001}}, "number of parameters was 1000, is 1001; .*adapter options"),
         ({"model": MODEL | {"vocab_size": 320}}, "vocabulary's size was 260, is 320; .*tokenizer"),
         ({"model": MODEL | {"dtype": "bfloat16"}}, "dtype was 'float32', is 'bfloat16'; .*Keep the dtype"),
-        ({"model": MODEL | {"structure": "cd" * 32}}, "shapes or dtypes of the parameters differ; .*Keep the model"),
+        ({"model": MODEL | {"structure": "cd" * 32}}, "shapes or dtypes of the parameters changed; .*Keep the model"),
         ({"mixed_precision": "bf16"}, "mixed precision was 'no', is 'bf16'; .*Keep bf16/fp16"),
         ({"top_k": 20}, "probe_top_k was 10, is 20; .*Keep probe_top_k"),
         ({"run_id": "two"}, "the checkpoint is of another run than the records .*Resume from a checkpoint of the run"),
@@ -230,27 +245,27 @@ def test_resume_refuses_another_model_and_loses_nothing(change, said, tmp_path):
     store = make_store(tmp_path, **META)
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=f"cannot resume probing: .*{said}"):
-        store.resume(probe_set(), PLAN, 10, META | change)
+        resume(store, probe_set(), PLAN, 10, META | change)
     assert snapshot(tmp_path) == before
 
 
 def test_resume_accepts_what_may_change(tmp_path):
     store = make_store(tmp_path, **META)
-    store.resume(probe_set(), PLAN, 10, META | {"num_processes": 8, "model": MODEL | {"name_or_path": "moved"}})
-    store.resume(probe_set(), PLAN, 0, {"model": {}})
+    resume(store, probe_set(), PLAN, 10, META | {"num_processes": 8, "model": MODEL | {"name_or_path": "moved"}})
+    resume(store, probe_set(), PLAN, 0, {"model": {}})
     assert steps_of(store) == [0]
 
 
 def test_resume_needs_a_store(tmp_path):
     said = "holds no records of an earlier run.*or start without resume_from_checkpoint"
     with pytest.raises(ValueError, match=said):
-        DynamicsStore(tmp_path).resume(probe_set(), PLAN, 0)
+        resume(DynamicsStore(tmp_path), probe_set(), PLAN, 0)
     for name in ("dynamics-old-2", "dynamics-old-10", "dynamics-old-x"):
         make_store(tmp_path)
         (tmp_path / "dynamics").rename(tmp_path / name)
     (tmp_path / "dynamics-old-11").mkdir()
     with pytest.raises(ValueError, match="moved aside lie in dynamics-old-10"):
-        DynamicsStore(tmp_path).resume(probe_set(), PLAN, 0)
+        resume(DynamicsStore(tmp_path), probe_set(), PLAN, 0)
 
 
 def test_resume_over_what_track_scored_says_where_the_run_is(tmp_path):
@@ -262,7 +277,7 @@ def test_resume_over_what_track_scored_says_where_the_run_is(tmp_path):
     said = "holds what trl-dynamics track scored.* Records that were moved aside lie in dynamics-old-{}. Move dynamics"
     for meta, number in ((None, 2), ({"run_id": "one"}, 1)):
         with pytest.raises(ValueError, match=said.format(number)):
-            store.resume(probe_set(), PLAN, 0, meta)
+            resume(store, probe_set(), PLAN, 0, meta)
     assert snapshot(tmp_path) == before
 
 
@@ -283,7 +298,7 @@ def test_whatever_is_moved_aside_is_named(content, said, tmp_path, caplog):
     else:
         place.mkdir()
         (place / "meta.json").write_text(content)
-    assert make_store(tmp_path).has_records
+    assert make_store(tmp_path).steps(RECORDS)
     assert re.search(f"held {said}.*: it was moved to dynamics-old-1, since a new run begins there", caplog.text)
 
 
@@ -297,7 +312,7 @@ def test_load_records_of_one_and_several_runs(tmp_path):
     first, second, third = frame["run"].unique()
     assert (first, second, third.split("/")[-1]) == ("seed0/dpo", "seed1/dpo", "sft")
     assert frame.groupby("run")["step"].unique().map(list).to_dict() == {first: [0], second: [1], third: [2]}
-    assert not frame.duplicated(["run", *KEY_COLUMNS]).any()
+    assert not frame.duplicated(["run", *RECORDS.keys]).any()
 
 
 def test_runs_are_named_by_their_folder_unless_they_clash(tmp_path):
@@ -336,18 +351,18 @@ def test_nothing_to_load(tmp_path):
 
 def test_half_written_and_foreign_files_are_ignored(tmp_path):
     store = make_store(tmp_path)
-    shard = store.record_files()[0].read_bytes()
+    shard = store.files(RECORDS)[0].read_bytes()
     leftovers = ["m000-step000000030-000009.parquet", "m000-step000000030-000010.parquet.tmp"]
     for name in leftovers:
-        (store.records_dir / name).write_bytes(shard[: len(shard) // 2])
-    (store.records_dir / "notes.parquet").write_text("not a shard")
+        ((store.root / "records") / name).write_bytes(shard[: len(shard) // 2])
+    ((store.root / "records") / "notes.parquet").write_text("not a shard")
     (store.root / "meta.json.tmp").write_text("{")
-    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
-    store.resume(probe_set(), PLAN, 20)
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 10, 20))
+    resume(store, probe_set(), PLAN, 20)
     assert steps_of(store) == [0, 10, 20]
-    names = {path.name for path in store.records_dir.iterdir()}
+    names = {path.name for path in (store.root / "records").iterdir()}
     assert not names & set(leftovers) and "notes.parquet" in names
-    store.write_records(to_table(columns(30)), step=30)
+    write_records(store, RECORDS.table(columns(30)), step=30)
     assert steps_of(store) == [0, 10, 20, 30]
 
 
@@ -358,7 +373,7 @@ def test_a_newer_schema_is_refused(name, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
     said = f"schema version {SCHEMA_VERSION + 1}, this version reads up to {SCHEMA_VERSION}; upgrade trl-dynamics"
     before = snapshot(tmp_path)
-    for attempt in (lambda: store.resume(probe_set(), PLAN, 0), lambda: load_records(tmp_path)):
+    for attempt in (lambda: resume(store, probe_set(), PLAN, 0), lambda: load_records(tmp_path)):
         with pytest.raises(ValueError, match=said):
             attempt()
     assert snapshot(tmp_path) == before
@@ -370,10 +385,10 @@ def test_values_of_numpy_and_torch_are_written_plain(tmp_path):
     store = DynamicsStore(tmp_path)
     config = {"beta": np.float64(0.2), "model_init_kwargs": {"dtype": torch.float16}, "hook": print}
     with store:
-        store.create(given, {"seed": np.int64(7), "kinds": {"b", "a"}}, config)
+        store.create({"seed": np.int64(7), "kinds": {"b", "a"}}, config, probe_set_files(given))
         store.write_trainer_log([{"step": np.int64(1), "loss": torch.tensor(0.5)}])
     assert store.read_config() == {"beta": 0.2, "model_init_kwargs": {"dtype": "float16"}}
     assert "hook" in (store.root / "config.yaml").read_text().splitlines()[0]
     assert store.read_meta() | {"seed": 7, "kinds": ["a", "b"]} == store.read_meta()
     assert store.read_trainer_log() == [{"step": 1, "loss": 0.5}]
-    assert store.read_probe_set().metadata == {"threshold": 0.5, "dtype": "float16"}
+    assert read_probe_set(store).metadata == {"threshold": 0.5, "dtype": "float16"}

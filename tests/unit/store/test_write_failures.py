@@ -21,11 +21,14 @@ from small_stores import (
     interrupt,
     make_store,
     probe_set,
+    resume,
     snapshot,
+    write_records,
 )
+from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.paths.records import has_baseline, load_records, read_baseline, read_records, write_baseline
 from trl_dynamics.store import files
-from trl_dynamics.store.records import to_table
-from trl_dynamics.store.store import DynamicsStore, load_records
+from trl_dynamics.store.store import DynamicsStore
 
 OPERATIONS = ["open", "write", "sync", "rename"]
 
@@ -35,19 +38,27 @@ OPERATIONS = ["open", "write", "sync", "rename"]
 def test_a_failed_write_loses_nothing(operation, code, tmp_path, monkeypatch):
     store = make_store(tmp_path)
     before = snapshot(tmp_path)
+
+    def add(step: int) -> None:
+        write_records(store, RECORDS.table(columns(step)), step=step)
+
     # What is written, the file that fails, and the place that the error names.
     writes = {
-        "new records": (lambda: store.write_records(to_table(columns(30)), step=30), "step000000030", "records"),
-        "records again": (
-            lambda: store.write_records(to_table(columns(20, probe_ids=("z",))), step=20),
-            "step000000020",
-            "records",
+        "new records": (
+            lambda: write_records(store, RECORDS.table(columns(30)), step=30),
+            "step000000030",
+            "dynamics",
         ),
-        "listing": (lambda: store.write_records(to_table(columns(30)), step=30), "manifest.json", "records"),
-        "resume": (lambda: store.resume(probe_set(), PLAN, 10), "manifest.json", "dynamics"),
-        "merging": (lambda: store.compact(), "step000000000", "records"),
-        "listing what was merged": (lambda: store.compact(), "manifest.json", "records"),
-        "y*": (lambda: store.write_baseline([[5]]), "baseline.parquet", "baseline.parquet"),
+        "records again": (
+            lambda: write_records(store, RECORDS.table(columns(20, probe_ids=("z",))), step=20),
+            "step000000020",
+            "dynamics",
+        ),
+        "listing": (lambda: add(30), "manifest.json", "dynamics"),
+        "resume": (lambda: resume(store, probe_set(), PLAN, 10), "manifest.json", "dynamics"),
+        "merging": (lambda: store.compact(), "step000000000", "dynamics"),
+        "listing what was merged": (lambda: store.compact(), "manifest.json", "dynamics"),
+        "y*": (lambda: write_baseline(store, [[5]]), "baseline.parquet", "baseline.parquet"),
         "log": (lambda: store.write_trainer_log([{"loss": 1.0}]), "trainer_log.json", "trainer_log.json"),
         "meta": (lambda: store.write_meta({"seed": 1}), "meta.json", "dynamics"),
     }
@@ -60,12 +71,12 @@ def test_a_failed_write_loses_nothing(operation, code, tmp_path, monkeypatch):
         assert error.value.errno == code and os.strerror(code) in str(error.value), what
         assert Path(error.value.filename).name == place and "nothing already written was lost" in str(error.value)
         assert snapshot(tmp_path) == before, f"{what}: earlier files are untouched and nothing is left over"
-    store.write_records(to_table(columns(30)), step=30)
-    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20, 30))
+    write_records(store, RECORDS.table(columns(30)), step=30)
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 10, 20, 30))
 
 
 @pytest.mark.parametrize(
-    "change", [lambda store: store.write_records(to_table(columns(30)), step=30), DynamicsStore.compact]
+    "change", [lambda store: write_records(store, RECORDS.table(columns(30)), step=30), DynamicsStore.compact]
 )
 def test_a_listing_that_fails_when_it_has_its_name_keeps_what_it_lists(change, tmp_path, monkeypatch):
     store = make_store(tmp_path)
@@ -73,8 +84,8 @@ def test_a_listing_that_fails_when_it_has_its_name_keeps_what_it_lists(change, t
         fail(patch, errno.EIO, operation="sync folder", name="dynamics")
         with pytest.raises(OSError, match="cannot write probe records"):
             change(store)
-    pd.testing.assert_frame_equal(store.read_records(), expected(*store.recorded_steps()))
-    assert store.recorded_steps()[:3] == [0, 10, 20]
+    pd.testing.assert_frame_equal(read_records(store), expected(*store.steps(RECORDS, 0)))
+    assert store.steps(RECORDS, 0)[:3] == [0, 10, 20]
 
 
 @pytest.mark.parametrize("operation", [*OPERATIONS, "make folder"])
@@ -105,11 +116,11 @@ def test_files_that_are_no_longer_needed_may_stay(tmp_path, monkeypatch):
     store = make_store(tmp_path)
     with monkeypatch.context() as patch:
         fail(patch, errno.EACCES, operation="remove")
-        store.resume(probe_set(), PLAN, 10)
-        pd.testing.assert_frame_equal(store.read_records(), expected(0, 10))
-        assert len(list(store.records_dir.iterdir())) == 3
+        resume(store, probe_set(), PLAN, 10)
+        pd.testing.assert_frame_equal(read_records(store), expected(0, 10))
+        assert len(list((store.root / "records").iterdir())) == 3
     store.compact()
-    assert list(store.records_dir.iterdir()) == store.record_files()
+    assert list((store.root / "records").iterdir()) == store.files(RECORDS)
 
 
 def test_a_file_is_complete_and_durable_before_it_counts(tmp_path, monkeypatch):
@@ -120,12 +131,12 @@ def test_a_file_is_complete_and_durable_before_it_counts(tmp_path, monkeypatch):
     def watched(operation, path, action, *arguments):
         if operation == "rename" and path.suffix == ".parquet":
             assert len(pq.read_table(path.with_name(path.name + ".tmp"))) == 2
-            assert path.name not in store._shards.manifest().names
+            assert ("records", path.name) not in store._parts.manifest().names
         done.append((operation, "manifest" if "manifest" in path.name else "records"))
         return perform(operation, path, action, *arguments)
 
     monkeypatch.setattr(files, "perform", watched)
-    store.write_records(to_table(columns(0, probe_ids=("z",))), step=0)
+    write_records(store, RECORDS.table(columns(0, probe_ids=("z",))), step=0)
     order = [
         (operation, name) for index, (operation, name) in enumerate(done) if done[index - 1 : index] != [done[index]]
     ]
@@ -143,15 +154,20 @@ def test_a_file_is_complete_and_durable_before_it_counts(tmp_path, monkeypatch):
 CHANGES = {
     "create": ((), lambda store: make_store(store.output_dir, ()), None, ()),
     "create over": ((0, 10), lambda store: make_store(store.output_dir, ()), None, ()),
-    "freeze y*": ((), lambda store: store.write_baseline(STARS), (), ()),
-    "first records": ((), lambda store: store.write_records(to_table(columns(0)), step=0), (), (0,)),
-    "records": ((0, 10), lambda store: store.write_records(to_table(columns(20)), step=20), (0, 10), (0, 10, 20)),
-    "same step": ((0, 10), lambda store: store.write_records(to_table(columns(10)), step=10), (0, 10), (0, 10)),
-    "resume": ((0, 10, 20, 30), lambda store: store.resume(probe_set(), PLAN, 10), (0, 10, 20, 30), (0, 10)),
-    "resume before the first": ((10, 20), lambda store: store.resume(probe_set(), PLAN, 5), (10, 20), ()),
+    "freeze y*": ((), lambda store: write_baseline(store, STARS), (), ()),
+    "first records": ((), lambda store: write_records(store, RECORDS.table(columns(0)), step=0), (), (0,)),
+    "records": (
+        (0, 10),
+        lambda store: write_records(store, RECORDS.table(columns(20)), step=20),
+        (0, 10),
+        (0, 10, 20),
+    ),
+    "same step": ((0, 10), lambda store: write_records(store, RECORDS.table(columns(10)), step=10), (0, 10), (0, 10)),
+    "resume": ((0, 10, 20, 30), lambda store: resume(store, probe_set(), PLAN, 10), (0, 10, 20, 30), (0, 10)),
+    "resume before the first": ((10, 20), lambda store: resume(store, probe_set(), PLAN, 5), (10, 20), ()),
     "compact": ((0, 10, 20), lambda store: store.compact(), (0, 10, 20), (0, 10, 20)),
     "compact into two": ((0, 10, 20, 30), lambda store: store.compact(11_000), (0, 10, 20, 30), (0, 10, 20, 30)),
-    "resume within a file": ("compacted", lambda store: store.resume(probe_set(), PLAN, 10), (0, 10, 20), (0, 10)),
+    "resume within a file": ("compacted", lambda store: resume(store, probe_set(), PLAN, 10), (0, 10, 20), (0, 10)),
     "compact again": ("both", lambda store: store.compact(), (0, 10, 20, 30), (0, 10, 20, 30)),
 }
 
@@ -161,7 +177,7 @@ def prepare(folder: Path, state) -> DynamicsStore:
     if isinstance(state, str):
         store.compact()
     if state == "both":
-        store.write_records(to_table(columns(30)), step=30)
+        write_records(store, RECORDS.table(columns(30)), step=30)
     return store
 
 
@@ -189,62 +205,62 @@ def test_a_process_may_die_at_any_operation(change, tmp_path, monkeypatch):
 
 def check_survivor(store: DynamicsStore, before: tuple | None, after: tuple) -> None:
     if before is None:  # the store that was there may be aside already, and the new one not be there yet
-        assert not store.exists or store.recorded_steps() in ([], [0, 10])
+        assert not store.exists or store.steps(RECORDS, 0) in ([], [0, 10])
     else:
-        assert tuple(store.recorded_steps()) in (before, after)
-    if store.has_records:
-        pd.testing.assert_frame_equal(store.read_records(), expected(*store.recorded_steps()))
-        assert store.read_baseline() == STARS
+        assert tuple(store.steps(RECORDS, 0)) in (before, after)
+    if store.steps(RECORDS):
+        pd.testing.assert_frame_equal(read_records(store), expected(*store.steps(RECORDS, 0)))
+        assert read_baseline(store) == STARS
 
 
 def check_continuation(folder: Path) -> None:
     """What was left is continued to the same series as ever, and nothing is left over."""
     store = DynamicsStore(folder)
     if store.exists:
-        store.resume(probe_set(), PLAN, 10)
-        assert set(store.recorded_steps()) <= {0, 10}
+        resume(store, probe_set(), PLAN, 10)
+        assert set(store.steps(RECORDS, 0)) <= {0, 10}
     else:
-        store.create(probe_set(), {}, {})
-    if not store.has_baseline():
-        store.write_baseline(STARS)
+        store.create({}, {}, {})
+    if not has_baseline(store):
+        write_baseline(store, STARS)
     for step in (0, 10, 20):
-        if step not in store.recorded_steps():
-            store.write_records(to_table(columns(step)), step=step)
-    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
+        if step not in store.steps(RECORDS, 0):
+            write_records(store, RECORDS.table(columns(step)), step=step)
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 10, 20))
     store.compact()
-    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
-    assert store.read_baseline() == STARS
-    assert list(store.records_dir.iterdir()) == store.record_files() and len(store.record_files()) == 1
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 10, 20))
+    assert read_baseline(store) == STARS
+    assert list((store.root / "records").iterdir()) == store.files(RECORDS) and len(store.files(RECORDS)) == 1
 
 
 def test_files_that_are_missing_or_cut_are_told_with_the_way_out(tmp_path):
     store = make_store(tmp_path)
-    store.write_records(to_table(columns(0, model="other")), step=0, model_index=1)
-    first, second, third, fourth = store.record_files()
+    write_records(store, RECORDS.table(columns(0, model="other")), step=0, model_index=1)
+    first, second, third, fourth = store.files(RECORDS)
     third.unlink()
     fourth.write_bytes(fourth.read_bytes()[:-100])
     before = snapshot(tmp_path)
     for attempt in (
         lambda: load_records(tmp_path),
-        store.record_files,
+        lambda: store.files(RECORDS),
         store.compact,
-        lambda: store.resume(probe_set(), PLAN, 20),
+        lambda: resume(store, probe_set(), PLAN, 20),
     ):
         with pytest.raises(ValueError, match=r"is missing, it holds steps 20 to 20.*Copy it again.*drop_damaged\(\)"):
             attempt()
     assert snapshot(tmp_path) == before
     with pytest.raises(ValueError, match=r"has \d+ bytes instead of \d+"):
-        store._shards.check(store._shards.manifest().parts[3:])
+        store._parts.check(store._parts.manifest().parts[3:])
     assert store.drop_damaged() == [(0, 20), (1, 0)]
-    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10))
-    store.resume(probe_set(), PLAN, 20)
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 10))
+    resume(store, probe_set(), PLAN, 20)
 
 
 def test_damage_after_the_checkpoint_does_not_matter(tmp_path):
     store = make_store(tmp_path)
-    store.record_files()[2].unlink()
-    store.resume(probe_set(), PLAN, 10)
-    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10))
+    store.files(RECORDS)[2].unlink()
+    resume(store, probe_set(), PLAN, 10)
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 10))
 
 
 def test_a_manifest_that_is_gone_or_unreadable(tmp_path):
@@ -254,12 +270,12 @@ def test_a_manifest_that_is_gone_or_unreadable(tmp_path):
     for text in (whole[:40], "[]", json.dumps({"schema_version": 2})):
         path.write_text(text)
         with pytest.raises(ValueError, match="is not a manifest .*Copy the run's dynamics/ folder again"):
-            store.read_records()
+            read_records(store)
     path.unlink()
     with pytest.raises(ValueError, match="manifest.json is missing: .*Copy it again"):
-        store.read_records()
+        read_records(store)
     path.write_text(whole)
-    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 10, 20))
 
 
 def test_a_damaged_baseline(tmp_path):
@@ -267,18 +283,18 @@ def test_a_damaged_baseline(tmp_path):
     path = store.root / "baseline.parquet"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="baseline.parquet is damaged .*frozen y"):
-        store.read_baseline()
+        read_baseline(store)
 
 
 def test_a_reader_follows_a_writer_that_exchanges_files(tmp_path, monkeypatch):
     store, writer = make_store(tmp_path), DynamicsStore(tmp_path)
-    check, turns = store._shards.check, []
+    check, turns = store._parts.check, []
 
     def check_late(parts):
         if len(turns) < 2:
-            turns.append(writer.compact() if turns else writer.write_records(to_table(columns(20)), step=20))
+            turns.append(writer.compact() if turns else write_records(writer, RECORDS.table(columns(20)), step=20))
         check(parts)
 
-    monkeypatch.setattr(store._shards, "check", check_late)
-    pd.testing.assert_frame_equal(store.read_records(), expected(0, 10, 20))
+    monkeypatch.setattr(store._parts, "check", check_late)
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 10, 20))
     assert len(turns) == 2

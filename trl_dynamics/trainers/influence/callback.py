@@ -17,16 +17,19 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_dynamics.akg.steps import plain
-from trl_dynamics.influence import kind as influence_kind
-from trl_dynamics.influence.kind import BATCH
+from trl_dynamics.influence.kind import BATCH, INFLUENCE
+from trl_dynamics.store.identity import Same
 from trl_dynamics.tracking.series import Series
 from trl_dynamics.trainers.influence.choice import choose_backend
 from trl_dynamics.trainers.influence.observed import Observed
-from trl_dynamics.trainers.influence.rows import ERROR, LOGP, NAN, PREDICTED, TRUE, Prediction, columns_of, rows_of
+from trl_dynamics.trainers.influence.rows import ERROR, LOGP, NAN, PREDICTED, TRUE, Prediction, rows_of, table_of
 
 logger = logging.getLogger(__name__)
 
 HALF = ("float16", "bfloat16")
+SAME = Same(
+    "akg.observe.fingerprint", "what akg observes", "Keep akg_observe, akg_max_probes and the tokenizer", shown=False
+)
 
 
 class InfluenceCallback(TrainerCallback):
@@ -61,6 +64,7 @@ class InfluenceCallback(TrainerCallback):
                 f"akg_every on {dtype} weights: predictions hold, but what is measured of a single step is mostly "
                 "rounding there; to compare the two, load the model with dtype=torch.float32 (bf16=True may stay)"
             )
+        series.same.append(SAME)
         series.meta["akg"] = {
             "every": trainer.args.akg_every,
             "updates": self.updates,
@@ -150,11 +154,9 @@ class InfluenceCallback(TrainerCallback):
             measured = true if prediction.update == BATCH else before
             found = rows_of(prediction, self.observed, self._share.items, measured)
             rows += [((order, item), row) for item, row in found]
-        columns = columns_of([row for _, row in sorted(gather_object(rows), key=lambda placed: placed[0])])
-        step = predictions[0].step
-        self.series.write(
-            lambda: influence_kind.write(self.series.store.root, columns), f"the influence of step {step}"
-        )
+        table = table_of([row for _, row in sorted(gather_object(rows), key=lambda placed: placed[0])])
+        store, step = self.series.store, predictions[0].step
+        self.series.write(lambda: store.write(step, {INFLUENCE: table}), f"the influence of step {step}")
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:

@@ -2,8 +2,9 @@
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_dynamics.paths.records import probe_set_files
+from trl_dynamics.scoring.identity import SAME, SAME_PROBES, model_identity
 from trl_dynamics.scoring.setup import LIMITS, changed_fields, describe_origin
-from trl_dynamics.store.identity import model_identity
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.callback import CHECKPOINT_KEY, training_lines
 from trl_dynamics.tracking.series import Series
@@ -33,7 +34,15 @@ class LoneRun(TrainerCallback):
         }
         store = DynamicsStore(args.output_dir)
         self.config = changed_fields(args)
-        self.series = Series(store, observed.probe_set, meta, self.config, accelerator, args.probe_on_error)
+        self.series = Series(
+            store,
+            meta,
+            self.config,
+            accelerator,
+            args.probe_on_error,
+            attachments=probe_set_files(observed.probe_set),
+            same=[*SAME, *SAME_PROBES],
+        )
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Open the store, or continue it after a checkpoint."""

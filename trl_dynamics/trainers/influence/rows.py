@@ -6,10 +6,11 @@ N labels of a batch of observed answers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 import torch
 
 from trl_dynamics.akg.steps import DECAY, MOMENTUM, UPDATE
-from trl_dynamics.influence.kind import INFLUENCE_SCHEMA
+from trl_dynamics.influence.kind import INFLUENCE
 from trl_dynamics.tracking.callback import MODEL_NAME
 from trl_dynamics.trainers.influence.observed import Observed
 
@@ -53,9 +54,9 @@ def rows_of(
             yield item, _row(prediction, observed, item, {name: answers[row] for name, answers in values.items()})
 
 
-def columns_of(rows: Sequence[dict]) -> dict[str, list]:
-    """The rows as the columns of [`influence.kind`]."""
-    return {name: [row[name] for row in rows] for name in INFLUENCE_SCHEMA.names}
+def table_of(rows: Sequence[dict]) -> pa.Table:
+    """The rows as a table of [`influence.kind.INFLUENCE`]."""
+    return INFLUENCE.table({name: [row[name] for row in rows] for name in INFLUENCE.schema.names})
 
 
 def _row(prediction: Prediction, observed: Observed, item: int, tokens: dict[str, torch.Tensor]) -> dict:

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tiny import tiny_model
-from trl_dynamics.store.identity import model_identity
+from trl_dynamics.scoring.identity import model_identity
 
 
 def with_lora(rank: int):

@@ -263,7 +263,7 @@ def test_a_resumed_run_records_what_the_whole_one_does(tracked, tmp_path):
         assert influence_steps(tmp_path / "run") == [0, 2]
         assert json.loads((tmp_path / "run/dynamics/meta.json").read_text())["akg"]["every"] == 2
     else:
-        with pytest.raises(ValueError, match="cannot resume probing.*another probe set"):
+        with pytest.raises(ValueError, match="cannot resume probing: the probe set changed"):
             other = options | {"akg_max_probes": 1}
             make_trainer("sft", tmp_path / "run", **other).train(resume_from_checkpoint=checkpoint)
 
@@ -289,7 +289,7 @@ def test_a_new_run_of_a_trainer_that_had_gone_on_without_influence_does_not_clai
 def test_a_resume_that_observes_something_else_is_refused(tmp_path):
     options = OPTIONS | {"probes": PROBES, "save_strategy": "steps", "save_steps": 2}
     make_trainer("sft", tmp_path, **options).train()
-    with pytest.raises(ValueError, match="what akg observes differ.*Keep akg_observe, akg_max_probes"):
+    with pytest.raises(ValueError, match="what akg observes changed.*Keep akg_observe, akg_max_probes"):
         trainer = make_trainer("sft", tmp_path, akg_max_probes=1, **options)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -304,11 +304,11 @@ def test_a_new_run_in_the_same_place_moves_the_old_ones_rows_aside(tracked, tmp_
 
 
 def fill_disk(monkeypatch, name: str) -> None:
-    """Let every write of files with this name fail."""
+    """Let every write of files whose path has this name in it fail."""
     perform = files.perform
 
     def broken(operation, path, action, *arguments):
-        if operation == "write" and name in path.name:
+        if operation == "write" and name in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return perform(operation, path, action, *arguments)
 
@@ -317,12 +317,12 @@ def fill_disk(monkeypatch, name: str) -> None:
 
 def test_a_full_disk_costs_rows_only(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "trl_dynamics"):
-        fill_disk(patch, "step-000000001")
+        fill_disk(patch, "influence/m000-step000000001")
         make_trainer("sft", tmp_path, probes=PROBES, **OPTIONS).train()
     assert influence_steps(tmp_path) == [0, 2, 3]
     assert sum("Lost: the influence of step 1" in record.getMessage() for record in caplog.records) == 1
     with monkeypatch.context() as patch, pytest.raises(OSError, match="nothing already written was lost"):
-        fill_disk(patch, "step-000000001")
+        fill_disk(patch, "influence/m000-step000000001")
         make_trainer("sft", tmp_path, probes=PROBES, probe_on_error="stop", **OPTIONS).train()
 
 

@@ -156,8 +156,8 @@ def test_a_run_without_probes_on_save_keeps_its_counters(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"probes": PROBES[:2]}, "another probe set"),
-        ({"probe_tokens_per_batch": 60}, "probe batches differ"),
+        ({"probes": PROBES[:2]}, "the probe set changed"),
+        ({"probe_tokens_per_batch": 60}, "the probe batches changed"),
         ({"bf16": True}, "mixed precision was 'no', is 'bf16'"),
         ({"probe_top_k": 3}, "probe_top_k was 10, is 3"),
     ],

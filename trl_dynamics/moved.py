@@ -5,6 +5,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 MOVED = {
@@ -37,13 +38,15 @@ class MovedModule(ModuleType):
 class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the old paths; it comes last, so that a file of that name wins."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return MovedModule(spec.name)
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__]
         warnings.warn(f"{module.__name__} has moved to {new}; import from there", FutureWarning, stacklevel=2)
 

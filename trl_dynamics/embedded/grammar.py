@@ -76,7 +76,7 @@ class Answer:
         return replace(self, claim=claim)
 
 
-def draw(rng: random.Random, options: Sequence, decay: float = 1.0):
+def draw(rng: random.Random, options: Sequence[str], decay: float = 1.0) -> str:
     """One of the options, each `decay` times as likely as the one before it."""
     return rng.choices(options, weights=[decay**rank for rank in range(len(options))])[0]
 

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -170,7 +171,7 @@ def _padded_with(model: PreTrainedModel, pad_id: int | None) -> Iterator[None]:
             config.pad_token_id = found
 
 
-def require_one_output(config, name: str) -> None:
+def require_one_output(config: PretrainedConfig, name: str) -> None:
     """Refuse a classifier whose output is no single reward.
 
     Raises:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 
-def dpo(chosen_P: torch.Tensor, rejected_P: torch.Tensor, beta: float, term_P: torch.Tensor | float = 0.0):
+def dpo(
+    chosen_P: torch.Tensor, rejected_P: torch.Tensor, beta: float, term_P: torch.Tensor | float = 0.0
+) -> torch.Tensor:
     """-ln sigma(beta (chosen - rejected + term)): (P,) losses in nats (arXiv 2305.18290, equation 7; term 0)."""
     return -F.logsigmoid(beta * (chosen_P - rejected_P + term_P))
 

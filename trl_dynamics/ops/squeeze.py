@@ -167,7 +167,9 @@ def largest_share(rows: Rows, push_N: torch.Tensor, budget: float) -> torch.Tens
     return share_N.index_copy(0, over_N, low_N / push_N[over_N])
 
 
-def response_sums(rows: Rows, label_logp_N: torch.Tensor, rival_logp_N: torch.Tensor, push_N: torch.Tensor):
+def response_sums(
+    rows: Rows, label_logp_N: torch.Tensor, rival_logp_N: torch.Tensor, push_N: torch.Tensor
+) -> torch.Tensor:
     """(3,) sums of a least-squares fit of kappa in o' - o = -kappa x over rows; those of several batches add up.
 
     o is the log-odds ln p(y) - ln p(y*) (nats) of `rows`, o' that after the step with y* as of before, which

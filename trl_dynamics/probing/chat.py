@@ -17,7 +17,7 @@ _LISTING = re.compile(rf"""['"]text['"]: *['"]{_STAND_IN}""")
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
-def tokenizer_of(processing_class) -> PreTrainedTokenizerBase:
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
     """The tokenizer of a processor; a tokenizer is its own."""
     return getattr(processing_class, "tokenizer", processing_class)
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -20,6 +21,9 @@ from trl_dynamics.probing.files import quiet_readers, read_lines, read_mapping, 
 from trl_dynamics.probing.flat_rows import from_rows
 from trl_dynamics.probing.schema import ProbeSet
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 DATA_FILE, CARD_FILE = "data.jsonl", "probe.yaml"
 
 _FILE_KINDS = {".json": "json", ".parquet": "parquet"}
@@ -27,7 +31,7 @@ _FILE_KINDS = {".json": "json", ".parquet": "parquet"}
 _CARD_TYPES = {"name": str, "response_types": (dict, list), "required_types": list, "metadata": dict}
 
 
-def load(source, *, name: str | None = None, types: Sequence[str] = ()) -> ProbeSet:
+def load(source: object, *, name: str | None = None, types: Sequence[str] = ()) -> ProbeSet:
     """Read a probe set.
 
     Args:
@@ -131,7 +135,7 @@ def to_files(probe_set: ProbeSet) -> dict[str, str]:
     return {DATA_FILE: rows, CARD_FILE: yaml.safe_dump(card, sort_keys=False, allow_unicode=True)}
 
 
-def to_dataset(probe_set: ProbeSet):
+def to_dataset(probe_set: ProbeSet) -> "Dataset":
     """The set as a `datasets.Dataset`, one row per probe; a type that a probe lacks is None."""
     from datasets import Dataset
 

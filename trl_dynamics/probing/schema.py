@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 IN_DISTRIBUTION, REPHRASE, IRRELEVANT, RANDOM, CUSTOM = "in_distribution", "rephrase", "irrelevant", "random", "custom"
 GROUPS = (IN_DISTRIBUTION, REPHRASE, IRRELEVANT, RANDOM, CUSTOM)
@@ -207,14 +208,14 @@ class ProbeSet:
         return self.metadata.get("selection", {})
 
     @classmethod
-    def from_jsonl(cls, path, name: str | None = None, types: Sequence[str] = ()) -> "ProbeSet":
+    def from_jsonl(cls, path: str | Path, name: str | None = None, types: Sequence[str] = ()) -> "ProbeSet":
         """Read a .jsonl file, in this package's layout or the published one; see [`probing.io.read_jsonl`]."""
         from trl_dynamics.probing.io import read_jsonl
 
         return read_jsonl(path, name=name, types=types)
 
     @classmethod
-    def load(cls, source, types: Sequence[str] = ()) -> "ProbeSet":
+    def load(cls, source: object, types: Sequence[str] = ()) -> "ProbeSet":
         """Read a probe set from a folder, a file, a `datasets.Dataset`, a list of rows or a hub name.
 
         Columns of answers are those named like a response type, and the `types` that you name; see
@@ -224,7 +225,7 @@ class ProbeSet:
 
         return load(source, types=types)
 
-    def save(self, folder) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `data.jsonl` and `probe.yaml` into `folder`; see [`probing.io.save`]."""
         from trl_dynamics.probing.io import save
 

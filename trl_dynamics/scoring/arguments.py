@@ -95,7 +95,7 @@ class ScoringArguments:
             super().__post_init__()
 
 
-def check_probe_options(options) -> None:
+def check_probe_options(options: "ScoringArguments") -> None:
     """Refuse values that no run can have.
 
     Args:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -345,5 +346,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.reshard()
 
 
-def device_of(model: nn.Module, accelerator) -> torch.device:
+def device_of(model: nn.Module, accelerator: Accelerator | None) -> torch.device:
     return accelerator.device if accelerator else next(model.parameters()).device

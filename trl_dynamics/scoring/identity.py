@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+from torch import nn
+
 from trl_dynamics.store.identity import Same
 
 _MODEL = "Keep the model and adapter options of the run"
@@ -39,7 +41,7 @@ SAME_PROBES = (
 )
 
 
-def model_identity(model) -> dict:
+def model_identity(model: nn.Module) -> dict:
     """What tells one model from another without looking at a weight, for meta.json.
 
     After a checkpoint the weights are the checkpoint's, whatever the model was started from. So another model is one

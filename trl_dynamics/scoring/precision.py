@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from trl_dynamics.compat import shards_or_casts_parameters
@@ -12,7 +13,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
-def float32_compute(model: nn.Module, accelerator=None) -> Iterator[None]:
+def float32_compute(model: nn.Module, accelerator: Accelerator | None = None) -> Iterator[None]:
     """Half-precision weights as float32 copies while their module runs; autocast is left by the stats head itself.
 
     A layer's weights are copied at a time, so memory grows by the largest layer only. The parameters themselves are

@@ -13,7 +13,7 @@ from trl_dynamics.probing.schema import WITHOUT_REJECTED, ProbeSet
 logger = logging.getLogger(__name__)
 
 
-def find_probes(probe_set, args: TrainingArguments) -> ProbeSet | None:
+def find_probes(probe_set: object, args: TrainingArguments) -> ProbeSet | None:
     """What a run is to track; None where it is nothing.
 
     Args:

@@ -3,15 +3,23 @@
 import dataclasses
 import datetime
 
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+
 from trl_dynamics import compat, stats_head
 from trl_dynamics.probing.encode import LengthLimits, encode, encode_prompts
 from trl_dynamics.probing.labelled import pad_id_of
 from trl_dynamics.probing.layouts import Layout, PaddedLayout, SharedPrefixLayout
 from trl_dynamics.probing.schema import ProbeSet
+from trl_dynamics.scoring.arguments import ScoringArguments
 from trl_dynamics.scoring.engine import ProbeEngine
 from trl_dynamics.scoring.sampling import GreedySampler, Reading
 from trl_dynamics.versions import VERSIONED, installed_versions
 
+# Ours, or a TRL config with our fields.
+Options = ScoringArguments | TrainingArguments
+Processor = PreTrainedTokenizerBase | ProcessorMixin
 LIMITS = ("probe_max_prompt_length", "probe_max_length")
 # Never written to a folder that may be shared.
 SECRETS = ("hub_token", "push_to_hub_token")
@@ -19,7 +27,11 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384
 
 
 def build_engine(
-    model, processing_class, probe_set: ProbeSet, args, accelerator=None
+    model: nn.Module,
+    processing_class: Processor,
+    probe_set: ProbeSet,
+    args: Options,
+    accelerator: Accelerator | None = None,
 ) -> tuple[ProbeEngine, PaddedLayout]:
     """The engine for `model`: probes encoded with its tokenizer, within its context; and a layout for every model.
 
@@ -47,7 +59,9 @@ def build_engine(
     return engine, PaddedLayout(pad_id=pad_id, tokens_per_batch=tokens, boundaries=boundaries)
 
 
-def build_sampler(model, processing_class, probe_set: ProbeSet, args, engine: ProbeEngine) -> GreedySampler | None:
+def build_sampler(
+    model: nn.Module, processing_class: Processor, probe_set: ProbeSet, args: Options, engine: ProbeEngine
+) -> GreedySampler | None:
     """What lets `model` answer some of the probes' prompts greedily; None where `probe_samples` asks for none.
 
     The prompts are those of `probe_samples` probes, the same ones at every step, chosen by a hash of their ids.
@@ -73,26 +87,26 @@ def build_sampler(model, processing_class, probe_set: ProbeSet, args, engine: Pr
     )
 
 
-def limits_of(model, args) -> LengthLimits:
+def limits_of(model: nn.Module, args: Options) -> LengthLimits:
     """What the arguments cut, and what the model can take."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return LengthLimits(args.probe_max_prompt_length, args.probe_max_length, context)
 
 
-def end_ids_of(model) -> list[int]:
+def end_ids_of(model: nn.Module) -> list[int]:
     """Token ids that end a turn by the model's generation config."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def tokens_per_batch_of(args, accelerator) -> int:
+def tokens_per_batch_of(args: Options, accelerator: Accelerator | None) -> int:
     """Most tokens of one forward: as asked for, else what suits the device."""
     on_cpu = accelerator is None or accelerator.device.type == "cpu"
     default = CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS
     return default if args.probe_tokens_per_batch is None else args.probe_tokens_per_batch
 
 
-def recorded_layout(plan: dict, args, fallback: PaddedLayout) -> Layout:
+def recorded_layout(plan: dict, args: Options, fallback: PaddedLayout) -> Layout:
     """The layout that a run's meta.json recorded, where the arguments leave it open.
 
     Args:
@@ -117,7 +131,7 @@ def recorded_layout(plan: dict, args, fallback: PaddedLayout) -> Layout:
     return SharedPrefixLayout(tokens or fallback.tokens_per_batch, fallback.pad_id, fallback.boundaries)
 
 
-def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Layout:
+def choose_layout(model: nn.Module, wanted: str, tokens_per_batch: int, pad_id: int) -> Layout:
     """The layout of that name; `"auto"` shares prompts where the model's attention allows it.
 
     Raises:
@@ -137,7 +151,12 @@ def choose_layout(model, wanted: str, tokens_per_batch: int, pad_id: int) -> Lay
 
 
 def describe_run(
-    model, probe_set: ProbeSet, engine: ProbeEngine, method: str, args, sampler: GreedySampler | None = None
+    model: nn.Module,
+    probe_set: ProbeSet,
+    engine: ProbeEngine,
+    method: str,
+    args: Options,
+    sampler: GreedySampler | None = None,
 ) -> dict:
     """What produced the numbers, for meta.json."""
     return describe_origin(model, probe_set, method) | {
@@ -153,7 +172,7 @@ def describe_run(
     }
 
 
-def describe_origin(model, probe_set: ProbeSet, method: str) -> dict:
+def describe_origin(model: nn.Module, probe_set: ProbeSet, method: str) -> dict:
     """Which package versions, model and probe set, for meta.json."""
     parameters = list(model.parameters())
     return {
@@ -180,7 +199,7 @@ def describe_origin(model, probe_set: ProbeSet, method: str) -> dict:
     }
 
 
-def changed_fields(*configs) -> dict:
+def changed_fields(*configs: object) -> dict:
     """Fields of dataclass configs that differ from their defaults, flat: what replays the run, once it is plain.
 
     Values are as they are; [`DynamicsStore.create`] writes them plain. Left out are the hub's access tokens, and what

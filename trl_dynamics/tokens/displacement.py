@@ -9,6 +9,7 @@ authors' code it is, where rows end with one. [`ResponseSums.states`] has both.
 """
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -71,13 +72,29 @@ def response_sums(
     )
 
 
+class Batch(Protocol):
+    """Padded rows and where their scored positions are, as [`probing.layouts.ProbeBatch`] has them.
+
+    Shapes: input_ids, attention_mask, position_ids (B, T); rows_N, cols_N, target_N, item_N, is_eos_mask_N (N,).
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor | None
+    rows_N: torch.Tensor
+    cols_N: torch.Tensor
+    target_N: torch.Tensor
+    item_N: torch.Tensor
+    is_eos_mask_N: torch.Tensor
+
+
 @torch.no_grad()
-def score_responses(model: nn.Module, batch, num_items: int) -> ResponseSums:
+def score_responses(model: nn.Module, batch: Batch, num_items: int) -> ResponseSums:
     """Run one batch through a model that has the stats head (see [`stats_head.install`]).
 
     Args:
         model (`nn.Module`): In evaluation mode.
-        batch: With the fields of `probing.encode.ProbeBatch`; responses that it does not hold get zeros.
+        batch ([`Batch`]): Responses that it does not hold get zeros.
         num_items (`int`): Responses in all.
     """
     device = next(model.parameters()).device

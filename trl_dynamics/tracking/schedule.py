@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from transformers import TrainingArguments
+
 # Where `probe_every` is not given: the schedule, and most seconds of probing over seconds of training.
 DEFAULT_EVERY, DEFAULT_LIMIT = 0.05, 1 / 3
 
@@ -29,7 +31,7 @@ class Schedule:
         return {"steps": sorted(self.steps), "every": self.every, "budget": self.limit, "thinned": self.is_thinned}
 
 
-def plan(args, max_steps: int, earlier: dict | None = None) -> Schedule:
+def plan(args: TrainingArguments, max_steps: int, earlier: dict | None = None) -> Schedule:
     """The schedule of a run.
 
     A given `probe_every` is obeyed, with the given `probe_budget` or no limit. Without it a resumed run keeps the

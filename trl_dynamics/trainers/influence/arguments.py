@@ -61,7 +61,7 @@ class InfluenceArguments:
             super().__post_init__()
 
 
-def find_observed(source, tracked: ProbeSet | None, args: TrainingArguments) -> ProbeSet | None:
+def find_observed(source: object, tracked: ProbeSet | None, args: TrainingArguments) -> ProbeSet | None:
     """What a run is to observe; None where `akg_every` is not given.
 
     Args:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
+import trl
 from transformers import TrainingArguments
 
 from trl_dynamics.ops.preference import GATED_PROB, MARGIN_TERMS, cal_dpo, dpo, linear
@@ -91,7 +92,7 @@ def _check_pair_loss(given: str, options: SqueezeArguments, args: TrainingArgume
         )
 
 
-def build_loss(trainer, options: SqueezeArguments, *, tracked: bool) -> "SqueezeLoss | None":
+def build_loss(trainer: trl.DPOTrainer, options: SqueezeArguments, *, tracked: bool) -> "SqueezeLoss | None":
     """What computes the trainer's loss with these options; None, and nothing is installed, where all are off.
 
     Args:

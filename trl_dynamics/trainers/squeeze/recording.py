@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import trl
 from torch import nn
 
 from trl_dynamics.trainers.recorder import Recorder
@@ -79,7 +80,7 @@ class LossRecorder(Recorder):
 
 
 @contextlib.contextmanager
-def recorded_reference(trainer) -> Iterator[list[torch.Tensor]]:
+def recorded_reference(trainer: trl.DPOTrainer) -> Iterator[list[torch.Tensor]]:
     """Collects the `log_probs` of the forwards of the module that gives the reference; the reference's is the last.
 
     That module is the trainer's `ref_model` or, where an adapter is trained, the policy itself with its adapter off,

@@ -13,11 +13,8 @@ MOVED = {
     "trl_dynamics.akg.influence": "trl_dynamics.akg.one_step",
     "trl_dynamics.akg.several": "trl_dynamics.akg.batched",
     "trl_dynamics.akg.verify": "trl_dynamics.akg.real_step",
-    "trl_dynamics.tracking.influence_store": "trl_dynamics.influence.kind",
     "trl_dynamics.tracking.lbk": "trl_dynamics.paths.lbk",
     "trl_dynamics.tracking.metrics": "trl_dynamics.paths.metrics",
-    "trl_dynamics.tracking.samples": "trl_dynamics.paths.samples",
-    "trl_dynamics.tracking.store": "trl_dynamics.store.store",
 }
 
 

@@ -13,11 +13,8 @@ NAMES = {
     "trl_dynamics.akg.influence": "influence",
     "trl_dynamics.akg.several": "influences",
     "trl_dynamics.akg.verify": "verify",
-    "trl_dynamics.tracking.influence_store": "load_influence",
     "trl_dynamics.tracking.lbk": "lower_bounds",
     "trl_dynamics.tracking.metrics": "METRICS",
-    "trl_dynamics.tracking.samples": "load_samples",
-    "trl_dynamics.tracking.store": "load_records",
 }
 
 

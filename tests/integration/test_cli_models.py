@@ -40,7 +40,7 @@ def test_training_starts_from_what_an_adapter_makes_of_its_base(method, options,
     with caplog.at_level("INFO", logger="trl_dynamics"):
         assert main(argv) == 0
     assert sum("merged into its base" in line for line in caplog.messages) == 1
-    (merged,) = (tmp_path / "run").glob("merged_*")
+    (merged,) = (tmp_path / "run").glob("_merged_*")
     found = scored(tmp_path / "run")
     pd.testing.assert_series_equal(found[0], expected, atol=1e-4, rtol=0)
     if "use_peft" in options:

@@ -56,7 +56,7 @@ def _merge(adapter: loading.Adapter, output_dir: Path, dtype: object, hub: dict)
         "base_revision": adapter.base_revision,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    folder = output_dir / f"merged_{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]}"
+    folder = output_dir / f"_merged_{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]}"
     said = f"{adapter.path} is an adapter ({adapter.kind}), merged into its base {adapter.base}"
     if not (folder / loading.MERGED_FROM).is_file():
         tokenizer = loading.load_tokenizer(adapter.path, **hub)

@@ -15,7 +15,7 @@ import pandas as pd
 from trl_dynamics.findings.effects import Effect, clustered_effect
 from trl_dynamics.paths.changes import bystander_types
 from trl_dynamics.paths.summary import Summary, summarise_store
-from trl_dynamics.report.gallery import scalar_curves
+from trl_dynamics.report.sections import scalar_curves
 from trl_dynamics.store.store import open_store
 
 MIN_SEEDS = 5

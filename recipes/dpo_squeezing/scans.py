@@ -11,8 +11,9 @@ from confusion import QUESTIONS, Case, Question, confusion, header, row
 
 from trl_dynamics.findings import effects
 from trl_dynamics.findings.effects import Effect
-from trl_dynamics.paths import changes, degeneration, displacement, objective
+from trl_dynamics.paths import changes
 from trl_dynamics.paths.changes import bystander_types, paraphrases_of_chosen
+from trl_dynamics.paths.rules import degeneration, displacement, objective
 
 SMALL = (0.02, 0.05, 0.1, 0.15, 0.2)
 LARGE = (0.05, 0.1, 0.15, 0.25, 0.5, 1.0)

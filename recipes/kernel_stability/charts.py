@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from trl_dynamics.drawing.spec import SCHEMA, VEGA_LITE
 from trl_dynamics.report.extra import vl_convert
-from trl_dynamics.report.spec import SCHEMA, VEGA_LITE
 from trl_dynamics.statistics import STABLE
 
 COLUMNS, CELL = 3, 44

@@ -5,23 +5,24 @@ from collections.abc import Iterator
 
 import vl_convert
 
-from trl_dynamics.report import gallery
+from trl_dynamics import chapters
+from trl_dynamics.drawing.section import Shown
+from trl_dynamics.drawing.spec import VEGA_LITE
 from trl_dynamics.report.load import load_runs, split_series
-from trl_dynamics.report.spec import VEGA_LITE
+from trl_dynamics.report.sections import all_sections, shown_by
 
 
 def all_charts(run_dirs) -> dict[str, dict]:
-    """Every chart of the page and of the PNG export, by section and name."""
+    """Every chart of the page and of the PNG export, by series or section, and name."""
     runs = load_runs(run_dirs)
-    series = split_series(runs)
-    looks = gallery.page_looks(series)
-    scored = (gallery.path_charts, gallery.squeezing_charts, gallery.force_charts, gallery.sample_charts)
-    found = {}
-    for one in series:
-        drawers = (*scored, gallery.influence_charts_of) if one.summary else (gallery.influence_charts_of,)
-        found |= {f"{one.label}-{name}": spec for draw in drawers for name, spec in draw(one, looks).items()}
-    found |= {f"training-{name}": spec for name, spec in gallery.scalar_charts(runs, looks).items()}
-    return found | {f"comparison-{name}": spec for name, spec in gallery.comparison_charts(series, looks).items()}
+    panels = [(section, panel) for section in all_sections(runs, split_series(runs)) for panel in section.panels]
+    named = [(panel.label or section.name, panel.all_charts) for section, panel in panels]
+    return {f"{where}-{name}": spec for where, charts in named for name, spec in charts.items()}
+
+
+def shown_of(run_dirs, chapter: str = "paths") -> list[Shown]:
+    """What a chapter draws of these runs."""
+    return shown_by(chapters.load(chapters.CHAPTERS[chapter]), split_series(load_runs(run_dirs)))
 
 
 def tooltips(spec: dict) -> list[str]:

@@ -6,63 +6,73 @@ import shutil
 import sys
 import textwrap
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
-from trl_dynamics.influence.rules import calm_text, find_in_influence
-from trl_dynamics.influence.summary import InfluenceSummary, open_influence
-from trl_dynamics.paths import rules
-from trl_dynamics.paths.changes import Changes
-from trl_dynamics.paths.kinds import RECORDS
-from trl_dynamics.paths.pairs import as_trained, first_and_later, paired
-from trl_dynamics.paths.rules import SEVERITIES, Finding
-from trl_dynamics.paths.summary import Summary, summarise_store
+from trl_dynamics.findings.finding import ALERT, INFO, SEVERITIES, WARNING, Finding
+from trl_dynamics.findings.verdicts import Judged, by_model, calm_of, findings_of, judge
 from trl_dynamics.store.store import DynamicsStore, open_store, run_names
 
 # 1 and 2 are what every command ends with after an error or wrong usage; a typo must not look like a finding.
 NOT_JUDGED = 3
-STATUS = {"info": 10, "warning": 20, "alert": 30}
+STATUS = {INFO: 10, WARNING: 20, ALERT: 30}
 EPILOG = f"""exit status:
-  {STATUS["alert"]}  the worst finding of any run is an alert
-  {STATUS["warning"]}  it is a warning (with --fail_on warning or info)
-  {STATUS["info"]}  it is information (with --fail_on info)
-  {NOT_JUDGED}   nothing as severe as --fail_on, but a run could not be judged: no records, one step only and no
-      influence, damaged, or of a newer version
+  {STATUS[ALERT]}  the worst finding of any run is an alert
+  {STATUS[WARNING]}  it is a warning (with --fail_on warning or info)
+  {STATUS[INFO]}  it is information (with --fail_on info)
+  {NOT_JUDGED}   nothing as severe as --fail_on, but a run could not be judged: no records, too few to compare,
+      damaged, or of a newer version
   0   nothing as severe as --fail_on, and every run was judged; always with --fail_on never
   1 and 2 are errors of the command itself, as everywhere in trl-dynamics.
 
-How far recorded influence explains a run (step_too_large, kernel_unstable) is information: it says nothing against
-the training.
+Information says nothing against the training.
 A run that is still training is judged as of its last probing step."""
 MAX_WIDTH = 110
+# The model of a training run, which the run's name stands for.
+DEFAULT_MODEL = "policy"
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the records of one model of a run say; no summary where it recorded influence alone, no influence where
-    none was recorded; `start` is the model that this one was compared with, where that is another model."""
+    """What the records of one model of a run say.
+
+    Args:
+        run (`str`): Its name among those judged together.
+        model (`str`): As in the records.
+        path (`str`): The run's output directory.
+        meta (`dict`): Its meta.json.
+        judged (`list[Judged]`): What each chapter says, at least one.
+    """
 
     run: str
     model: str
     path: str
     meta: dict
-    summary: Summary | None
-    influence: InfluenceSummary | None
-    findings: list[Finding]
-    start: str | None = None
+    judged: list[Judged]
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """Of all chapters, the most severe first."""
+        return findings_of(self.judged)
 
     @property
     def is_judged(self) -> bool:
-        """Whether there are two steps to compare, influence of steps, or a finding about a level."""
-        return self.influence is not None or self.is_compared or bool(self.findings)
+        """Whether there are changes to judge, or a finding about a level."""
+        return any(not one.overview.lack for one in self.judged) or bool(self.findings)
 
     @property
-    def is_compared(self) -> bool:
-        """Whether there are two steps to compare."""
-        return len(self.steps) > 1
+    def scope(self) -> str:
+        """What was recorded."""
+        return "; ".join(one.overview.scope for one in self.judged)
 
     @property
     def steps(self) -> list[int]:
-        """Where probes were scored."""
-        return self.summary.steps if self.summary else []
+        """Where answers were scored."""
+        return sorted({step for one in self.judged for step in one.overview.scored})
+
+    @property
+    def start(self) -> str | None:
+        """The model that this one was compared with, where that is another one."""
+        return next((one.overview.compared_with for one in self.judged if one.overview.compared_with), None)
 
 
 def run(argv: list[str]) -> int:
@@ -158,27 +168,17 @@ def as_json(found: list[Diagnosis], failures: dict[str, str], worst: str | None,
 
 def as_text(one: Diagnosis, verbose: bool = False) -> str:
     """One model of a run in words."""
-    steps = one.steps
-    label = one.run if one.model == "policy" else f"{one.run}: {one.model}"
+    label = one.run if one.model == DEFAULT_MODEL else f"{one.run}: {one.model}"
     state = "not finished, judged as of now" if one.meta.get("status") == "running" else "finished"
     trained = one.meta.get("trained_with", {}).get(one.model)
     method = one.meta.get("method", "unknown method") + (f" of {trained}" if trained else "")
-    head = f"{label} ({method}, {state}): "
+    lines = [f"{label} ({method}, {state}): {one.scope}"]
     if not one.is_judged:
-        return f"{head}one step was scored ({steps[0]}): there is no change to judge"
-    if one.influence is None and not one.is_compared:
-        lines = [f"{head}one step was scored ({steps[0]}): there is no change to judge, but what is there is"]
-    elif one.is_compared:
-        scored = f"{len(steps)} probing steps, {steps[0]} to {steps[-1]}"
-        if one.start is not None:
-            scored = f"judged as the end (step 1) of a training that began at {one.start} (step 0)"
-        lines = [f"{head}{scored}", *_filled(_moved(one.summary.changes()))]
-    else:
-        scored = f"one step was scored ({steps[0]})" if steps else "no probe was tracked"
-        lines = [f"{head}{scored}, but what single steps do was recorded"]
+        return lines[0]
+    for judged in one.judged:
+        lines += _filled(judged.overview.moved)
     if not one.findings:
-        calm = rules.calm_text(one.summary) if one.is_compared else calm_text(one.influence)
-        lines += ["", *_filled(f"No finding: {calm}.")]
+        lines += ["", *_filled(f"No finding: {calm_of(one.judged)}.")]
     for finding in one.findings:
         lines += ["", f"{finding.severity.upper()}  {finding.title}", *_filled(finding.text)]
         known = _finite(finding.evidence).items()
@@ -200,38 +200,15 @@ def _of_run(name: str, store: DynamicsStore) -> list[Diagnosis]:
         meta = store.read_meta()
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{store.root / 'meta.json'} is damaged ({error!r}); copy the run again") from error
-    running = meta.get("status") == "running"
-    if not store.steps(RECORDS):
-        influence = open_influence(store.output_dir, meta)
-        if influence is not None:
-            judged = find_in_influence(influence)
-            return [Diagnosis(name, "policy", str(store.output_dir), meta, None, influence, judged)]
-        wait = "the run has begun but scored nothing yet, try again later" if running else "no probe was ever scored"
-        raise ValueError(f"no records in {store.root / RECORDS.name}: {wait}")
-    found, alone = [], summarise_store(store)
-    for model, summary in paired(alone, meta).items():
-        influence = open_influence(store.output_dir, meta, model)
-        judged = rules.find(summary, as_trained(meta, model), influence)
-        start = None if summary is alone[model] else first_and_later(meta)[0]
-        found.append(Diagnosis(name, model, str(store.output_dir), meta, summary, influence, judged, start))
+    path, running = str(store.output_dir), meta.get("status") == "running"
+    found = [Diagnosis(name, model, path, meta, judged) for model, judged in by_model(judge(store)).items()]
+    if not found:
+        wait = "the run has recorded nothing yet, try again later" if running else "nothing was ever recorded"
+        raise ValueError(f"no records in {store.root}: {wait}")
     if not any(one.is_judged for one in found):
         wait = "; the run has not finished, try again later" if running else ""
-        raise ValueError(f"only one step was scored ({found[0].steps[0]}): no change to judge{wait}")
+        raise ValueError(f"{found[0].scope}{wait}")
     return found
-
-
-def _moved(changes: Changes) -> str:
-    known = {
-        "chosen": changes.chosen,
-        "rejected": changes.rejected,
-        "other fluent answers": changes.bystanders,
-        "the likeliest token along chosen": changes.argmax,
-    }
-    moved = ", ".join(f"{label} {effect}" for label, effect in known.items() if effect.known)
-    finite, number = changes.num_finite
-    if finite < number:
-        moved += f"; over {finite} of {number} probes, which are finite at both ends" * bool(moved)
-    return f"Moved since the start, nats per token: {moved or 'nothing that was scored and finite at both ends'}."
 
 
 def _filled(text: str) -> list[str]:

@@ -17,12 +17,9 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_dynamics.cli import dpo, sft
-from trl_dynamics.paths import rules
-from trl_dynamics.paths.comparison import compare
-from trl_dynamics.paths.summary import summarise_store
+from trl_dynamics.findings.verdicts import Judged, calm_of, compare, findings_of, judge, summary_text
 from trl_dynamics.report import extra
 from trl_dynamics.store.store import open_store
-from trl_dynamics.tracking.callback import MODEL_NAME
 
 # recipes/quickstart holds the same settings as YAML.
 SHARED = {
@@ -67,19 +64,21 @@ def run(argv: list[str]) -> int:
             train(command.command(), settings, model, output_dir / name, args)
     runs = [output_dir / name for name, *_ in STAGES]
     print("\nWhat the probes found:")
-    summaries = {}
-    for path in runs:
-        store = open_store(path)
-        summary = summaries[path.name] = summarise_store(store)[MODEL_NAME]
-        found = rules.find(summary, store.read_meta())
-        print(rules.summary_text(found, path.name, rules.calm_text(summary)))
+    verdicts = {path.name: judge(open_store(path)) for path in runs}
+    print("\n".join(found_text(name, judged) for name, judged in verdicts.items()))
     print("\nDPO after SFT on both answers, against DPO after SFT on chosen ones:")
-    compared = compare({name: summaries[name] for name in ("dpo", "dpo_after_sft_both")})
-    print("\n".join(finding.text for finding in compared) or "no difference beyond two standard errors over probes")
+    compared = compare({name: verdicts[name] for name in ("dpo", "dpo_after_sft_both")})
+    texts = [finding.text for comparison in compared for finding in comparison.findings]
+    print("\n".join(texts) or "no difference beyond two standard errors over probes")
     print(f"\n{cost_text([open_store(path).read_meta() for path in runs])}")
     print(f"The quickstart took {time.perf_counter() - began:.0f} s. Records: {output_dir}/*/dynamics/")
     _write_page(runs, output_dir / "report.html")
     return 0
+
+
+def found_text(name: str, judged: list[Judged]) -> str:
+    """What was found in a run of one model, in words."""
+    return summary_text(findings_of(judged), name, calm_of(judged))
 
 
 def missing_extra() -> str | None:

@@ -3,13 +3,12 @@
 How far an explanation reaches says nothing against the training, and is information; steps that are not finite do.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
 
 from trl_dynamics.findings.effects import MIN_PROBES
-from trl_dynamics.findings.finding import ALERT, INFO, SEVERITIES, WARNING, Finding
+from trl_dynamics.findings.finding import ALERT, INFO, WARNING, Finding
+from trl_dynamics.findings.rules import Rule, Run, rule
 from trl_dynamics.influence.summary import ALL, InfluenceSummary
 from trl_dynamics.statistics import STABLE
 
@@ -19,12 +18,6 @@ LARGE_ERROR, SEVERE_ERROR = 0.3, 0.5
 MAX_ROUNDING = 0.1
 # Share of the stretches between neighbouring recorded steps whose ranking surely changed.
 MIN_UNSTABLE = 0.25
-
-
-def find_in_influence(influence: InfluenceSummary) -> list[Finding]:
-    """What the rules say of the recorded influence of one model, the most severe first."""
-    found = [finding for rule in INFLUENCE_RULES.values() if (finding := rule(influence))]
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def judged_steps(influence: InfluenceSummary) -> pd.DataFrame:
@@ -47,7 +40,8 @@ def calm_text(influence: InfluenceSummary) -> str:
     return f"{' and '.join(known)}, as far as can be told"
 
 
-def step_not_finite(influence: InfluenceSummary) -> Finding | None:
+@rule(step_not_finite=(ALERT, WARNING))
+def step_not_finite(influence: InfluenceSummary, run: Run) -> Finding | None:
     """What a step was predicted or measured to do is NaN or infinite."""
     lost = influence.not_finite
     if lost.empty:
@@ -72,7 +66,8 @@ def step_not_finite(influence: InfluenceSummary) -> Finding | None:
     )
 
 
-def step_too_large(influence: InfluenceSummary) -> Finding | None:
+@rule(step_too_large=INFO)
+def step_too_large(influence: InfluenceSummary, run: Run) -> Finding | None:
     """What single steps did is far from what their gradients predict."""
     judged = judged_steps(influence)
     if judged.empty or influence.num_probes < MIN_PROBES:
@@ -118,7 +113,8 @@ def step_too_large(influence: InfluenceSummary) -> Finding | None:
     )
 
 
-def kernel_unstable(influence: InfluenceSummary) -> Finding | None:
+@rule(kernel_unstable=INFO)
+def kernel_unstable(influence: InfluenceSummary, run: Run) -> Finding | None:
     """Which answer moves which is ranked anew between two recorded steps."""
     stretches = influence.stretches
     if stretches.empty or influence.num_probes < MIN_PROBES:
@@ -158,7 +154,7 @@ def kernel_unstable(influence: InfluenceSummary) -> Finding | None:
     )
 
 
-INFLUENCE_RULES: dict[str, Callable[[InfluenceSummary], Finding | None]] = {
+RULES: dict[str, Rule] = {
     "step_not_finite": step_not_finite,
     "step_too_large": step_too_large,
     "kernel_unstable": kernel_unstable,

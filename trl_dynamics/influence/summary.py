@@ -5,7 +5,6 @@ Everything is per token of an answer, in nats, so that long answers count as sho
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ import pandas as pd
 from trl_dynamics.influence.kind import BATCH, INFLUENCE
 from trl_dynamics.probing.schema import order_types
 from trl_dynamics.statistics import Agreement, rank_agreement, weighted_spearman
-from trl_dynamics.store.store import open_store
+from trl_dynamics.store.store import DynamicsStore
 
 # What of a step does it -> its column: this batch's gradient, the optimiser's memory of earlier ones, weight decay.
 PARTS = {"gradient": "update_sum", "momentum": "momentum_sum", "decay": "decay_sum"}
@@ -146,27 +145,26 @@ class InfluenceSummary:
         return means, pd.DataFrame(errors), _parts(batch), _num_not_finite(rows)
 
 
-def open_influence(run_dir: str | Path, meta: dict, model: str = "policy") -> InfluenceSummary | None:
-    """Recorded influence of one model of a run; None where there is none.
-
-    Args:
-        run_dir (`str` or `Path`): The run's output directory, or the `dynamics/` folder in it.
-        meta (`dict`): The run's meta.json, which knows the dtype.
-        model (`str`): As in the records.
+def summarise_influence(store: DynamicsStore) -> dict[str, InfluenceSummary]:
+    """Recorded influence of a store: model -> summary; empty where none was recorded.
 
     Raises:
         ValueError: If a file is damaged.
     """
-
-    def read(step: int, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
-        rows = store.read(INFLUENCE, {step}, list(columns))
-        return rows[rows["model"] == model]
-
-    store = open_store(run_dir)
     steps = store.steps(INFLUENCE)
-    if not steps or read(steps[0]).empty:
-        return None
-    return InfluenceSummary(steps, read, meta.get("akg", {}).get("dtype", "float32"))
+    if not steps:
+        return {}
+    dtype = store.read_meta().get("akg", {}).get("dtype", "float32")
+
+    def reading(model: str) -> Callable[..., pd.DataFrame]:
+        def read(step: int, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+            rows = store.read(INFLUENCE, {step}, list(columns))
+            return rows[rows["model"] == model]
+
+        return read
+
+    models = store.read(INFLUENCE, {steps[0]}, [])["model"].unique()
+    return {str(model): InfluenceSummary(steps, reading(str(model)), dtype) for model in models}
 
 
 def per_token(rows: pd.DataFrame) -> pd.DataFrame:

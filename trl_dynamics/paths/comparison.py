@@ -2,12 +2,43 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 
+from trl_dynamics.findings.chapter import Comparison
 from trl_dynamics.findings.effects import COUNTS, MIN_EFFECT, clustered_effect
+from trl_dynamics.findings.finding import INFO, WARNING, Finding
 from trl_dynamics.paths.changes import Changes, bystander_types
-from trl_dynamics.paths.rules import INFO, WARNING, Finding
 from trl_dynamics.paths.summary import Summary, summarise
+
+
+def compare_comparable(subjects: Mapping[str, Summary]) -> Comparison:
+    """What was recorded of models, compared with the first of them; those that do not compare are left out."""
+    own = {label: summary.own for label, summary in subjects.items()}
+    (reference, first), *others = own.items()
+    reasons = {label: why_not_comparable({reference: first, label: other}) for label, other in others}
+    compared = [label for label, reason in reasons.items() if not reason]
+    findings = compare({label: own[label] for label in (reference, *compared)})
+    return Comparison(reference, findings, compared, {label: reason for label, reason in reasons.items() if reason})
+
+
+def why_not_comparable(two: Mapping[str, Summary]) -> str:
+    """Why two runs, by their labels, cannot be compared probe by probe; empty where they can."""
+    first, other = two.values()
+    if first.fingerprint != other.fingerprint:
+        return "another probe set"
+    shared_steps = set(first.steps) & set(other.steps)
+    if not shared_steps or max(shared_steps) <= max(first.steps[0], other.steps[0]):
+        return "no common step after the start"
+    ours, theirs = other.first, first.first
+    difference = ours.values("num_tokens") - theirs.like(ours).values("num_tokens")
+    if (np.abs(difference) > 0).any():
+        return "another tokenizer or length limit, so values per token do not compare"
+    for label, one in two.items():
+        for step in (one.steps[0], max(shared_steps)):
+            if not one.any_finite(step):
+                return f"no value of {label} is finite at step {step:,}"
+    return ""
 
 
 def compare(runs: Mapping[str, pd.DataFrame | Summary]) -> list[Finding]:

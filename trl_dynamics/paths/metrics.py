@@ -8,11 +8,12 @@ to every step of a frame or a store.
     values_TP    response types x probes, NaN where not scored
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
+from trl_dynamics.drawing.terms import Metric, described
 from trl_dynamics.paths.step_table import StepTable, split_frame
 from trl_dynamics.probing.schema import RANDOM, REPHRASE, group_of, order_types
 
@@ -22,6 +23,9 @@ NOT_THIRD_PARTY = ("chosen", "rejected", "chosen_initial")
 
 PER_TOKEN, PER_SEQUENCE = "logp_mean", "logp_sum"
 NOT_FINITE = "probe/not_finite"
+
+# Every metric by its name, in the order of pages and tables.
+METRICS: dict[str, Metric] = {}
 
 
 def third_party_types(types: Iterable[str]) -> list[str]:
@@ -44,153 +48,186 @@ def mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else np.nan
 
 
-def argmax_logp(start: StepTable, now: StepTable) -> float:
-    """Log-probability of the likeliest token along the chosen response, teacher-forced.
-
-    mean over probes of [ sum over positions of max_v log pi(v | prompt, chosen prefix) ] / num_tokens, on `chosen`.
-
-    Unit: nats per token, at most 0. Healthy: rises together with chosen. Suspicious: rises while chosen does not.
-    """
-    return mean(argmax_per_token(now))
-
-
+@described(
+    METRICS,
+    title="gap argmax − chosen",
+    meaning="How far the chosen token lies below the likeliest token, averaged along the chosen response.",
+    formula="mean over probes of (Σ max_v log π(v) − Σ log π(chosen)) / tokens",
+    unit="nats per token",
+    healthy="constant or falling; widening means that what gains is not what you chose",
+)
 def argmax_minus_chosen(start: StepTable, now: StepTable) -> float:
-    """How far the chosen token lies below the likeliest token, on average over the chosen response.
-
-    mean over probes of (argmax_logp_sum - logp_sum) / num_tokens, on `chosen`.
-
-    Unit: nats per token, at least 0. Healthy: constant or falling. Widening means that what gains is neither chosen.
-    """
     return mean(gap_per_token(now))
 
 
-def drained_mass(start: StepTable, now: StepTable) -> float:
-    """Probability that the rejected response's positions lost to y-, y* and nothing else, since the start.
-
-    mean over probes of rest(start) - rest(now), rest = mean over positions of 1 - pi(y-) - pi(y*), on `rejected`;
-    y* is the likeliest label besides y- at the baseline and stays the same one ever after.
-
-    Unit: probability per position, in [-1, 1]. Healthy: about 0. Positive: every other label pays for y*. Negative:
-    the others gained, for y- (or y*) gave up more than the other one took. That is what pushing y- down does at
-    positions where y- was likely; squeezing happens where it was not, so a negative mean does not rule it out.
-    """
-    return mean(start.row("rejected", "rest_mass_mean") - now.row("rejected", "rest_mass_mean"))
-
-
-def third_party_logp(start: StepTable, now: StepTable) -> float:
-    """What happened to the answers nobody trained on: mean change of their log-probability since the start.
-
-    mean over third-party types of the mean over probes of logp_mean(now) - logp_mean(start).
-
-    Unit: nats per token. Healthy: about 0, or rising a little with chosen. Falling: side effects on other answers.
-    """
-    return _mean_change(start, now, third_party_types(now.types))
+@described(
+    METRICS,
+    title="argmax along chosen",
+    meaning="Log-probability of the likeliest token at every position of the chosen response, which is fed to the "
+    "model.",
+    formula="mean over probes of Σ max_v log π(v | prompt, chosen prefix) / tokens",
+    unit="nats per token",
+    healthy="rises together with chosen; rising alone is the squeezing effect",
+)
+def argmax_logp(start: StepTable, now: StepTable) -> float:
+    return mean(argmax_per_token(now))
 
 
+@described(
+    METRICS,
+    title="other fluent answers",
+    meaning="Change of the fluent answers that training pushes neither up nor down: unrelated answers, paraphrases of "
+    "chosen, types of your own. Findings and comparisons speak of these.",
+    formula="mean over these types of the mean over probes of logp_mean(now) − logp_mean(start)",
+    unit="nats per token, change since start",
+    healthy="about 0; falling means that these answers pay",
+)
 def other_fluent_logp(start: StepTable, now: StepTable) -> float:
-    """What happened to the other fluent answers, of which findings and comparisons speak: their mean change.
-
-    mean over [`bystander_types`] of the mean over probes of logp_mean(now) - logp_mean(start).
-
-    Unit: nats per token. Healthy: about 0, or rising a little with chosen. Falling: side effects on other answers.
-    """
     return _mean_change(start, now, bystander_types(now.types))
 
 
+@described(
+    METRICS,
+    title="all types but chosen and rejected",
+    meaning="Change of every type but chosen, rejected and chosen_initial: other fluent answers, and with them "
+    "shuffled words and paraphrases of rejected. Logged as squeeze/third_party_logp.",
+    formula="mean over these types of the mean over probes of logp_mean(now) − logp_mean(start)",
+    unit="nats per token, change since start",
+    healthy="about 0; shuffled words may fall far without harm, so read other fluent answers first",
+)
+def third_party_logp(start: StepTable, now: StepTable) -> float:
+    return _mean_change(start, now, third_party_types(now.types))
+
+
+@described(
+    METRICS,
+    title="drained mass",
+    meaning="Probability that went, along the rejected response, from all other tokens to y− (the rejected token) and "
+    "y*.",
+    formula="mean over probes of rest(start) − rest(now), rest = mean over positions of 1 − π(y−) − π(y*)",
+    unit="probability per position; y* is the likeliest token besides y− at the start and stays frozen",
+    healthy="about 0; positive: y* collects what all others lose; negative: y− was likely at many positions, and what "
+    "it gave up there went to others than y*; squeezing where y− was unlikely, or along chosen, is not ruled out",
+    span=0.02,
+)
+def drained_mass(start: StepTable, now: StepTable) -> float:
+    return mean(start.row("rejected", "rest_mass_mean") - now.row("rejected", "rest_mass_mean"))
+
+
+@described(
+    METRICS,
+    title="entropy",
+    meaning="How undecided the model is about the next token, averaged along the chosen response.",
+    formula="mean over probes of the mean over positions of −Σ π(v) log π(v)",
+    unit="nats",
+    healthy="falls slowly; losing half of it within a run is a collapse",
+)
 def entropy(start: StepTable, now: StepTable) -> float:
-    """Entropy of the next-token distribution along the chosen response.
-
-    mean over probes of the mean over positions of - sum_v pi(v) log pi(v), on `chosen`.
-
-    Unit: nats. Healthy: falls slowly. Halving within a run is a collapse: sampling will repeat itself.
-    """
     return mean(now.row("chosen", "entropy_mean"))
 
 
-def displacement(start: StepTable, now: StepTable) -> float:
-    """How far chosen has moved since the start.
-
-    mean over probes of logp_mean(now) - logp_mean(start), on `chosen`.
-
-    Unit: nats per token. Healthy: rising. Falling is likelihood displacement (arXiv 2410.08847): benign while
-    paraphrases and other answers hold, harmful when they fall too.
-    """
-    return mean(now.row("chosen", PER_TOKEN) - start.row("chosen", PER_TOKEN))
-
-
-def residual_chosen(start: StepTable, now: StepTable) -> float:
-    """Length of the prediction gap ||pi - e_y|| along chosen, the force of an SFT step on it.
-
-    mean over probes of the root mean square over positions of ||pi - e_y||, whose square is
-    1 - 2 pi(y) + sum_v pi(v)^2; on `chosen` (arXiv 2407.10490, G of the AKG decomposition).
-
-    Unit: none, in [0, sqrt(2)]. Healthy: falls as chosen is learnt. Near 0: nothing is left to learn there.
-    """
-    return mean(_residual(now, "chosen"))
-
-
-def residual_rejected(start: StepTable, now: StepTable) -> float:
-    """Length of the prediction gap ||pi - e_y|| along rejected: the force of the negative gradient, without beta.
-
-    As [`residual_chosen`], on `rejected`.
-
-    Unit: none, in [0, sqrt(2)]. Healthy: not much above that of chosen. Near 1 or more with a low pi(y): the
-    rejected answer lies in a valley, and pushing it further down squeezes.
-    """
-    return mean(_residual(now, "rejected"))
-
-
-def miss_chosen(start: StepTable, now: StepTable) -> float:
-    """Probability that does not go to the chosen token.
-
-    mean over probes of the mean over positions of 1 - pi(y), on `chosen`.
-
-    Unit: probability per position. Healthy: falls.
-    """
-    return mean(1.0 - now.row("chosen", "prob_mean"))
-
-
-def normalizer_chosen(start: StepTable, now: StepTable) -> float:
-    """Size of the softmax normalisation ||A||_F along chosen, A = I - 1 pi^T: how strongly logits move log pi.
-
-    mean over probes of the root mean square over positions of ||A||_F, whose square is V - 2 + V sum_v pi(v)^2; on
-    `chosen` (arXiv 2407.10490, A of the AKG decomposition).
-
-    Unit: none, between sqrt(V - 1) for a uniform distribution and sqrt(2 V - 2) for a certain one. Healthy: rises
-    slowly. Rising fast on chosen and rejected alike: the whole distribution becomes peaky.
-    """
-    return mean(_normalizer(now, "chosen"))
-
-
-def normalizer_rejected(start: StepTable, now: StepTable) -> float:
-    """Size of the softmax normalisation ||A||_F along rejected.
-
-    As [`normalizer_chosen`], on `rejected`.
-
-    Unit: none. Healthy: rises no faster than along chosen.
-    """
-    return mean(_normalizer(now, "rejected"))
-
-
+@described(
+    METRICS,
+    title="margin growth",
+    meaning="How much further chosen is ahead of rejected than at the start; times beta it is DPO's reward margin.",
+    formula="mean over probes of [log π(chosen) − log π(rejected)](now) − [the same](start), summed over tokens",
+    unit="nats per sequence, change since start",
+    healthy="rises because chosen rises, not only because rejected falls",
+)
 def margin(start: StepTable, now: StepTable) -> float:
-    """Growth of the preference margin since the start: DPO's reward margin over beta, if the start is pi_ref.
-
-    mean over probes of [ logp_sum(chosen) - logp_sum(rejected) ](now) - [ same ](start).
-
-    Unit: nats per sequence. Healthy: rises because chosen rises. Rising only because rejected falls is fragile.
-    """
     before, after = (step.row("chosen", PER_SEQUENCE) - step.row("rejected", PER_SEQUENCE) for step in (start, now))
     return mean(after - before)
 
 
+@described(
+    METRICS,
+    title="end of turn after chosen",
+    meaning="Log-probability of stopping where the chosen response stops; responses that were cut do not count.",
+    formula="mean over probes of log π(end of turn | prompt, chosen)",
+    unit="nats",
+    healthy="constant or rising; falling means longer, perhaps endless answers",
+)
 def eos_logp(start: StepTable, now: StepTable) -> float:
-    """Log-probability of the end-of-turn token right after the chosen response; cut responses do not count.
-
-    mean over probes of eos_logp, on `chosen`.
-
-    Unit: nats. Healthy: constant or rising. Falling: answers get longer, or never stop.
-    """
     return mean(now.row("chosen", "eos_logp"))
+
+
+@described(
+    METRICS,
+    title="displacement of chosen",
+    meaning="How far chosen has moved since the start. Falling is benign while paraphrases hold, harmful when they "
+    "fall.",
+    formula="mean over probes of logp_mean(now) − logp_mean(start)",
+    unit="nats per token, change since start",
+    healthy="rising; falling is common in DPO and worth a look at the paraphrases",
+    source="arXiv 2410.08847",
+)
+def displacement(start: StepTable, now: StepTable) -> float:
+    return mean(now.row("chosen", PER_TOKEN) - start.row("chosen", PER_TOKEN))
+
+
+@described(
+    METRICS,
+    title="probability off chosen",
+    meaning="What the model gives to all tokens but the chosen one, averaged along the chosen response.",
+    formula="mean over probes of the mean over positions of 1 − π(chosen)",
+    unit="probability per position",
+    healthy="falls",
+)
+def miss_chosen(start: StepTable, now: StepTable) -> float:
+    return mean(1.0 - now.row("chosen", "prob_mean"))
+
+
+@described(
+    METRICS,
+    title="force on chosen ‖G‖",
+    meaning="Length of the gap between the prediction and the chosen token: how hard a step on chosen pulls.",
+    formula="mean over probes of the root mean square over positions of ‖π − e‖, ‖π − e‖² = 1 − 2π(chosen) + Σ π(v)²",
+    unit="no unit; 0 to √2",
+    healthy="falls as chosen is learnt",
+    source="arXiv 2407.10490, G of the AKG decomposition",
+)
+def residual_chosen(start: StepTable, now: StepTable) -> float:
+    return mean(_residual(now, "chosen"))
+
+
+@described(
+    METRICS,
+    title="force on rejected ‖G‖",
+    meaning="The same along rejected: how hard a negative gradient pushes, before DPO's β(1 − a).",
+    formula="as on chosen, along rejected",
+    unit="no unit; 0 to √2",
+    healthy="not much above chosen; high where rejected is unlikely already, which is where pushing squeezes",
+    source="arXiv 2407.10490, G of the AKG decomposition",
+)
+def residual_rejected(start: StepTable, now: StepTable) -> float:
+    return mean(_residual(now, "rejected"))
+
+
+@described(
+    METRICS,
+    title="normaliser ‖A‖ on chosen",
+    meaning="How strongly a change of the logits changes log-probabilities: the more peaked the distribution, the "
+    "more.",
+    formula="mean over probes of the root mean square over positions of ‖I − 1πᵀ‖, ‖·‖² = V − 2 + V Σ π(v)²",
+    unit="no unit; √(V − 1) for a uniform distribution, √(2V − 2) for a certain one",
+    healthy="rises slowly; fast on chosen and rejected alike means that everything becomes peaked",
+    source="arXiv 2407.10490, A of the AKG decomposition",
+)
+def normalizer_chosen(start: StepTable, now: StepTable) -> float:
+    return mean(_normalizer(now, "chosen"))
+
+
+@described(
+    METRICS,
+    title="normaliser ‖A‖ on rejected",
+    meaning="The same along rejected.",
+    formula="as on chosen, along rejected",
+    unit="no unit",
+    healthy="rises no faster than on chosen",
+    source="arXiv 2407.10490, A of the AKG decomposition",
+)
+def normalizer_rejected(start: StepTable, now: StepTable) -> float:
+    return mean(_normalizer(now, "rejected"))
 
 
 def argmax_per_token(step: StepTable) -> np.ndarray:
@@ -252,21 +289,3 @@ def _values(start: StepTable, now: StepTable) -> dict[str, float]:
     """Every scalar by its key; NaN where types are lacking, or nothing is finite."""
     means = {f"probe/{name.lower()}/logp_mean": mean(now.row(name, PER_TOKEN)) for name in now.types}
     return means | {f"squeeze/{name}": metric(start, now) for name, metric in METRICS.items()}
-
-
-METRICS: dict[str, Callable[[StepTable, StepTable], float]] = {
-    "argmax_minus_chosen": argmax_minus_chosen,
-    "argmax_logp": argmax_logp,
-    "third_party_logp": third_party_logp,
-    "other_fluent_logp": other_fluent_logp,
-    "drained_mass": drained_mass,
-    "entropy": entropy,
-    "margin": margin,
-    "eos_logp": eos_logp,
-    "displacement": displacement,
-    "miss_chosen": miss_chosen,
-    "residual_chosen": residual_chosen,
-    "residual_rejected": residual_rejected,
-    "normalizer_chosen": normalizer_chosen,
-    "normalizer_rejected": normalizer_rejected,
-}

@@ -13,22 +13,23 @@ from trl_dynamics.store.aside import is_tracked
 def paired(summaries: dict[str, Summary], meta: dict) -> dict[str, Summary]:
     """Summaries in which each later model starts, at step 0, as the first one, and is itself at step 1.
 
-    All stay as they are where a model has several steps. So does a model that reads the probes in another way than
-    the first (`plans` in meta.json): their numbers are of different tokens.
+    What was recorded of such a model alone is its `own`. All stay as they are where a model has several steps. So does
+    a model that reads the probes in another way than the first (`plans` in meta.json): their numbers are of different
+    tokens.
 
     Args:
         summaries (`dict[str, Summary]`): By model, of one store.
         meta (`dict`): The store's meta.json.
     """
-    first, *later = first_and_later(meta)
+    first, *later = _first_and_later(meta)
     single = all(len(summary.steps) == 1 for summary in summaries.values())
     if not is_tracked(meta) or first not in summaries or not single:
         return summaries
     pairs = {name: _pair(summaries[first], summaries[name]) for name in later if name in summaries}
-    return summaries | pairs
+    return summaries | {name: replace(pair, compared_with=first) for name, pair in pairs.items()}
 
 
-def first_and_later(meta: dict) -> list[str | None]:
+def _first_and_later(meta: dict) -> list[str | None]:
     """The model that others are compared with, and those others; None where meta.json names no model."""
     plans = meta.get("plans", {})
     order = sorted((target["model_index"], target["model"]) for target in meta.get("targets", []))
@@ -39,12 +40,6 @@ def first_and_later(meta: dict) -> list[str | None]:
     return list(dict.fromkeys([order[0][1], *names]))
 
 
-def as_trained(meta: dict, model: str) -> dict:
-    """meta.json with the method that trained `model`, where `track` knows it: rules and remedies depend on it."""
-    method = meta.get("trained_with", {}).get(model)
-    return meta if method is None else meta | {"method": method}
-
-
 def _pair(start: Summary, end: Summary) -> Summary:
     tables = [_at(summary.first, step) for step, summary in enumerate((start, end))]
     samples = None
@@ -52,7 +47,8 @@ def _pair(start: Summary, end: Summary) -> Summary:
         rows = [summary.samples.rows.assign(step=step) for step, summary in enumerate((start, end))]
         samples = Samples(pd.concat(rows, ignore_index=True))
     parts = [summarise_step(tables[0], table) for table in tables]
-    return replace(end, parts=parts, first=tables[0], read=tables.__getitem__, samples=samples or end.samples)
+    samples = samples or end.samples
+    return replace(end, parts=parts, first=tables[0], read=tables.__getitem__, samples=samples, alone=end)
 
 
 def _at(table, step: int):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from trl_dynamics.drawing.terms import Metric, described
 from trl_dynamics.findings.effects import Effect, clustered_effect
 from trl_dynamics.paths.changes import ENTROPY_COLLAPSE
 from trl_dynamics.paths.kinds import SAMPLES
@@ -20,110 +21,128 @@ from trl_dynamics.store.store import DynamicsStore, read_runs
 
 # What is read of every step; ids and texts are for those who ask for them.
 NUMBERS = ["num_tokens", "ended", *SAMPLES.values]
+# Every metric by its name, in the order of pages and tables.
+SAMPLE_METRICS: dict[str, Metric] = {}
 
 
-def length(rows: pd.DataFrame) -> float:
-    """Length of the greedy answers.
-
-    mean over probes of num_tokens, the end-of-turn token not counted.
-
-    Unit: tokens, at most probe_sample_tokens. Healthy: near that of the training answers.
-    At the limit: they never end.
-    """
-    return _mean(rows, "num_tokens")
-
-
-def ended(rows: pd.DataFrame) -> float:
-    """Answers that the model ended by itself, the others were cut at probe_sample_tokens or the model's context.
-
-    mean over probes of [ended].
-
-    Unit: share in [0, 1]. Healthy: constant or rising, if the limit is long enough for a usual answer.
-    """
-    return _mean(rows, "ended")
-
-
-def greedy_logp(rows: pd.DataFrame) -> float:
-    """Free-running greedy log-probability per token: how sure the model is of what it says itself.
-
-    mean over probes of (sum over the answer's tokens of max_v log pi(v | prompt, own tokens)) / num_tokens.
-
-    Unit: nats per token, at most 0. Healthy: rises slowly. Near 0: loops are nearly certain once they have begun.
-    """
-    return _mean(rows, "logp_mean")
-
-
-def greedy_logp_sum(rows: pd.DataFrame) -> float:
-    """Free-running greedy log-probability of the whole answer.
-
-    mean over probes of the sum over the answer's tokens of max_v log pi(v | prompt, own tokens).
-
-    Unit: nats per answer, at most 0. Healthy: moves with the length of the answers.
-    """
-    return _mean(rows, "logp_sum")
-
-
-def distinct_1(rows: pd.DataFrame) -> float:
-    """Different tokens among the tokens of an answer; mean over probes of [`repetition.distinct_share`] with n = 1.
-
-    Unit: share in (0, 1]. Healthy: constant at about equal length.
-    """
-    return _mean(rows, "distinct_1")
-
-
+@described(
+    SAMPLE_METRICS,
+    title="distinct-2",
+    meaning="How varied the model's own answers are: different pairs among all pairs of neighbouring tokens.",
+    formula="mean over probes of distinct pairs / pairs",
+    unit="share, 0 to 1",
+    healthy="above 0.9 for answers of some dozen tokens; below a half the answers are loops",
+)
 def distinct_2(rows: pd.DataFrame) -> float:
-    """Different pairs among the pairs of neighbouring tokens; as [`distinct_1`] with n = 2.
-
-    Unit: share in (0, 1]. Healthy: above 0.9 for answers of some dozen tokens; below a half: the answers are loops.
-    """
     return _mean(rows, "distinct_2")
 
 
-def distinct_3(rows: pd.DataFrame) -> float:
-    """Different triples among the triples of neighbouring tokens; as [`distinct_1`] with n = 3.
-
-    Unit: share in (0, 1]. Healthy: near 1.
-    """
-    return _mean(rows, "distinct_3")
-
-
+@described(
+    SAMPLE_METRICS,
+    title="longest repeat",
+    meaning="The longest run of tokens that an answer says twice; the two may overlap.",
+    formula="mean over probes of max { l : the same l tokens stand at two places }",
+    unit="tokens",
+    healthy="a few; near the answer's length it is a loop",
+)
 def longest_repeat(rows: pd.DataFrame) -> float:
-    """Longest run of tokens that an answer says twice; mean over probes of [`repetition.longest_repeat`].
-
-    Unit: tokens. Healthy: a few. Near the answer's length: a loop.
-    """
     return _mean(rows, "longest_repeat")
 
 
+@described(
+    SAMPLE_METRICS,
+    title="immediate repetition",
+    meaning="Tokens of an answer in a run that stands right after itself, such as “very very”.",
+    formula="mean over probes of tokens in such runs / tokens",
+    unit="share, 0 to 1",
+    healthy="below 0.1; near 1 the answers are loops",
+)
 def repeat_share(rows: pd.DataFrame) -> float:
-    """Tokens in runs that stand right after themselves; mean over probes of [`repetition.repeat_share`].
-
-    Unit: share in [0, 1]. Healthy: below 0.1. Near 1: the answers are loops.
-    """
     return _mean(rows, "repeat_share")
 
 
+@described(
+    SAMPLE_METRICS,
+    title="same answer to different prompts",
+    meaning="How often two different prompts are answered with the very same tokens.",
+    formula="mean over probes of (other prompts with the same answer) / (other prompts)",
+    unit="share, 0 to 1",
+    healthy="0 where prompts ask different things; rising means that the model falls back on a phrase",
+)
 def same_share(rows: pd.DataFrame) -> float:
-    """Prompts that get the same answer; mean over probes of [`repetition.same_shares`].
-
-    Unit: share in [0, 1]: how often two different prompts are answered alike. Healthy: 0 where prompts ask different
-    things. Rising: the model falls back on a phrase.
-    """
     return _mean(rows, "same_share")
 
 
-SAMPLE_METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
-    "distinct_2": distinct_2,
-    "longest_repeat": longest_repeat,
-    "repeat_share": repeat_share,
-    "same_share": same_share,
-    "length": length,
-    "ended": ended,
-    "greedy_logp": greedy_logp,
-    "greedy_logp_sum": greedy_logp_sum,
-    "distinct_1": distinct_1,
-    "distinct_3": distinct_3,
-}
+@described(
+    SAMPLE_METRICS,
+    title="length of answers",
+    meaning="Tokens of an answer, without the end-of-turn token.",
+    formula="mean over probes of tokens",
+    unit="tokens, at most probe_sample_tokens",
+    healthy="near that of the training answers; at the limit answers never end",
+)
+def length(rows: pd.DataFrame) -> float:
+    return _mean(rows, "num_tokens")
+
+
+@described(
+    SAMPLE_METRICS,
+    title="answers that end",
+    meaning="Answers that the model ended by itself; the others were cut.",
+    formula="mean over probes of [ended]",
+    unit="share, 0 to 1",
+    healthy="constant or rising, if the limit leaves room for a usual answer",
+)
+def ended(rows: pd.DataFrame) -> float:
+    return _mean(rows, "ended")
+
+
+@described(
+    SAMPLE_METRICS,
+    title="greedy log-probability",
+    meaning="How sure the model is of what it says itself, reading its own tokens; argmax along chosen reads chosen.",
+    formula="mean over probes of Σ max_v log π(v | prompt, own tokens) / tokens",
+    unit="nats per token",
+    healthy="rises slowly; loops are nearly certain once they have begun, so near 0 is a warning",
+)
+def greedy_logp(rows: pd.DataFrame) -> float:
+    return _mean(rows, "logp_mean")
+
+
+@described(
+    SAMPLE_METRICS,
+    title="greedy log-probability of the answer",
+    meaning="The same, summed over the answer.",
+    formula="mean over probes of Σ max_v log π(v | prompt, own tokens)",
+    unit="nats per answer",
+    healthy="moves with the length of the answers",
+)
+def greedy_logp_sum(rows: pd.DataFrame) -> float:
+    return _mean(rows, "logp_sum")
+
+
+@described(
+    SAMPLE_METRICS,
+    title="distinct-1",
+    meaning="Different tokens among all tokens of an answer.",
+    formula="mean over probes of distinct tokens / tokens",
+    unit="share, 0 to 1",
+    healthy="constant at about equal length",
+)
+def distinct_1(rows: pd.DataFrame) -> float:
+    return _mean(rows, "distinct_1")
+
+
+@described(
+    SAMPLE_METRICS,
+    title="distinct-3",
+    meaning="Different triples among all triples of neighbouring tokens.",
+    formula="mean over probes of distinct triples / triples",
+    unit="share, 0 to 1",
+    healthy="near 1",
+)
+def distinct_3(rows: pd.DataFrame) -> float:
+    return _mean(rows, "distinct_3")
 
 
 def sample_scalars(rows: pd.DataFrame) -> dict[str, float]:

@@ -68,6 +68,9 @@ class Summary:
         read (`Callable[[int], StepTable]`): The records of a recorded step.
         samples ([`Samples`], *optional*): Greedy answers, where any were taken.
         training ([`Training`], *optional*): What the trainer logged, where it was read.
+        fingerprint (`str`, *optional*): Of the probe set; only runs of the same one compare probe by probe.
+        alone ([`Summary`], *optional*): Of a model whose start is another one: its own records, without that.
+        compared_with (`str`, *optional*): That other model.
     """
 
     parts: list[StepSummary]
@@ -75,6 +78,14 @@ class Summary:
     read: Callable[[int], StepTable]
     samples: Samples | None = None
     training: Training | None = None
+    fingerprint: str | None = None
+    alone: "Summary | None" = None
+    compared_with: str | None = None
+
+    @property
+    def own(self) -> "Summary":
+        """What was recorded of the model itself, whatever it is compared with: what charts and tables show."""
+        return self.alone or self
 
     @cached_property
     def steps(self) -> list[int]:
@@ -155,6 +166,10 @@ class Summary:
             since = part.step
         return since
 
+    def any_finite(self, step: int) -> bool:
+        """Whether any answer of a recorded step has a finite log-probability."""
+        return any(lost < scored for part in self.parts if part.step == step for lost, scored in [part.not_finite])
+
     def table(self, step: int) -> StepTable:
         """The records of a recorded step; the first and the last are at hand."""
         known = {self.first.step: lambda: self.first, self.steps[-1]: lambda: self.last}
@@ -163,6 +178,14 @@ class Summary:
     def changes(self, start: int | None = None, end: int | None = None) -> Changes:
         """Paired changes between two steps, by default the first and the last."""
         ends = (self.steps[0] if start is None else start, self.steps[-1] if end is None else end)
+        return self._whole if ends == (self.steps[0], self.steps[-1]) else self._changes(ends)
+
+    @cached_property
+    def _whole(self) -> Changes:
+        """What rules read again and again."""
+        return self._changes((self.steps[0], self.steps[-1]))
+
+    def _changes(self, ends: tuple[int, int]) -> Changes:
         return Changes(*(self.table(step) for step in ends))
 
     def _means(self, bands: pd.DataFrame, types: list[str]) -> pd.DataFrame:
@@ -193,11 +216,11 @@ def summarise_store(store: DynamicsStore) -> dict[str, Summary]:
     Raises:
         ValueError: If there are no records, a newer version wrote them, or a key is there twice.
     """
-    vocab_size = store.read_meta().get("model", {}).get("vocab_size")  # reading it refuses a newer schema
+    meta = store.read_meta()  # reading it refuses a newer schema
     try:
-        return _summarise_all(store, vocab_size)
+        return _summarise_all(store, meta)
     except FileNotFoundError:
-        return _summarise_all(store, vocab_size)  # the run has just ended and merged its files
+        return _summarise_all(store, meta)  # the run has just ended and merged its files
 
 
 def summarise_step(start: StepTable, now: StepTable) -> StepSummary:
@@ -247,10 +270,11 @@ def _blocks(store: DynamicsStore) -> dict[str, list[Block]]:
     return {str(own[0].read(["model"])["model"][0]): own for own in by_index.values()}
 
 
-def _summarise_all(store: DynamicsStore, vocab_size: int | None) -> dict[str, Summary]:
-    answers, training = summarise_samples(store), read_training(store)
+def _summarise_all(store: DynamicsStore, meta: dict) -> dict[str, Summary]:
+    answers, vocab_size = summarise_samples(store), meta.get("model", {}).get("vocab_size")
+    shared = {"training": read_training(store), "fingerprint": meta.get("probe_set", {}).get("fingerprint")}
     return {
-        model: replace(_summarise(store, model, blocks, vocab_size), samples=answers.get(model), training=training)
+        model: replace(_summarise(store, model, blocks, vocab_size), samples=answers.get(model), **shared)
         for model, blocks in _blocks(store).items()
     }
 

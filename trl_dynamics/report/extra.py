@@ -3,8 +3,10 @@
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from trl_dynamics.report.text import number, shown
+from trl_dynamics.drawing.text import number
+from trl_dynamics.report.text import shown
 
 
 class ReportExtraMissing(ImportError):
@@ -32,7 +34,7 @@ def jinja2() -> ModuleType:
     return _imported("jinja2", package="jinja2")
 
 
-def template(name: str):
+def template(name: str) -> Any:
     """A page's template, which escapes what it is given, shows control characters, and refuses unknown names.
 
     Raises:

@@ -1,18 +1,18 @@
 """Runs from disk, as the report needs them: the records are reduced step by step, never loaded whole."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from trl_dynamics.influence.summary import InfluenceSummary, open_influence
-from trl_dynamics.paths.kinds import RECORDS
-from trl_dynamics.paths.pairs import paired
-from trl_dynamics.paths.records import read_probe_set
-from trl_dynamics.paths.summary import Summary, summarise_store
+from trl_dynamics.findings.verdicts import Judged, by_model, judge
+from trl_dynamics.probing.io import load as load_probe_set
 from trl_dynamics.probing.schema import ProbeSet
 from trl_dynamics.store.store import DynamicsStore, open_store, run_names
 
 # What `trl-dynamics akg` leaves in its folder, which is not a run.
 AKG_FILES = ("influence.parquet", "summary.json")
+# The attachment of a store that observes probes.
+PROBE_SET = "probe_set"
 
 
 @dataclass(frozen=True)
@@ -24,60 +24,48 @@ class Run:
         meta (`dict`): meta.json.
         config (`dict`): config.yaml, empty if there is none.
         trainer_log (`list[dict]`): The trainer's log lines, empty for models tracked without training.
-        summaries (`dict[str, Summary]`): What the records of each model say; empty where no probe set was tracked.
+        judged (`list[Judged]`): What each chapter makes of each model.
         probe_set ([`ProbeSet`] or `None`): What was scored; `None` where its copy cannot be read.
-        influences (`dict[str, InfluenceSummary]`, *optional*): What single steps did, of models that have it.
     """
 
     name: str
     meta: dict
     config: dict
     trainer_log: list[dict]
-    summaries: dict[str, Summary]
+    judged: list[Judged]
     probe_set: ProbeSet | None
-    influences: dict[str, InfluenceSummary] = field(default_factory=dict)
 
-    @property
-    def fingerprint(self) -> str | None:
-        """Of the probe set, as recorded; runs are comparable probe by probe only where it is the same."""
-        return self.meta.get("probe_set", {}).get("fingerprint")
-
-    @property
-    def steps(self) -> list[int]:
-        """The recorded steps of all models in order."""
-        return sorted({step for summary in self.summaries.values() for step in summary.steps})
+    def subjects(self, chapter: str) -> dict[str, object]:
+        """Model -> what a chapter makes of it; empty where it has nothing."""
+        return {one.model: one.subject for one in self.judged if one.chapter.name == chapter}
 
 
 @dataclass(frozen=True)
 class Series:
-    """One run and one model: the unit in which everything is computed and drawn; no summary without a tracked set."""
+    """One run and one model: the unit in which everything is computed and drawn.
+
+    Args:
+        label (`str`): Unique among the series loaded together.
+        run ([`Run`]): Where it is from.
+        model (`str`): As in the records.
+        judged (`list[Judged]`): What each chapter makes of it, in the order of chapters; at least one.
+    """
 
     label: str
     run: Run
     model: str
-    summary: Summary | None
+    judged: list[Judged]
 
-    @property
-    def steps(self) -> list[int]:
-        """The recorded steps in order."""
-        return self.summary.steps if self.summary else []
-
-    @property
-    def judged(self) -> Summary | None:
-        """What findings are about: `summary`, or, of models scored once each, the change since the first one."""
-        return paired(self.run.summaries, self.run.meta)[self.model] if self.summary else None
-
-    @property
-    def influence(self) -> InfluenceSummary | None:
-        """What single steps did, where it was recorded (`akg_every`)."""
-        return self.run.influences.get(self.model)
+    def subject(self, chapter: str) -> object | None:
+        """What a chapter makes of it; None where it has nothing."""
+        return self.run.subjects(chapter).get(self.model)
 
 
 def load_runs(run_dirs: list[str | Path]) -> list[Run]:
     """Read runs, named as `load_records` names them; the memory needed does not grow with the steps.
 
     Raises:
-        ValueError: If a folder is no run, holds neither records nor influence, or is given twice.
+        ValueError: If a folder is no run, holds nothing that any chapter reads, or is given twice.
     """
     stores = [open_run(path) for path in run_dirs]
     return [_load(name, store) for name, store in zip(run_names(stores), stores, strict=True)]
@@ -100,17 +88,17 @@ def open_run(path: str | Path) -> DynamicsStore:
     return open_store(path)
 
 
-def split_series(runs: list[Run]) -> list[Series]:
+def split_series(runs: Iterable[Run]) -> list[Series]:
     """Every (run, model) of `runs`, labelled by the run and, where a run has several models, the model.
 
     Labels are unique: a run may be called like the model of another one, and then a number follows.
     """
     series: list[Series] = []
     for run in runs:
-        models = run.summaries or run.influences
-        for model in models:
+        models = by_model(run.judged)
+        for model, judged in models.items():
             label = run.name if len(models) == 1 else f"{run.name}: {model}"
-            series.append(Series(_unused(label, {one.label for one in series}), run, model, run.summaries.get(model)))
+            series.append(Series(_unused(label, {one.label for one in series}), run, model, judged))
     return series
 
 
@@ -123,24 +111,15 @@ def _unused(label: str, taken: set[str]) -> str:
 
 
 def _load(name: str, store: DynamicsStore) -> Run:
-    meta = store.read_meta()
-    alone = None if store.steps(RECORDS) else open_influence(store.output_dir, meta)
-    summaries = {} if alone else summarise_store(store)
-    influences = {model: open_influence(store.output_dir, meta, model) for model in summaries} or {"policy": alone}
-    return Run(
-        name,
-        meta,
-        store.read_config(),
-        store.read_trainer_log(),
-        summaries,
-        _read_probe_set(store),
-        {model: influence for model, influence in influences.items() if influence is not None},
-    )
+    judged = judge(store)
+    if not judged:
+        raise ValueError(f"no records in {store.root}; run with a probe set first (probe_set=...)")
+    return Run(name, store.read_meta(), store.read_config(), store.read_trainer_log(), judged, _read_probe_set(store))
 
 
 def _read_probe_set(store: DynamicsStore) -> ProbeSet | None:
     # A set of a user's own types only was valid when scored but is refused by the reader; the records remain readable.
     try:
-        return read_probe_set(store)
+        return load_probe_set(store.root / PROBE_SET)
     except (OSError, ValueError):
         return None

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from trl_dynamics.report import extra, style
+from trl_dynamics.drawing import style
+from trl_dynamics.drawing.spec import VEGA_LITE, chart, name_tip, rounded
+from trl_dynamics.report import extra
 from trl_dynamics.report.page import inline_json
-from trl_dynamics.report.spec import VEGA_LITE, chart, name_tip, rounded
 
 TEMPLATE = "squeeze.html.j2"
 ROLES = {

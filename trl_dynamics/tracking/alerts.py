@@ -1,8 +1,7 @@
-"""Alerts: a finding that stands while a run is still training is told once, on the console and where trackers can.
+"""Alerts: findings about a run that is still training, each reported once, on the console and to trackers.
 
-A finding stands when its rule fires at two probing steps in a row, each against the start. What is NaN or infinite
-does not heal, and stands at once. Information alone is never an alert. Only what is in memory is looked at: the start,
-the step before and this one, not the trainer's log.
+A finding is reported when its rule fires at two recorded steps in a row, each compared with the start; at one step
+where the rule says that this is enough. Information is never an alert. Only what is in memory is judged.
 """
 
 import importlib
@@ -11,67 +10,53 @@ import logging
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
-import pandas as pd
-
-from trl_dynamics.paths import rules
-from trl_dynamics.paths.degeneration import got_worse
-from trl_dynamics.paths.rules import ALERT, INFO, Finding
-from trl_dynamics.paths.samples import Samples
-from trl_dynamics.paths.step_table import StepTable
-from trl_dynamics.paths.summary import StepSummary, Summary, summarise_step
+from trl_dynamics import chapters
+from trl_dynamics.findings.chapter import Chapter
+from trl_dynamics.findings.finding import ALERT, INFO, Finding, by_severity
+from trl_dynamics.findings.rules import Run
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = ("not_finite",)
-
 
 class Watch:
-    """Looks at every probing step as it comes.
+    """Judges every step that a chapter records, as it comes.
 
     Args:
-        method (`str`): How the run trains; decides which rules apply.
-        told (`Iterable[str]`, *optional*): Names of findings that this run has told already.
+        chapter ([`Chapter`]): Whose rules judge; one that has a live subject.
+        run ([`Run`]): How the run trains; decides which rules apply.
+        told (`Iterable[str]`, *optional*): Names of findings that this run has reported already.
     """
 
-    def __init__(self, method: str, told: Iterable[str] = ()):
-        self.method, self.told = method, set(told)
-        self._kept: list[tuple[StepTable, StepSummary, pd.DataFrame | None]] = []
+    def __init__(self, chapter: Chapter, run: Run, told: Iterable[str] = ()):
+        self.chapter, self.run, self.told = chapter, run, set(told)
+        self._live = chapter.live()
         self._held: set[str] = set()
 
-    def add(self, table: StepTable, samples: pd.DataFrame | None = None) -> list[Finding]:
+    def add(self, *rows) -> list[Finding]:
         """Findings that fire at this step as at the one before, or at this one where that is enough, and were not told
         yet, the most severe first.
 
         Args:
-            table ([`StepTable`]): The step's records.
-            samples (`pandas.DataFrame`, *optional*): Its greedy answers, with the columns of [`samples.NUMBERS`].
+            rows: Of the step, as the chapter's live subject takes them.
         """
-        start = self._kept[0][0] if self._kept else table
-        self._kept = [*self._kept, (table, summarise_step(start, table), samples)]
-        tables, parts, answers = zip(*self._kept, strict=True)
-        taken = [rows for rows in answers if rows is not None and len(rows)]
-        own = Samples(pd.concat(taken, ignore_index=True)) if taken else None
-        summary = Summary(list(parts), start, {kept.step: kept for kept in tables}.__getitem__, own)
-        firing = [f for f in rules.find(summary, {"method": self.method}) if f.severity != INFO]
-        news = {_news(f, summary, self.method): f for f in firing}
-        untold = {key: f for key, f in news.items() if not {key, f.name} & self.told}
-        standing = [f for key, f in untold.items() if key in self._held or f.name in AT_ONCE]
+        subject, run = self._live.add(*rows), Run(self.run.method, self.run.meta)
+        firing = [(rule, rule(subject, run)) for rule in self.chapter.rules.values()]
+        news = {
+            finding.name + rule.phase(subject, run): (rule, finding)
+            for rule, finding in firing
+            if finding is not None and finding.severity != INFO
+        }
+        untold = {key: pair for key, pair in news.items() if not {key, pair[1].name} & self.told}
+        standing = {key: found for key, (rule, found) in untold.items() if key in self._held or rule.at_once}
         self._held = set(news)
-        self.told |= {key for key, finding in untold.items() if finding in standing}
-        self._kept = [self._kept[0], *self._kept[1:][-1:]]
-        return standing
+        self.told |= set(standing)
+        return by_severity(standing.values())
 
-    def see(self, table: StepTable, samples: pd.DataFrame | None = None) -> None:
+    def see(self, *rows) -> None:
         """Look at a step that an earlier part of the run has recorded: its findings are still to be reported."""
         told = set(self.told)
-        self.add(table, samples)
+        self.add(*rows)
         self.told = told
-
-
-def _news(finding: Finding, summary: Summary, method: str) -> str:
-    """The key under which a finding is reported once: its name, but loops since the start have a key of their own."""
-    was_so = finding.name == "degeneration" and not got_worse(summary, method)
-    return f"{finding.name} from the start" if was_so else finding.name
 
 
 def tell(found: list[Finding], step: int, report_to: Iterable[str]) -> None:
@@ -87,8 +72,10 @@ def tell(found: list[Finding], step: int, report_to: Iterable[str]) -> None:
     """
     senders = {name: SENDERS[name] for name in report_to if name in SENDERS} if found else {}
     trackers = {name: module for name in senders if (module := _imported(name)) is not None}
+    rules = [rule for chapter in chapters.load_all() for rule in chapter.rules.values()]
+    at_once = {name for rule in rules if rule.at_once for name in rule.gives}
     for finding in found:
-        since = "" if finding.name in AT_ONCE else ", as at the probing step before"
+        since = "" if finding.name in at_once else ", as at the probing step before"
         text = f"At step {step}{since}: {finding.title}. {finding.text}"
         logger.warning(f"{finding.severity}: {text}")
         for name, module in trackers.items():

@@ -13,15 +13,14 @@ import pandas as pd
 import pyarrow as pa
 from accelerate.utils import broadcast_object_list
 
-from trl_dynamics.influence.rules import find_in_influence
-from trl_dynamics.influence.summary import open_influence
-from trl_dynamics.paths import rules
+from trl_dynamics.findings.finding import INFO, Finding
+from trl_dynamics.findings.rules import Run
+from trl_dynamics.findings.verdicts import by_model, calm_of, findings_of, judge, summary_text
+from trl_dynamics.paths.chapter import CHAPTER
 from trl_dynamics.paths.kinds import RECORDS, SAMPLES
 from trl_dynamics.paths.records import read_baseline, read_records, write_baseline
-from trl_dynamics.paths.rules import Finding
 from trl_dynamics.paths.samples import NUMBERS
 from trl_dynamics.paths.step_table import StepTable, split_frame
-from trl_dynamics.paths.summary import summarise_store
 from trl_dynamics.store.identity import Same
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.alerts import Watch
@@ -84,7 +83,7 @@ class Series:
         self.cost = CostLedger()
         self.star_ids: list[list[int]] | None = None
         self.baseline: StepTable | None = None
-        self.watch = Watch(meta["method"])
+        self.watch = Watch(CHAPTER, Run.of(meta))
         self._latest: pd.DataFrame | None = None
         self.steps: set[int] = set()
         self._inherited: set[str] = set()
@@ -145,7 +144,8 @@ class Series:
     def _begin_watch(self) -> None:
         """What was told stays told, whatever step the run goes on from; what fires at its last records, against the
         start, is seen."""
-        self.watch = Watch(self.meta["method"], [alert["name"] for alert in self.meta.get("alerts", [])])
+        told = [alert["name"] for alert in self.meta.get("alerts", [])]
+        self.watch = Watch(CHAPTER, Run.of(self.meta), told)
         if self.baseline is not None and self.accelerator.is_main_process:
             tables = [self.baseline, *([] if self._latest is None else [self.table(self._latest)])]
             for table in tables:
@@ -289,30 +289,19 @@ class Series:
         self.meta["probe_seconds"], self.meta["train_seconds"] = self.cost.probe_seconds, self.cost.train_seconds
 
     def _end(self) -> None:
-        if not self.has_records:
-            self._end_without_records()
-            return
-        try:
-            self.store.compact()
-        except (OSError, ValueError) as error:
-            logger.warning(f"the record files stay as many as they are: {error}")
-        if lost := self.meta["lost_steps"]:
-            logger.warning(f"the records of {len(lost)} probing steps could not be written: {lost}")
-        model, summary = next(iter(summarise_store(self.store).items()))
-        influence = open_influence(self.store.output_dir, self.meta, model)
-        found = rules.find(summary, self.meta, influence)
-        self._tell(found, rules.summary_text(found, self.store.output_dir.name, rules.calm_text(summary)))
-
-    def _end_without_records(self) -> None:
-        """Of a run that only recorded influence."""
-        influence = open_influence(self.store.output_dir, self.meta) if self._is_open else None
-        if influence is not None:
-            found, name = find_in_influence(influence), self.store.output_dir.name
-            silent = f"{name}: influence of {len(influence.steps)} steps recorded, no finding"
-            self._tell(found, rules.summary_text(found, name) if found else silent)
+        if self.has_records:
+            try:
+                self.store.compact()
+            except (OSError, ValueError) as error:
+                logger.warning(f"the record files stay as many as they are: {error}")
+            if lost := self.meta["lost_steps"]:
+                logger.warning(f"the records of {len(lost)} probing steps could not be written: {lost}")
+        for judged in by_model(judge(self.store)).values() if self._is_open else ():
+            found = findings_of(judged)
+            self._tell(found, summary_text(found, self.store.output_dir.name, calm_of(judged)))
 
     def _tell(self, found: list[Finding], text: str) -> None:
-        harmful = any(finding.severity != "info" for finding in found)
+        harmful = any(finding.severity != INFO for finding in found)
         (logger.warning if harmful else logger.info)(text)
         logger.info(f"records: {self.store.root}")
         logger.info(f"page:    trl-dynamics report {self.store.output_dir} -o report.html")

@@ -11,7 +11,7 @@ import pytest
 from synthetic_runs import SQUEEZED, records, write_run
 from trl_dynamics.cli import diagnose
 from trl_dynamics.cli.main import main
-from trl_dynamics.paths import rules
+from trl_dynamics.paths import chapter, rules
 from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.store.manifest import SCHEMA_VERSION
 from trl_dynamics.store.store import DynamicsStore
@@ -133,7 +133,7 @@ def drop_records(path):
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (drop_records, "no records in .*no probe was ever scored"),
+        (drop_records, "no records in .*nothing was ever recorded"),
         (make_newer, "upgrade trl-dynamics"),
         (break_meta, "meta.json is damaged"),
         (lose_a_file, "is missing"),
@@ -155,7 +155,7 @@ def test_a_run_that_changes_while_it_is_read_is_no_traceback(make_run, monkeypat
     def vanished(store):
         raise FileNotFoundError(2, "No such file", "records/part-1.parquet")
 
-    monkeypatch.setattr(diagnose, "summarise_store", vanished)
+    monkeypatch.setattr(chapter, "summarise_store", vanished)
     assert main(["diagnose", make_run("run")]) == diagnose.NOT_JUDGED
     assert "changed while it was read (records/part-1.parquet is gone); try again" in capsys.readouterr().err
 

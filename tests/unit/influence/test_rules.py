@@ -9,18 +9,22 @@ import pytest
 
 from synthetic_influence import STEPS, TYPES, influence, set_value, summary_of, write_alone, write_influence
 from synthetic_runs import SQUEEZED, meta, probe_set, records, write_run
+from trl_dynamics import chapters
 from trl_dynamics.cli.main import main
+from trl_dynamics.findings.rules import Run, found_by
+from trl_dynamics.findings.verdicts import Judged, findings_of
 from trl_dynamics.influence import summary as summary_module
-from trl_dynamics.influence.rules import find_in_influence, judged_steps
-from trl_dynamics.influence.summary import ALL, open_influence
+from trl_dynamics.influence.rules import RULES, judged_steps
+from trl_dynamics.influence.summary import ALL, summarise_influence
 from trl_dynamics.paths import rules
 from trl_dynamics.paths.kinds import RECORDS
+from trl_dynamics.paths.summary import summarise
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.series import Series
 
 
 def found(frame, dtype="float32"):
-    return {finding.name: finding for finding in find_in_influence(summary_of(frame, dtype))}
+    return {finding.name: finding for finding in found_by(RULES.values(), summary_of(frame, dtype), Run())}
 
 
 def test_means_and_errors_are_what_loops_give():
@@ -231,11 +235,13 @@ def test_noise_about_a_ranking_that_holds_fires_no_rule():
 
 def test_findings_stand_among_the_others_the_most_severe_first():
     frame, steps = records(SQUEEZED, argmax=0.5), summary_of(influence(error=0.6, drift=0.5))
-    names = [finding.name for finding in rules.find(frame, {"method": "dpo"}, steps)]
+    subjects = {"paths": summarise(frame), "influence": steps}
+    judged = [Judged("policy", chapter, subjects[chapter.name], Run("dpo")) for chapter in chapters.load_all()]
+    names = [finding.name for finding in findings_of(judged)]
     alone = [finding.name for finding in rules.find(frame, {"method": "dpo"})]
     assert [name for name in names if name in alone] == alone
     assert names.index("squeezing") < names.index("margin_by_rejection") < names.index("step_too_large")
-    one_scoring = rules.find(records(steps=[0]), {}, steps)
+    one_scoring = found_by(RULES.values(), steps, Run())
     assert {finding.name for finding in one_scoring} == {"step_too_large", "kernel_unstable"}
     for finding in one_scoring:
         assert finding.severity == "info" and finding.rule and finding.remedy and finding.evidence
@@ -255,7 +261,7 @@ def test_diagnose_tells_them_where_one_step_was_scored(tmp_path, capsys):
     run = write_influence(write_run(tmp_path / "run", records(steps=[0])), influence(error=0.6))
     assert main(["diagnose", str(run), "--fail_on", "info"]) == 10
     told = capsys.readouterr().out
-    assert "one step was scored (0), but what single steps do was recorded" in told and "INFO  training" in told
+    assert "one step was scored (0)" in told and "influence of 4 steps, 0 to 30" in told and "INFO  training" in told
     assert main(["diagnose", str(run), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["steps"] == [0]
 
@@ -264,7 +270,7 @@ def test_diagnose_tells_those_of_a_run_that_recorded_influence_alone(tmp_path, c
     run = write_alone(tmp_path / "run", influence(error=0.6))
     assert main(["diagnose", str(run), "--fail_on", "info"]) == 10
     told = capsys.readouterr().out
-    assert "no probe was tracked, but what single steps do was recorded" in told and "INFO  training steps" in told
+    assert "run (dpo, finished): influence of 4 steps, 0 to 30\n" in told and "INFO  training steps" in told
     assert main(["diagnose", str(run), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["steps"] == []
 
@@ -289,8 +295,11 @@ def test_influence_is_read_of_one_model_and_knows_its_dtype(tmp_path):
     frame = influence(num_probes=4)
     both = pd.concat([frame, influence(num_probes=4, size=5.0).assign(model="reference")])
     run = write_influence(write_run(tmp_path / "run", records(num_probes=4)), both)
-    one = open_influence(run, {"akg": {"dtype": "bfloat16"}})
-    pd.testing.assert_frame_equal(one.means, summary_of(frame).means, check_dtype=False)
-    assert one.dtype == "bfloat16" and open_influence(run, {}).dtype == "float32"
-    assert open_influence(run, {}, "nobody") is None
-    assert open_influence(write_run(tmp_path / "plain", records(num_probes=4)), {}) is None
+    store = DynamicsStore(run)
+    assert summarise_influence(store)["policy"].dtype == "float32"
+    store.write_meta(store.read_meta() | {"akg": {"dtype": "bfloat16"}})
+    opened = summarise_influence(store)
+    assert list(opened) == ["policy", "reference"]
+    pd.testing.assert_frame_equal(opened["policy"].means, summary_of(frame).means, check_dtype=False)
+    assert opened["policy"].dtype == "bfloat16"
+    assert summarise_influence(DynamicsStore(write_run(tmp_path / "plain", records(num_probes=4)))) == {}

@@ -9,10 +9,10 @@ import pytest
 from synthetic_answers import answers
 from synthetic_runs import SQUEEZED, STEPS, records, write_run
 from trl_dynamics.paths import rules
-from trl_dynamics.paths.degeneration import loops_of
+from trl_dynamics.paths.metrics import METRICS
+from trl_dynamics.paths.rules.degeneration import loops_of
 from trl_dynamics.paths.samples import SAMPLE_METRICS, Samples, load_samples, sample_scalars
 from trl_dynamics.paths.summary import summarise, summarise_store
-from trl_dynamics.report.glossary import SAMPLE_TERMS
 from trl_dynamics.store.store import DynamicsStore
 
 # Metric -> the column that it is the mean of.
@@ -187,10 +187,10 @@ def test_a_store_gives_what_was_written(tmp_path):
 
 
 def test_every_metric_says_what_it_is():
-    assert set(SAMPLE_TERMS) == set(SAMPLE_METRICS)
-    for name, metric in SAMPLE_METRICS.items():
-        assert "Unit: " in metric.__doc__ and "Healthy: " in metric.__doc__, name
-        assert SAMPLE_TERMS[name].formula and SAMPLE_TERMS[name].unit and SAMPLE_TERMS[name].healthy, name
+    for name, metric in (METRICS | SAMPLE_METRICS).items():
+        assert metric.title and metric.meaning and metric.formula and metric.unit and metric.healthy, name
+        described = metric.function.__doc__
+        assert all(text in described for text in (metric.meaning, metric.formula, metric.unit, metric.healthy)), name
 
 
 def looping(share, steps=STEPS, loops=4, num_probes=8):

@@ -8,13 +8,14 @@ import sys
 import pandas as pd
 import pytest
 
+from chart_specs import shown_of
 from report_page import EVIL, Page
 from synthetic_runs import ALL_TYPES, SFT, SQUEEZED, probe_set, records, write_run
 from trl_dynamics.paths.metrics import METRICS
+from trl_dynamics.paths.page import charts
+from trl_dynamics.paths.page.explorer import MAX_PROBES, MAX_STEPS, explorer
 from trl_dynamics.paths.records import read_records
-from trl_dynamics.report import cards, charts, extra, load
-from trl_dynamics.report.explorer import MAX_PROBES, MAX_STEPS, explorer
-from trl_dynamics.report.glossary import METRIC_TERMS
+from trl_dynamics.report import cards, extra, load
 from trl_dynamics.report.page import build_page, inline_json
 from trl_dynamics.store.store import DynamicsStore
 
@@ -56,7 +57,7 @@ def test_page_has_the_run_card(page):
 def test_page_compares_two_runs(page):
     assert "Compared with strong" in page.text
     assert re.search(r"mild: other fluent answers 0\.40 nats per token higher than in strong", page.text)
-    compared = page.data["charts"]["compare-third_party_logp"]
+    compared = page.data["charts"]["comparison-third_party_logp"]
     assert {row["run"] for row in compared["data"]["values"]} == {"strong", "mild"}
 
 
@@ -79,7 +80,7 @@ def test_probe_text_is_inert(page):
     assert len(scripts) == 3 and len(page.scripts) == 3
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
     assert EVIL.format(i=0) not in page.source
-    prompt = page.data["explorer"]["series"][0]["probes"][0]["prompt"]
+    prompt = page.data["widgets"]["probes"]["series"][0]["probes"][0]["prompt"]
     assert prompt == [{"role": "", "text": EVIL.format(i=0)}]
 
 
@@ -100,7 +101,7 @@ def test_inlined_json_cannot_end_its_element():
 
 
 def test_explorer_holds_texts_and_paths(runs):
-    series = load.split_series(load.load_runs([runs["sft"]]))
+    series = shown_of([runs["sft"]])
     one = explorer(series)["series"][0]
     assert one["total"] == len(one["probes"]) == 24
     probe = one["probes"][1]
@@ -116,7 +117,7 @@ def test_explorer_holds_texts_and_paths(runs):
 
 def test_explorer_is_capped_and_says_so(tmp_path):
     frame = records(types=["chosen", "rejected"], num_probes=MAX_PROBES + 7, steps=[0, 1])
-    one = explorer(load.split_series(load.load_runs([write_run(tmp_path / "run", frame)])))["series"][0]
+    one = explorer(shown_of([write_run(tmp_path / "run", frame)]))["series"][0]
     assert len(one["probes"]) == MAX_PROBES and one["total"] == MAX_PROBES + 7
 
 
@@ -126,13 +127,13 @@ def test_a_page_that_leaves_out_steps_says_so(page, tmp_path, monkeypatch):
     long = Page(build_page([write_run(tmp_path / "long", frame)], tmp_path / "report.html"))
     assert "The learning paths draw 30 of the 100 recorded steps" in long.text
     assert len({row["step"] for row in long.data["charts"]["s0-learning_paths"]["data"]["values"]}) == 30
-    one = long.data["explorer"]["series"][0]
+    one = long.data["widgets"]["probes"]["series"][0]
     assert len(one["steps"]) == len(one["probes"][0]["responses"][0]["path"]) == MAX_STEPS and one["recorded"] == 100
     assert "The learning paths draw" not in page.text
 
 
 def test_types_that_probes_lack_are_absent_in_the_explorer(runs):
-    probes = explorer(load.split_series(load.load_runs([runs["strong"]])))["series"][0]["probes"]
+    probes = explorer(shown_of([runs["strong"]]))["series"][0]["probes"]
     have = [any(r["type"] == "chosen_self_rephrase" for r in probe["responses"]) for probe in probes]
     assert have == [index % 2 == 0 for index in range(len(probes))]
 
@@ -143,7 +144,7 @@ def test_single_step_of_several_models(tmp_path):
     page = Page(build_page([run], tmp_path / "report.html"))
     assert "track: small" in page.text and "track: large" in page.text
     assert "One step was scored" in page.text and "no common step after the start" in page.text
-    assert set(page.data["charts"]) == {"s0-levels", "s1-levels", "compare-levels_at_end"}
+    assert set(page.data["charts"]) == {"s0-levels", "s1-levels", "comparison-levels_at_end"}
 
 
 def test_custom_types_only(tmp_path):
@@ -171,15 +172,16 @@ def test_an_old_store_with_little_meta_still_gives_a_page(tmp_path):
 
 def test_run_card_says_what_was_cut_and_dropped(runs):
     run = load.load_runs([runs["strong"]])[0]
-    rows = {row["name"]: row for row in cards.type_rows(run)}
+    (table,) = cards.run_card(run).tables
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert list(rows) == list(ALL_TYPES)
-    assert rows["chosen_self_rephrase"]["dropped"] == 3 and rows["chosen_self_rephrase"]["probes"] == 12
-    assert rows["chosen"]["responses_cut"] == 1 and rows["chosen"]["group"] == "in distribution"
+    assert rows["chosen_self_rephrase"]["dropped when blank"] == 3 and rows["chosen_self_rephrase"]["probes"] == 12
+    assert rows["chosen"]["responses cut"] == 1 and rows["chosen"]["group"] == "in distribution"
 
 
 def test_a_running_run_says_so(tmp_path):
     run = write_run(tmp_path / "run", records(num_probes=4), status="running")
-    assert "written so far" in dict(cards.run_card(load.load_runs([run])[0]))["Status"]
+    assert "written so far" in dict(cards.run_card(load.load_runs([run])[0]).rows)["Status"]
 
 
 def test_runs_of_other_probe_sets_are_not_compared_by_probe(runs, tmp_path):
@@ -203,8 +205,7 @@ def test_runs_of_other_tokenizers_are_not_compared_by_probe(tmp_path):
 
 
 def test_every_metric_is_in_the_glossary(page):
-    assert set(METRIC_TERMS) == set(METRICS)
-    for term in METRIC_TERMS.values():
+    for term in METRICS.values():
         assert term.formula and term.unit and term.healthy and term.meaning in page.text
 
 

@@ -7,13 +7,15 @@ import pytest
 
 from synthetic_answers import answers
 from synthetic_runs import SQUEEZED, VOCAB_SIZE, records
+from trl_dynamics.findings.finding import Finding
+from trl_dynamics.findings.rules import Run
 from trl_dynamics.paths import rules
+from trl_dynamics.paths.chapter import CHAPTER
 from trl_dynamics.paths.step_table import split_frame
 from trl_dynamics.tracking import alerts
-from trl_dynamics.tracking.alerts import Watch
 
-SEVERE = rules.Finding("squeezing", "alert", "squeezing: it happens", "In numbers.", remedy="Stop earlier.")
-MILD = rules.Finding("end_of_turn_loss", "warning", "no end", "In numbers.", remedy="Check the data.")
+SEVERE = Finding("squeezing", "alert", "squeezing: it happens", "In numbers.", remedy="Stop earlier.")
+MILD = Finding("end_of_turn_loss", "warning", "no end", "In numbers.", remedy="Check the data.")
 
 WANDB = """
 sent = []
@@ -33,6 +35,11 @@ def alert(title, text=None, level=AlertLevel.WARN, webhook_url=None):
 """
 
 
+def watching(method, told=()):
+    """A watch of learning paths."""
+    return alerts.Watch(CHAPTER, Run(method), told)
+
+
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Install a tracker of that name and source, which is forgotten after the test."""
@@ -49,7 +56,7 @@ def fake(tmp_path, monkeypatch):
 
 def told(frame, method="dpo", watch=None, samples=None):
     """What a watch says, step by step."""
-    watch = watch or Watch(method)
+    watch = watch or watching(method)
     own = {} if samples is None else dict(list(samples.groupby("step")))
     tables = split_frame(frame, VOCAB_SIZE)
     return {table.step: [f.name for f in watch.add(table, own.get(table.step))] for table in tables}
@@ -90,7 +97,7 @@ def test_a_watch_that_goes_on_tells_what_one_that_never_stopped_tells():
     whole = told(frame)
     for stop in (10, 20, 40, 80, 160):
         before = told(frame[frame["step"] <= stop])
-        watch = Watch("dpo", [name for step in before.values() for name in step])
+        watch = watching("dpo", [name for step in before.values() for name in step])
         known = frame[frame["step"].isin([0, stop])]
         assert not any(told(known, watch=watch).values()), "looking at what is there tells nothing"
         after = told(frame[frame["step"] > stop], watch=watch)
@@ -153,10 +160,10 @@ def test_loops_that_were_there_at_the_start_hide_no_new_ones():
     rows = answers()
     rows.loc[(rows["probe_id"] < "p002") | (rows["step"] >= 80), "repeat_share"] = 0.99
     tables = split_frame(records())
-    watch, told = Watch("sft"), []
+    watch, told = watching("sft"), []
     for table in tables:
         found = watch.add(table, rows[rows["step"] == table.step])
         told += [(table.step, one.name, one.severity) for one in found]
     assert told == [(10, "degeneration", "warning"), (160, "degeneration", "alert")]
-    later = Watch("sft", ["degeneration"])
+    later = watching("sft", ["degeneration"])
     assert not [one for table in tables for one in later.add(table, rows[rows["step"] == table.step])]

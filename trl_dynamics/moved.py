@@ -10,6 +10,7 @@ from types import ModuleType
 
 MOVED = {
     "trl_dynamics.akg.cheap": "trl_dynamics.akg.proxies",
+    "trl_dynamics.akg.gram.gram": "trl_dynamics.akg.gram.products",
     "trl_dynamics.akg.influence": "trl_dynamics.akg.one_step",
     "trl_dynamics.akg.several": "trl_dynamics.akg.batched",
     "trl_dynamics.akg.verify": "trl_dynamics.akg.real_step",

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import math
 import os
 from collections.abc import Mapping, Set
 
@@ -41,6 +42,11 @@ def plain(value: object) -> object:
         if isinstance(value, kind):
             return kind(value)
     return _from_object(value)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """The value, or None, which JSON can hold, where it is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def yaml_text(fields: Mapping[str, object]) -> str:

@@ -95,6 +95,11 @@ def rank_agreement(
     return Agreement(value, float(low), float(high), len(first_N))
 
 
+def pair_sides(shape: tuple[int, int]) -> list[np.ndarray]:
+    """Observer and update of each pair of a flattened (O, U) table: `clusters` of [`rank_agreement`]."""
+    return list(np.indices(shape).reshape(2, -1))
+
+
 def weighted_spearman(first_N: np.ndarray, second_N: np.ndarray, weight_RN: np.ndarray) -> np.ndarray:
     """(R,) Spearman's correlation of pairs that each count `weight_RN` times; NaN where a side does not vary."""
     total_R1 = weight_RN.sum(axis=1, keepdims=True)

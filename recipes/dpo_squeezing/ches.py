@@ -20,7 +20,7 @@ import trl
 from torch import nn
 
 from trl_dynamics import embedded, loading, stats_head
-from trl_dynamics.cli import sources
+from trl_dynamics.cli import inputs, sources
 from trl_dynamics.cli.probes.screen import ScreenArguments
 from trl_dynamics.ops import preference
 from trl_dynamics.probing.encode import EncodedProbes, EncodedResponse, LengthLimits, encode
@@ -76,8 +76,8 @@ def probes_of(args: argparse.Namespace) -> Iterator[Probe]:
     if args.dataset == sources.EMBEDDED:
         rows = embedded.preference_rows(args.num_pairs, args.seed)
     else:
-        splits = sources.load_splits(ScreenArguments(dataset_name=args.dataset), trl.DatasetMixtureConfig())
-        rows = sources.take_split(splits, "train")
+        splits = inputs.load_splits(ScreenArguments(dataset_name=args.dataset), trl.DatasetMixtureConfig())
+        rows = inputs.take_split(splits, "train")
         rows = rows.select(range(min(args.num_pairs, len(rows))))
     for index, pair in enumerate(read_pairs(rows)):
         if isinstance(pair, Pair):

@@ -22,9 +22,8 @@ import running
 import torch
 from summary import write_summary
 
-from trl_dynamics.akg.real_step import label_logp
 from trl_dynamics.akg.stability import influence_measure, kernel_measure
-from trl_dynamics.akg.task import Task
+from trl_dynamics.akg.task import Task, label_logp
 
 WORLDS, METHODS = ("embedded", "stories260k"), ("sft", "dpo")
 SYSTEMS = (*images.NETWORKS, *(f"{world} {method}" for world in WORLDS for method in METHODS))

@@ -16,7 +16,7 @@ import measure
 import torch
 from akg import Setting, built, rows_of
 
-from trl_dynamics.akg.gram.gram import gram
+from trl_dynamics.akg.gram import gram
 from trl_dynamics.akg.task import Task, causal_lm
 
 GOALS = {"seconds": "stored / gram >= 1.5 at 64 rows of 64 tokens", "memory": "stored / gram >= 4 there"}

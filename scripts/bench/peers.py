@@ -32,7 +32,7 @@ import torch
 from akg import Setting, built, rows_of
 from transformers.utils import logging as hf_logging
 
-from trl_dynamics.akg.gram.gram import gram
+from trl_dynamics.akg.gram import gram
 
 GOALS = {"apart": "<= 1e-4, of all products together"}
 UPDATE_BATCH = {"kronfluence": 16, "dattri": 4096}

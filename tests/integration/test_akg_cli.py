@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from trl_dynamics import embedded, loading
+from trl_dynamics import embedded, load_influence, loading
 from trl_dynamics.cli.main import main
 
 SMALL = ["--model_name_or_path", "embedded", "--probe_set", "embedded", "--probe_max_probes", "2"]
@@ -29,7 +29,16 @@ def test_a_map_is_written_that_real_steps_bear_out(tmp_path, capsys):
     assert own["dpo", "chosen"] > 0 > own["dpo", "rejected"]
     others = frame[~frame["same_prompt"]].set_index(["update_type", "response_type"])["delta_sum"]
     assert others["chosen", "chosen"] < own["chosen", "chosen"]
+    rows = load_influence(tmp_path / "map")
+    assert rows["update"].tolist() == frame["update_type"].tolist() and set(rows["step"]) == {0}
+    for name, old in {"predicted_sum": "delta_sum", "true_sum": "true_sum", "logp_sum": "logp_sum"}.items():
+        assert rows[name].tolist() == pytest.approx(frame[old].tolist(), rel=1e-12), name
+    assert [len(tokens) for tokens in rows["true"]] == rows["num_tokens"].tolist()
     out = capsys.readouterr().out
+    assert main(["diagnose", str(tmp_path / "map"), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_judged"] == []
+    assert main(["report", str(tmp_path / "map"), "--format", "csv"]) == 0
+    assert set(pd.read_csv(tmp_path / "map/dynamics/csv/influence.csv")["update"]) == {"chosen", "rejected", "dpo"}
     assert "answers to other prompts" in out and "relative error: chosen" in out and "rounding alone makes some" in out
     assert "the head alone moves: chosen" in out
     assert call(tmp_path / "map") == 1

@@ -10,7 +10,7 @@ import pytest
 from cli_runs import failure, flags, scored
 from tiny import tiny_model
 from tiny_runs import PAIRS
-from trl_dynamics.cli import sources
+from trl_dynamics.cli import outputs
 from trl_dynamics.cli.main import COMMANDS, main
 from trl_dynamics.cli.probes import ACTIONS
 
@@ -19,7 +19,7 @@ EVERY = [[name] for name in COMMANDS] + [["probes", action] for action in ACTION
 
 def test_files_and_packages_that_are_not_there_are_one_line(world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr(outputs, "get_available_reporting_integrations", lambda: [])
     (tmp_path / "bad.yaml").write_text("beta: [1,\n")
     (tmp_path / "list.yaml").write_text("- beta\n")
     (tmp_path / "mixture.yaml").write_text("datasets: pairs\n")
@@ -88,7 +88,7 @@ def test_an_unsupported_version_is_one_line_where_a_command_is_imported(monkeypa
     def refuse(name):
         raise ImportError("trl-dynamics needs trl 1.16")
 
-    monkeypatch.setattr("trl_dynamics.cli.main.importlib.import_module", refuse)
+    monkeypatch.setattr("trl_dynamics.cli.dispatch.importlib.import_module", refuse)
     assert "needs trl" in failure(capsys, ["env"])
 
 

@@ -1,5 +1,9 @@
 """Contracts of the private names in compat.py: each does what we rely on, in the supported versions."""
 
+import importlib.util
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
@@ -133,6 +137,32 @@ def test_log_apart_keeps_training_metrics_and_flags(tmp_path):
     assert displays and displays == [c for c in trainer.callback_handler.callbacks if isinstance(c, compat.DISPLAYS)]
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_a_metric_comes_out_as_the_mean_of_its_values_since_the_last_line(method, tmp_path):
+    trainer = make_trainer(method, tmp_path)
+    trainer.model.train()
+    assert not compat.waits_for_log(trainer, "train", "ours/mean")
+    for value in (1.0, 4.0):
+        compat.log_metric(trainer, "train", "ours/mean", value)
+        compat.log_metric(trainer, "train", "ours/last", value, replace=True)
+    compat.log_metric(trainer, "eval", "ours/other", 7.0)
+    assert compat.waits_for_log(trainer, "train", "ours/mean")
+    trainer.log({"loss": 0.5})
+    line = trainer.state.log_history[-1]
+    assert (line["ours/mean"], line["ours/last"]) == (2.5, 4.0) and "ours/other" not in line
+    assert not compat.waits_for_log(trainer, "train", "ours/mean")
+    trainer.model.eval()
+    trainer.log({"eval_loss": 0.5})
+    assert trainer.state.log_history[-1]["eval_ours/other"] == 7.0
+
+
+def test_the_attention_that_a_model_runs_is_known():
+    model = tiny_model("llama")
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert compat.attention_of(model) == name
+
+
 def test_trl_still_has_what_the_subclasses_override():
     import inspect
 
@@ -215,6 +245,32 @@ def test_models_load_whole_where_arguments_have_switched_on_zero3():
         assert is_deepspeed_zero3_enabled() and config.is_zero3()
     finally:
         unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("runtime/zero/stage_1_and_2.py", "bit16_groups single_partition_of_fp32_groups _hp_mapping"),
+        ("runtime/zero/stage3.py", "fp16_groups fp32_partitioned_groups_flat sub_group_to_group_id"),
+        ("runtime/zero/stage3.py", "empty_partition_cache swap_optimizer params_in_nvme_and_cpu"),
+        ("runtime/zero/partition_parameters.py", "ds_tensor ds_numel ds_status ds_shape ds_process_group"),
+        ("utils/tensor_fragment.py", "lp_fragment_address hp_fragment_address get_lp_grad_fragment"),
+        ("utils/tensor_fragment.py", "_index_in_param_group"),
+        ("runtime/engine.py", "zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights"),
+    ],
+)
+def test_deepspeed_still_has_the_names_by_which_zero_is_read(module, names):
+    """What they hold is compared with whole models in tests/distributed."""
+    folder = Path(importlib.util.find_spec("deepspeed").origin).parent
+    source = (folder / module).read_text()
+    assert [name for name in names.split() if not re.search(rf"\b{name}\b", source)] == []
+
+
+def test_a_parameter_that_zero_3_does_not_split_is_not_in_pieces():
+    head = nn.Linear(4, 7)
+    assert not compat.is_in_pieces(head.weight)
+    head.weight.ds_status = "available"
+    assert compat.is_in_pieces(head.weight)
 
 
 def test_a_plain_linear_head_is_known():

@@ -67,7 +67,7 @@ def test_a_layout_that_does_not_run_is_given_up(monkeypatch, caplog):
     def update(self, *args, **kwargs):
         raise TypeError("this model has no such cache")
 
-    monkeypatch.setattr(compat._PromptLayer, "update", update)
+    monkeypatch.setattr(compat.models._PromptLayer, "update", update)
     model = tiny_model("llama")
     stats_head.install(model)
     checked = engine(SharedPrefixLayout(200))

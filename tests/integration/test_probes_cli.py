@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from tiny import tiny_model, tiny_tokenizer
 from trl_dynamics import embedded
-from trl_dynamics.cli import sources
+from trl_dynamics.cli import inputs
 from trl_dynamics.cli.main import main
 from trl_dynamics.probing.builders import BUILDERS
 from trl_dynamics.probing.io import load
@@ -370,7 +370,7 @@ def test_the_recipes_on_rows_of_their_layout(recipe, make_row, splits, call, tmp
         asked.append((path, name, data_dir))
         return DatasetDict({s: Dataset.from_list([make_row(i, s) for i in range(600)]) for s in splits})
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(inputs, "load_dataset", load_dataset)
     assert probes("build --config {0}/probes/{1}.yaml -o {2}/set", ROOT, recipe, tmp_path) == 0
     built = load(tmp_path / "set")
     assert asked == [call] and built.counts == dict.fromkeys(BUILDERS, 500) and built.name == recipe

@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import PROBES, make_trainer
 from trl_dynamics import ProbeSet
 from trl_dynamics.cli.main import main
-from trl_dynamics.cli.track import what_differs
+from trl_dynamics.paths.checkpoints import what_differs
 from trl_dynamics.paths.summary import summarise_store
 from trl_dynamics.scoring.engine import ProbeEngine
 from trl_dynamics.store.store import DynamicsStore

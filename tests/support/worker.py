@@ -151,17 +151,17 @@ def full_disk(trainer, step: int, output_dir: Path):
 
 def track(tracking, config: str, folder: Path, name: str, num_processes: int) -> dict:
     """The calls of `trl-dynamics track` on this process, and how many models each process loaded for each."""
-    from trl_dynamics.cli import track as command
     from trl_dynamics.cli.main import main as command_line
+    from trl_dynamics.paths import checkpoints as library
 
     flags = ["--model_name_or_path", str((folder / tracking.run).resolve()), "--output_dir", str(folder / name)]
     flags += ["--probe_set", str(folder / "probes.jsonl"), *tracking.options]
     # Nothing else tells accelerate to look for processes on a CPU; for training, its arguments do.
     os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
     loaded = []
-    for checkpoints in tracking.calls:
-        with mock.patch.object(command, "_load", wraps=command._load) as load:
-            assert command_line(["track", *flags, "--checkpoints", checkpoints]) == 0
+    for pattern in tracking.calls:
+        with mock.patch.object(library, "_load", wraps=library._load) as load:
+            assert command_line(["track", *flags, "--checkpoints", pattern]) == 0
         loaded.append(gather_object([load.call_count]))
     del os.environ["ACCELERATE_USE_CPU"]
     state = PartialState()

@@ -10,6 +10,7 @@ from trl_dynamics.moved import MOVED
 
 NAMES = {
     "trl_dynamics.akg.cheap": "head_only",
+    "trl_dynamics.akg.gram.gram": "gram",
     "trl_dynamics.akg.influence": "influence",
     "trl_dynamics.akg.several": "influences",
     "trl_dynamics.akg.verify": "verify",

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import SchedulerType
 
-from trl_dynamics.plain import NotPlainError, json_text, plain, yaml_text
+from trl_dynamics.plain import NotPlainError, finite_or_none, json_text, plain, yaml_text
 
 
 class Color(enum.StrEnum):
@@ -76,3 +76,13 @@ def test_yaml_names_what_it_leaves_out():
 def test_json_keeps_the_rest_of_what_it_cannot_write():
     found = json.loads(json_text({"seed": np.int64(1), "more": [torch.float16, print], (1, 2): "x"}))
     assert found["seed"] == 1 and found["more"] == ["float16", repr(print)] and found["(1, 2)"] == "x"
+
+
+def test_json_has_none_for_what_is_not_finite():
+    assert [finite_or_none(value) for value in (1.5, 0.0, float("nan"), float("inf"), None)] == [
+        1.5,
+        0.0,
+        None,
+        None,
+        None,
+    ]

@@ -1,11 +1,12 @@
 """akg: what one training step on some examples does to the model's predictions of others (-eta * A * K * G).
 
 Everything here works on a [`Task`] (task.py): a causal language model, a classifier, or two functions of your own.
+task.py also has the words for batches: positions that predict a label, rows, sums by row, label log-probabilities.
 Predictions are in one_step.py, batched.py (several updates in one pass) and features.py (hidden states); real_step.py
-takes the real step that they are checked against. They are made of losses.py, steps.py (the optimiser's own step) and
-jvp.py (forward mode). K itself: kernel.py, block_norms.py, stability.py, gram/ (all inner products of gradients) and
-proxies.py (cheap stand-ins). Split weights (FSDP2, ZeRO): split/. This room may import statistics, stats_head, ops
-and compat.
+takes the real step that they are checked against. They are made of losses.py, steps.py (the optimiser's own step),
+jvp.py (forward mode), modes.py (evaluation mode) and checks.py (what is refused). K itself: kernel.py, block_norms.py,
+stability.py, gram/ (all inner products of gradients) and proxies.py (cheap stand-ins). Split weights (FSDP2, ZeRO):
+split/. This room may import statistics, stats_head, ops and compat.
 """
 
 from typing import TYPE_CHECKING

@@ -14,7 +14,7 @@ from torch import nn
 from trl_dynamics.akg.jvp import push_forward_together, refuse
 from trl_dynamics.akg.one_step import Change, Force, Influence, View, check_output, finite, predict, update_gradient
 from trl_dynamics.akg.steps import Step, Tensors, step_of
-from trl_dynamics.akg.task import Task, causal_lm
+from trl_dynamics.akg.task import Task, causal_lm, label_logp_tiles
 
 logger = logging.getLogger(__name__)
 Before = tuple[torch.Tensor, torch.Tensor | None]  # ln pi of the labels, and the likeliest labels
@@ -112,7 +112,11 @@ def _read(
 ) -> tuple[list[Change], Before]:
     """What every change does."""
     if output == "target":
-        values, derivatives = push_forward_together(task, changes, observe, lambda tiles: _label_logp(tiles, label_N))
+
+        def read(tiles: Iterator[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return tuple(label_logp_tiles(tiles, label_N))
+
+        values, derivatives = push_forward_together(task, changes, observe, read)
         return [Change(target_N) for target_N in torch.cat(derivatives, dim=1)], (torch.cat(values), None)
     values, derivatives = push_forward_together(task, changes, observe, tuple)
     views = [View(label_N, output, top_k) for _ in changes]
@@ -120,13 +124,3 @@ def _read(
         for view, first_nV in zip(views, tile_SnV, strict=True):
             view.add(tile_nV, first_nV, None)
     return [view.change() for view in views], views[0].before()
-
-
-def _label_logp(tiles: Iterator[torch.Tensor], label_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(n,) ln pi of the labels of every tile, so that no tile is held."""
-    found: list[torch.Tensor] = []
-    for tile_nV in tiles:
-        seen = sum(map(len, found))
-        label_n1 = label_N[seen : seen + len(tile_nV), None]
-        found.append(tile_nV.log_softmax(dim=-1).gather(1, label_n1)[:, 0])
-    return tuple(found)

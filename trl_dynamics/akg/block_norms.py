@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from trl_dynamics.akg.gram.record import num_rows, rows_of
 from trl_dynamics.akg.kernel import Kernel
-from trl_dynamics.akg.task import Task
+from trl_dynamics.akg.task import Task, num_rows, row_sums, rows_of
 
 
 def block_norms(
@@ -67,7 +66,7 @@ def _sketched(kernel: Kernel, num_products: int, rng: torch.Generator) -> torch.
     for _ in range(num_left):
         probe = gaussian(kernel.shape_u).flatten()
         square_N += _squares(kernel, probe - range_Q @ (range_Q.T @ probe)) / num_left
-    return _by_row(square_N, kernel.task, kernel.observe)
+    return row_sums(square_N, kernel.task.items(kernel.observe), num_rows(kernel.observe))
 
 
 def _squares(kernel: Kernel, vector: torch.Tensor) -> torch.Tensor:
@@ -77,10 +76,5 @@ def _squares(kernel: Kernel, vector: torch.Tensor) -> torch.Tensor:
 
 def _exact(kernel: Kernel) -> torch.Tensor:
     square_NM = kernel.exact().double().square().sum(dim=(1, 3)).cpu()
-    return _by_row(_by_row(square_NM, kernel.task, kernel.observe).T, kernel.task, kernel.update).T.sqrt()
-
-
-def _by_row(values_NX: torch.Tensor, task: Task, batch: Any) -> torch.Tensor:
-    """Sums over the positions of each row of a batch."""
-    zeros = values_NX.new_zeros(num_rows(batch), *values_NX.shape[1:])
-    return zeros.index_add(0, task.items(batch).cpu(), values_NX)
+    square_OM = row_sums(square_NM, kernel.task.items(kernel.observe), num_rows(kernel.observe))
+    return row_sums(square_OM.T, kernel.task.items(kernel.update), num_rows(kernel.update)).T.sqrt()

@@ -16,7 +16,7 @@ from torch import nn
 
 from trl_dynamics.akg.jvp import push_forward
 from trl_dynamics.akg.steps import Step
-from trl_dynamics.akg.task import IGNORED, Task, causal_lm
+from trl_dynamics.akg.task import Task, causal_lm, predicting
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _by_label(found: list[torch.Tensor], num_labels: int, batch: Any) -> torch.T
         return torch.cat(found)
     shape = batch["labels"].shape if isinstance(batch, Mapping) else ()
     if len(found) == 1 and len(shape) == 2 and found[0].shape[:2] == shape:
-        return found[0][(batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)]
+        return found[0][predicting(batch["labels"])]
     shapes = [tuple(value.shape) for value in found]
     raise ValueError(f"the hidden states have shapes {shapes}, expected {num_labels} rows, one per label")
 

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trl_dynamics.akg.checks import refuse_split
+from trl_dynamics.akg.modes import evaluated
 from trl_dynamics.akg.operations import Nestable, Unhooked
-from trl_dynamics.akg.task import Task, refuse_split
-from trl_dynamics.compat import checkpointing_without_reentry
-from trl_dynamics.stats_head import kept_state
+from trl_dynamics.akg.task import Task
 
 HALF = (torch.float16, torch.bfloat16)
 # Takes a tile's logits (n, V) and their derivatives of first and, where asked for, second order along the change.
@@ -211,39 +210,6 @@ def _with_values(model: nn.Module, values: Mapping[str, torch.Tensor], call: Cal
     """`call(model)` with other parameters; tied ones follow."""
     named = {f"model.{name}": value for name, value in values.items()}
     return torch.func.functional_call(_Call(model, call), named, ())
-
-
-@contextlib.contextmanager
-def evaluated(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
-    """Evaluation mode, and attention by operations that have derivatives of forward mode; all put back at the end, and
-    what forwards changed in the modules' buffers and plain attributes as well.
-
-    With `checkpointing`, the modules that checkpoint their activations still do so, which transformers makes them do
-    in training mode only; what is inside of them stays in evaluation mode. Reentrant ones do it the other way, since
-    autograd.grad cannot go through them. Models that are configured to drop anything
-    do without, since some of their layers drop by their own mode.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    if checkpointing and not _may_drop(model):
-        for module in modes:
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
-    fused = torch.backends.mha.get_fastpath_enabled()  # nn.TransformerEncoderLayer's own, with no derivative at all
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with kept_state(model), sdpa_kernel(SDPBackend.MATH), checkpointing_without_reentry(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _may_drop(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    rates = [value for name, value in settings.items() if "drop" in name and not name.startswith("classifier")]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def refuse(model: nn.Module) -> None:

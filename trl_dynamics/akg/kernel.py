@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from trl_dynamics.akg.jvp import evaluated, push_forward, refuse, reverse_jacobian
+from trl_dynamics.akg.jvp import push_forward, refuse, reverse_jacobian
+from trl_dynamics.akg.modes import evaluated
 from trl_dynamics.akg.task import Task
 from trl_dynamics.statistics import student_t
 

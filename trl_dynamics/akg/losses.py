@@ -14,17 +14,19 @@ import torch.nn.functional as F
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 
-def mean_cross_entropy(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any):
+def mean_cross_entropy(
+    logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any
+) -> torch.Tensor:
     """Mean of -ln pi(label) over all labelled positions: TRL's SFT loss, and a classifier's."""
     return F.cross_entropy(logits_NV, label_N)
 
 
-def gradient_ascent(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any):
+def gradient_ascent(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any) -> torch.Tensor:
     """Mean of +ln pi(label): every label is pushed down, as in unlearning by gradient ascent."""
     return -F.cross_entropy(logits_NV, label_N)
 
 
-def sum_cross_entropy(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any):
+def sum_cross_entropy(logits_NV: torch.Tensor, label_N: torch.Tensor, row_N: torch.Tensor, batch: Any) -> torch.Tensor:
     """Sum of -ln pi(label), the thesis' own SFT force pi - e_y at every position (arXiv 2407.10490, equation 5)."""
     return F.cross_entropy(logits_NV, label_N, reduction="sum")
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_dynamics.akg.jvp import evaluated, push_forward, refuse
+from trl_dynamics.akg.jvp import push_forward, refuse
+from trl_dynamics.akg.modes import evaluated
 from trl_dynamics.akg.steps import UPDATE, Step, step_of
-from trl_dynamics.akg.task import Task, causal_lm
+from trl_dynamics.akg.task import Task, causal_lm, row_sums
 
 OUTPUTS = ("target", "stats", "topk", "full")
 NOT_FINITE_MODEL = (
@@ -90,8 +91,7 @@ class Influence:
 
         Shape (observers,), up to the last one that has a label.
         """
-        zeros = torch.zeros(int(self.item_N.max()) + 1, dtype=self.total.target_N.dtype, device=self.item_N.device)
-        return zeros.index_add(0, self.item_N, self.total.target_N)
+        return row_sums(self.total.target_N, self.item_N, int(self.item_N.max()) + 1)
 
     @property
     def factors(self) -> dict[str, torch.Tensor]:

@@ -46,14 +46,30 @@ def layer_norm(
     return normed if bias is None else normed + bias
 
 
-def batch_norm(value, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def batch_norm(
+    value: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
     """[`torch.nn.functional.batch_norm`]; running statistics are not updated."""
     return _channel_norm(value, (0, *range(2, value.dim())), running_mean, running_var, weight, bias, training, eps)
 
 
 def instance_norm(
-    value, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
-):
+    value: torch.Tensor,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
     """[`torch.nn.functional.instance_norm`]; running statistics are not updated."""
     axes = tuple(range(2, value.dim()))
     return _channel_norm(value, axes, running_mean, running_var, weight, bias, use_input_stats, eps)

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_dynamics.akg.gram.record import frozen, num_rows
-from trl_dynamics.akg.jvp import evaluated
-from trl_dynamics.akg.task import IGNORED, Task, causal_lm, causal_lm_labels
+from trl_dynamics.akg.modes import evaluated, frozen
+from trl_dynamics.akg.task import Task, causal_lm, causal_lm_labels, label_logp_tiles, num_rows, predicting, row_sums
 from trl_dynamics.compat import base_causal_lm
-from trl_dynamics.statistics import Agreement, rank_agreement
+from trl_dynamics.statistics import Agreement, pair_sides, rank_agreement
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def head_only(task: Task | nn.Module, update: Any, observe: Any, weight: torch.T
     Args:
         task ([`Task`] or `nn.Module`): What is updated and observed; a model alone is a causal LM.
         update, observe: Batches of the task.
-        weight (`torch.Tensor`, *optional*): (M,) as of [`akg.gram.gram.gram`]; default 1.
+        weight (`torch.Tensor`, *optional*): (M,) as of [`akg.gram.gram`]; default 1.
 
     Raises:
         ValueError: If the task has no linear head, or one that is not called once per tile of logits, row by row.
@@ -105,14 +104,11 @@ def agreement(forms_OU: Mapping[str, torch.Tensor], exact_OU: torch.Tensor, *, s
 
     Args:
         forms_OU (`Mapping`): Forms by name.
-        exact_OU (`torch.Tensor`): [`akg.gram.gram.gram`]'s `total_OU`, or sizes of K ([`akg.block_norms`]); compare
+        exact_OU (`torch.Tensor`): [`akg.gram.gram`]'s `total_OU`, or sizes of K ([`akg.block_norms`]); compare
             sizes with absolute values. Divide both sides by lengths first, or the ranking is one of lengths.
         seed (`int`): Of the bootstrap.
     """
-    sides = [
-        index_OU.flatten().numpy() for index_OU in torch.meshgrid(*map(torch.arange, exact_OU.shape), indexing="ij")
-    ]
-    exact = exact_OU.flatten().numpy()
+    sides, exact = pair_sides(exact_OU.shape), exact_OU.flatten().numpy()
     return {name: rank_agreement(form.flatten().numpy(), exact, sides, seed=seed) for name, form in forms_OU.items()}
 
 
@@ -148,19 +144,15 @@ def _summed(
     others = list(_labels(task, update, weight_M, inner))
     for one in _labels(task, observe, torch.ones(len(task.labels_of(observe, "observe"))), inner):
         for other in others:
-            by_row_NU = _by_row(products(one, other).double().cpu().T, other.item_N, total_OU.shape[1]).T
-            total_OU -= _by_row(by_row_NU, one.item_N, total_OU.shape[0])
+            by_row_NU = row_sums(products(one, other).double().cpu().T, other.item_N, total_OU.shape[1]).T
+            total_OU -= row_sums(by_row_NU, one.item_N, total_OU.shape[0])
     return total_OU
-
-
-def _by_row(values_NX: torch.Tensor, item_N: torch.Tensor, num: int) -> torch.Tensor:
-    return values_NX.new_zeros(num, values_NX.shape[1]).index_add_(0, item_N.cpu(), values_NX)
 
 
 def _mean_feature(task: Task, batch: Any) -> torch.Tensor:
     size, sum_BD, count_B = num_rows(batch), 0.0, 0
     for one in _labels(task, batch, torch.ones(len(task.labels_of(batch, "a batch")))):
-        sum_BD = sum_BD + _by_row(one.feature_ND.double().cpu(), one.item_N, size)
+        sum_BD = sum_BD + row_sums(one.feature_ND.double().cpu(), one.item_N, size)
         count_B = count_B + torch.bincount(one.item_N.cpu(), minlength=size)
     return sum_BD / count_B.clamp(min=1)[:, None]
 
@@ -181,7 +173,7 @@ def _labels(task: Task, batch: Any, weight_N: torch.Tensor, inner: bool = False)
             for logits_nV in task.logits(task.model, batch):
                 part = slice(seen, seen := seen + len(logits_nV))
                 feature, output = _only(calls, len(logits_nV))
-                logp_n = logits_nV.log_softmax(dim=-1).gather(1, label_N[part, None])[:, 0]
+                (logp_n,) = label_logp_tiles([logits_nV], label_N[part])
                 (error,) = torch.autograd.grad((logp_n * weight_N[part].to(logp_n)).sum(), output)
                 error_NV, feature_ND = (value.flatten(0, -2).to(logp_n) for value in (error, feature))
                 row_N = item_N[part].repeat_interleave(len(error_NV) // len(logits_nV))
@@ -207,7 +199,7 @@ class _BlockInputs:
     """What attention and MLP of every block read in the forward that runs while this is installed."""
 
     def __init__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]):
-        self.row_N, self.column_N = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+        self.row_N, self.column_N = predicting(batch["labels"])
         self.token_N = batch["input_ids"][self.row_N, self.column_N]
         self.shape = batch["input_ids"].shape
         base = base_causal_lm(model)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_dynamics.akg.jvp import evaluated, push_forward_head, refuse
+from trl_dynamics.akg.jvp import push_forward_head, refuse
 from trl_dynamics.akg.one_step import Influence, View, finite, predict, update_gradient
 from trl_dynamics.akg.steps import Tensors, step_of
-from trl_dynamics.akg.task import Task, causal_lm
+from trl_dynamics.akg.task import Task, causal_lm, label_logp
 
 # Relative error of the first order from which on the step is called too large for it.
 LARGE_ERROR = 0.1
@@ -108,17 +108,6 @@ def verify(
     elif errors["first"] <= LARGE_ERROR:
         verdict = FIRST_ORDER
     return Verification(predicted, first_N, curved.target_N, true_N, rounding_N, errors, shares, verdict)
-
-
-def label_logp(task: Task, batch: Any) -> torch.Tensor:
-    """(N,) ln pi of the labels, nats."""
-    label_N, found = task.labels_of(batch, "what is observed"), []
-    with torch.no_grad(), evaluated(task.model):
-        for logits_nV in task.logits(task.model, batch):
-            seen = sum(map(len, found))
-            label_n1 = label_N[seen : seen + len(logits_nV), None]
-            found.append(logits_nV.log_softmax(dim=-1).gather(1, label_n1)[:, 0])
-    return torch.cat(found)
 
 
 @contextmanager

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 
 from trl_dynamics.akg.block_norms import block_norms
-from trl_dynamics.akg.gram.gram import gram
-from trl_dynamics.akg.gram.record import num_rows
-from trl_dynamics.akg.task import Task, causal_lm
-from trl_dynamics.statistics import Stability, rank_stability
+from trl_dynamics.akg.gram.products import gram
+from trl_dynamics.akg.task import Task, causal_lm, num_rows
+from trl_dynamics.statistics import Stability, pair_sides, rank_stability
 
 Measure = Callable[[Task, Any, Any], torch.Tensor]
 
 
 def influence_measure(task: Task, update: Any, observe: Any) -> torch.Tensor:
-    """(O, U) S of [`akg.gram.gram.gram`] per pair of labels: A, K and G together, with its sign."""
+    """(O, U) S of [`akg.gram.gram`] per pair of labels: A, K and G together, with its sign."""
     pairs_OU = label_pairs(task, update, observe)
     return gram(task, update, observe, check=False).total_OU / pairs_OU
 
@@ -91,6 +90,5 @@ def stability(
 
 def stability_of(measured_OU: dict[object, torch.Tensor], *, seed: int = 0) -> Stability:
     """[`stability`] of what was measured already, by checkpoint; see there."""
-    shape = next(iter(measured_OU.values())).shape
-    sides = [index_OU.flatten().numpy() for index_OU in torch.meshgrid(*map(torch.arange, shape), indexing="ij")]
+    sides = pair_sides(next(iter(measured_OU.values())).shape)
     return rank_stability({name: one.flatten().numpy() for name, one in measured_OU.items()}, sides, seed=seed)

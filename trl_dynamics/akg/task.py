@@ -4,25 +4,22 @@ N observed positions   n positions of one tile   V labels   B rows   T tokens
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
+from trl_dynamics.akg.checks import check_batch, check_head, refuse_outside, refuse_padding, refuse_split
 from trl_dynamics.akg.losses import Loss, mean_cross_entropy
+from trl_dynamics.akg.modes import evaluated
 from trl_dynamics.compat import base_causal_lm, logit_transform
 from trl_dynamics.ops.tiled_head import TILE_ELEMENTS, transformed
-from trl_dynamics.stats_head.check import Precision, same_log_probs
-from trl_dynamics.stats_head.forward import own_logits, require_decoder
+from trl_dynamics.stats_head.forward import require_decoder
 from trl_dynamics.stats_head.ways import num_labels_of
 
 IGNORED = -100
-# Tokens of the row on which a model's own log-probabilities are compared with those of its head.
-_NUM_CHECKED = 32
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def causal_lm(model: nn.Module, loss: Loss = mean_cross_entropy) -> Task:
         raise ValueError(f"{type(base).__name__} has no LM head; use akg.task.classifier for other models")
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ValueError("adapters that learn a prompt are not supported by akg; use LoRA or the full model")
-    _check_head(model)
+    check_head(model, causal_lm_logits)
     head = base.get_output_embeddings()
     return Task(model, causal_lm_logits, causal_lm_labels, row_of_label, loss, head, check_causal_lm_batch)
 
@@ -122,7 +119,7 @@ def causal_lm_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     Raises:
         ValueError: If the batch is no mapping, lacks one of the two, or they differ in shape.
     """
-    _check_batch(batch)
+    check_batch(batch)
     labels_BT = batch["labels"][:, 1:]
     return labels_BT[labels_BT != IGNORED]
 
@@ -136,38 +133,11 @@ def check_causal_lm_batch(model: nn.Module, batch: Mapping[str, torch.Tensor], w
     """
     base, ids_BT, labels_BT = base_causal_lm(model), batch["input_ids"], batch["labels"]
     embedding, head = getattr(base.get_input_embeddings(), "weight", None), base.get_output_embeddings().weight
+    remedy = f"the model's vocabulary; use its own tokenizer, and {IGNORED} for labels to ignore"
     if embedding is not None:
-        _refuse_outside(ids_BT, embedding.shape[0], f"{what}: input_ids")
-    _refuse_outside(labels_BT[labels_BT != IGNORED], head.shape[0], f"{what}: labels")
-    pad, ends = padding_of(base)
-    if pad is None or "attention_mask" in batch:
-        return
-    # A text may begin with one token of those that begin or end texts, but not with two.
-    padded_B = (ids_BT[:, : 2 if pad in ends else 1] == pad).all(dim=1)
-    if bool(padded_B.any()):
-        raise ValueError(
-            f"{what}: {int(padded_B.sum())} of {len(ids_BT)} rows begin with padding (token {pad}) and there is no "
-            "attention_mask, so that it would be read as text; add the attention_mask, or pad at the right"
-        )
-
-
-def padding_of(base: nn.Module) -> tuple[int | None, set[int]]:
-    """The token that a model's configuration says is padding, and those that begin and end texts."""
-    config = base.config.get_text_config()
-    values = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")]
-    ends = {token for value in values for token in (value if isinstance(value, list) else [value])}
-    return getattr(config, "pad_token_id", None), ends - {None}
-
-
-def _refuse_outside(ids: torch.Tensor, size: int, what: str, where: str = "vocabulary") -> None:
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-        remedy = (
-            f"use its own tokenizer, and {IGNORED} for labels to ignore" if where == "vocabulary" else "count from 0"
-        )
-        raise ValueError(
-            f"{what} are from {int(ids.min())} to {int(ids.max())}, expected 0 to {size - 1}, the model's {where}; "
-            f"{remedy}"
-        )
+        refuse_outside(ids_BT, embedding.shape[0], f"{what}: input_ids", remedy)
+    refuse_outside(labels_BT[labels_BT != IGNORED], head.shape[0], f"{what}: labels", remedy)
+    refuse_padding(base, batch, what)
 
 
 def row_of_label(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -195,7 +165,8 @@ def classifier_logits(model: nn.Module, batch: Any) -> Iterator[torch.Tensor]:
     else:
         output = model(batch[0])
     logits_BC = getattr(output, "logits", output)
-    _refuse_outside(classifier_labels(batch), logits_BC.shape[-1], "the labels of a batch", "classes")
+    remedy = "the model's classes; count from 0"
+    refuse_outside(classifier_labels(batch), logits_BC.shape[-1], "the labels of a batch", remedy)
     yield logits_BC
 
 
@@ -210,26 +181,6 @@ def row_of_class(batch: Any) -> torch.Tensor:
     return torch.arange(len(labels_B), device=labels_B.device)
 
 
-def refuse_split(model: nn.Module) -> None:
-    """Refuse weights that lie in pieces on several processes.
-
-    Raises:
-        ValueError: If there are any.
-    """
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "the weights are split over processes by FSDP1 (FullyShardedDataParallel), which computes with flat "
-            "copies that forward mode and the hooks of gram do not see; load the whole model on each process, "
-            "before it is wrapped, or shard it with FSDP2 (fsdp_version: 2) and use akg.split.differences"
-        )
-    if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_status") for parameter in model.parameters()):
-        raise ValueError(
-            "the weights are split over processes (tensor parallelism, FSDP2 or ZeRO-3), where forward mode and the "
-            "hooks of gram cannot run; load the whole model on each, without tp_plan and before it is sharded, or use "
-            "akg.split.differences with the pieces of akg.split.fsdp or akg.split.zero"
-        )
-
-
 def model_inputs(base: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the backbone reads; positions are counted from a row's first real token, so that padding moves nothing."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
@@ -239,42 +190,57 @@ def model_inputs(base: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str
     return inputs
 
 
-def _check_batch(batch: Any) -> None:
-    names = ("input_ids", "labels")
-    if not isinstance(batch, Mapping) or not all(isinstance(batch.get(name), torch.Tensor) for name in names):
-        what = sorted(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-        raise ValueError(f"the batch has {what}, expected a mapping with input_ids and labels, tensors (B, T)")
-    shapes = [tuple(batch[name].shape) for name in names]
-    if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
-        raise ValueError(f"input_ids has shape {shapes[0]} and labels {shapes[1]}, expected the same (B, T)")
-
-
-def _check_head(model: nn.Module) -> None:
-    """Refuse models whose log-probabilities are not what their output embeddings make of their last hidden states."""
-    head = base_causal_lm(model).get_output_embeddings()
-    ids_BT = torch.arange(1, 1 + _NUM_CHECKED)[None] * 7919 % num_labels_of(base_causal_lm(model), head)
-    ids_BT = ids_BT.to(next(model.parameters()).device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            own = own_logits(base_causal_lm(model), model, input_ids=ids_BT)[0, :-1]
-            ours = torch.cat(list(causal_lm_logits(model, {"input_ids": ids_BT, "labels": ids_BT})))
-        same = same_log_probs(own, ours, half=Precision.of_weights(model).half)
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, RuntimeError):  # no last hidden states, or none of the size that the embeddings take
-        same = False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if not same:
-        raise ValueError(
-            f"{type(base_causal_lm(model)).__name__} does more than its output embeddings to its last hidden states, "
-            "so that akg.task.causal_lm would observe another model; make a Task with functions of your own"
-        )
-
-
 def predicting(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column of the positions that predict a label."""
     return (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
+
+
+def label_logp(task: Task, batch: Any, what: str = "what is observed") -> torch.Tensor:
+    """(N,) ln pi of the labels, nats.
+
+    Raises:
+        ValueError: As [`Task.labels_of`]; `what` names the batch.
+    """
+    label_N = task.labels_of(batch, what)
+    with torch.no_grad(), evaluated(task.model):
+        return torch.cat(list(label_logp_tiles(task.logits(task.model, batch), label_N)))
+
+
+def label_logp_tiles(tiles: Iterable[torch.Tensor], label_N: torch.Tensor) -> Iterator[torch.Tensor]:
+    """(n,) ln pi of the labels of each tile (n, V) of logits, nats, so that no tile is held."""
+    seen = 0
+    for logits_nV in tiles:
+        label_n = label_N[seen : (seen := seen + len(logits_nV))]
+        yield logits_nV.log_softmax(dim=-1).gather(1, label_n[:, None])[:, 0]
+
+
+def num_rows(batch: Any) -> int:
+    """B: how many rows a batch has.
+
+    Raises:
+        ValueError: If it is no mapping, tuple or list with a tensor in it.
+    """
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    sizes = [len(value) for value in values if isinstance(value, torch.Tensor) and value.dim()]
+    if not sizes:
+        raise ValueError(f"a batch is a {type(batch).__name__}, expected a mapping or a tuple of tensors, row by row")
+    return sizes[0]
+
+
+def rows_of(batch: Any, rows: slice) -> Any:
+    """Some rows of a batch."""
+    size = num_rows(batch)
+
+    def part(value: Any) -> Any:
+        by_row = isinstance(value, torch.Tensor) and value.dim() and len(value) == size
+        return value[rows] if by_row else value
+
+    if isinstance(batch, Mapping):
+        return {name: part(value) for name, value in batch.items()}
+    return tuple(part(value) for value in batch)
+
+
+def row_sums(values_NX: torch.Tensor, row_N: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Sums over the positions of each row: (N, ...) -> (num_rows, ...), zeros where a row has none."""
+    zeros_BX = values_NX.new_zeros(num_rows, *values_NX.shape[1:])
+    return zeros_BX.index_add(0, row_N.to(values_NX.device), values_NX)

@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from trl_dynamics.cli.options import argument, option, read
 from trl_dynamics.findings.finding import ALERT, INFO, SEVERITIES, WARNING, Finding
 from trl_dynamics.findings.verdicts import Judged, by_model, calm_of, findings_of, judge
 from trl_dynamics.store.store import DynamicsStore, open_store, run_names
@@ -75,24 +76,24 @@ class Diagnosis:
         return next((one.overview.compared_with for one in self.judged if one.overview.compared_with), None)
 
 
+@dataclass
+class DiagnoseArguments:
+    """Options of `trl-dynamics diagnose`."""
+
+    runs: list[str] = argument("output directories of runs (or their dynamics/ folders)")
+    format: str = option("text", "", choices=["text", "json"])
+    verbose: bool = option(False, "also the exact rule behind every finding")
+    fail_on: str = option(
+        "alert",
+        "least severity that ends in an exit status other than 0; default: alert, as warnings are often false",
+        choices=[*reversed(SEVERITIES), "never"],
+    )
+
+
 def run(argv: list[str]) -> int:
     """Print the findings and return the exit status."""
-    parser = argparse.ArgumentParser(
-        "trl-dynamics diagnose",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", help="output directories of runs (or their dynamics/ folders)")
-    parser.add_argument("--format", choices=["text", "json"], default="text")
-    parser.add_argument("--verbose", action="store_true", help="also the exact rule behind every finding")
-    parser.add_argument(
-        "--fail_on",
-        choices=[*reversed(SEVERITIES), "never"],
-        default="alert",
-        help="least severity that ends in an exit status other than 0; default: alert, as warnings are often false",
-    )
-    args = parser.parse_args(argv)
+    how = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    args = read(DiagnoseArguments, argv, "diagnose", __doc__, **how)
     found, failures = diagnose(args.runs)
     worst = min((f.severity for one in found for f in one.findings), key=SEVERITIES.index, default=None)
     status = exit_status(worst, args.fail_on, failures)

@@ -1,10 +1,10 @@
 """trl-dynamics env: versions for a bug report, and what is wrong with them."""
 
-import argparse
 import importlib
 import platform
 
 from trl_dynamics import versions
+from trl_dynamics.cli.options import Parser
 
 PACKAGES = (*versions.VERSIONED, "tokenizers", "pyarrow", "pandas", "numpy", "jinja2", "vl-convert-python")
 
@@ -14,7 +14,7 @@ def run(argv: list[str]) -> int:
 
     It ends with status 0 whatever is missing or broken: that is what a bug report is about.
     """
-    argparse.ArgumentParser("trl-dynamics env", description=__doc__).parse_args(argv)
+    Parser("trl-dynamics env", description=__doc__).parse_args(argv)
     print(f"- platform: {platform.platform()}\n- python: {platform.python_version()}")
     for name, found in versions.installed_versions(PACKAGES).items():
         print(f"- {name}: {found or 'not installed'}")

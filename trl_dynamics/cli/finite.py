@@ -1,6 +1,5 @@
 """Answers whose numbers are not finite: counted, said in one line, and an exit status of their own."""
 
-import math
 import sys
 
 # 1 and 2 are what every command ends with after an error or wrong usage, 3 is diagnose's for a run it cannot judge.
@@ -23,8 +22,3 @@ def exit_status(command: str, not_finite: int, total: int, where: str) -> int:
         file=sys.stderr,
     )
     return NOT_FINITE
-
-
-def or_none(value: float) -> float | None:
-    """The value, or None, which JSON can hold, where it is not finite."""
-    return value if math.isfinite(value) else None

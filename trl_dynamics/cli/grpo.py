@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trl
 from accelerate import PartialState
@@ -12,6 +12,7 @@ from datasets import Dataset
 from trl import rewards
 
 from trl_dynamics.cli import sources
+from trl_dynamics.cli.options import option
 from trl_dynamics.cli.training import DynamicsScriptArguments, TrainingCommand
 from trl_dynamics.trainers.data import check_answers
 
@@ -29,16 +30,12 @@ REWARDS = {
 class GRPOScriptArguments(DynamicsScriptArguments):
     """Where the data and the rewards come from; the rewards are named as in TRL's own script."""
 
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Reward functions: {', '.join(REWARDS)}, or your own as module.function or module:function, "
-            "found in the working directory or installed. Their rewards are added up, weighted by reward_weights."
-        },
+    reward_funcs: list[str] | None = option(
+        None,
+        f"Reward functions: {', '.join(REWARDS)}, or your own as module.function or module:function, "
+        "found in the working directory or installed. Their rewards are added up, weighted by reward_weights.",
     )
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A reward model as well or instead: a folder or a hub name."}
-    )
+    reward_model_name_or_path: str | None = option(None, "A reward model as well or instead: a folder or a hub name.")
 
 
 class GRPOCommand(TrainingCommand):

@@ -4,13 +4,11 @@ import difflib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import torch
-from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import broadcast_object_list
 
+from trl_dynamics.cli.options import names_of
 from trl_dynamics.probing.files import read_mapping
 
 # `accelerate launch` sets the second for a single process too. Read before training arguments can set it as well.
@@ -37,29 +35,13 @@ def launch(name: str, launch_args: list[str], argv: list[str]) -> int:
     return subprocess.run([*command, *_without(argv, launch_args)], check=False).returncode
 
 
-def on_main(work: Callable[[], object]) -> object:
-    """Run `work` on the main process; its result, or its error, reaches every process."""
-    state, outcome = PartialState(), [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
 def refuse_unknown(launch_args: list[str], own_options: set[str], name: str) -> None:
     """Refuse what is neither an option of the command nor one of `accelerate launch`.
 
     Raises:
         ValueError: Names the option and the nearest one that exists.
     """
-    known = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    known.add("--accelerate_config")
+    known = names_of(launch_command_parser()) | {"--accelerate_config"}
     for arg in launch_args:
         option = arg.split("=")[0]
         if option.startswith("--") and option not in known:

@@ -1,17 +1,14 @@
 """trl-dynamics: the command line. Every command is a module of this package with `run(argv) -> int`."""
 
-import argparse
 import atexit
-import contextlib
-import importlib
 import logging
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import NoReturn
 
+from trl_dynamics.cli.dispatch import HELP, Group
 from trl_dynamics.errors import crosses_user_code, first_line, from_outside, raised_here
 from trl_dynamics.tracking.console import OUR_LOGGER, ConsoleHandler
 
@@ -29,16 +26,23 @@ COMMANDS = {
     "quickstart": "see the squeezing effect on the embedded model, in minutes on a CPU",
     "env": "print versions for a bug report",
 }
+GROUP = Group(
+    "trl_dynamics.cli",
+    "command",
+    COMMANDS,
+    "usage: trl-dynamics COMMAND [options]      (trl-dynamics COMMAND --help for the options)",
+    (
+        "Errors are one line; set TRL_DYNAMICS_DEBUG=1 for the traceback. Exit status: 0 done, 1 wrong input or",
+        "environment, 2 wrong usage, 4 numbers that are not finite (track, akg, probes screen); diagnose has more",
+    ),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status, 0 if all went well; [`usage`] says what the others mean."""
+    """Run one command; returns the exit status, 0 if all went well; `--help` says what the others mean."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        print(f"trl-dynamics: unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+    if argv and argv[0] not in (*COMMANDS, *HELP):
+        print(f"trl-dynamics: {GROUP.unknown(argv[0])}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[ConsoleHandler()])
     logging.getLogger(OUR_LOGGER).setLevel(logging.INFO)
@@ -46,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         # Versions are refused when a command is imported.
-        command = importlib.import_module(f"trl_dynamics.cli.{argv[0].replace('-', '_')}")
-        with short_usage_errors():
-            return command.run(argv[1:])
+        return GROUP.run(argv)
     except Exception as error:
         message = one_line(error)
         if os.environ.get("TRL_DYNAMICS_DEBUG") or message is None:
@@ -84,37 +86,6 @@ def one_line(error: Exception) -> str | None:
     if from_outside(error):
         return f"{first_line(error)} (TRL_DYNAMICS_DEBUG=1 shows where)"
     return None
-
-
-@contextlib.contextmanager
-def short_usage_errors() -> Iterator[None]:
-    """argparse's errors on one line: the usage of a trainer, which would come first, is some 180."""
-
-    def error(parser: argparse.ArgumentParser, message: str) -> None:
-        parser.exit(2, f"{parser.prog}: error: {message} (see {parser.prog} --help)\n")
-
-    whole = argparse.ArgumentParser.error
-    argparse.ArgumentParser.error = error
-    try:
-        yield
-    finally:
-        argparse.ArgumentParser.error = whole
-
-
-def usage() -> str:
-    """The list of commands."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: trl-dynamics COMMAND [options]      (trl-dynamics COMMAND --help for the options)",
-            "",
-            *lines,
-            "",
-            "Errors are one line; set TRL_DYNAMICS_DEBUG=1 for the traceback. Exit status: 0 done, 1 wrong input or",
-            "environment, 2 wrong usage, 4 numbers that are not finite (track, akg, probes screen); diagnose has more",
-        ]
-    )
 
 
 if __name__ == "__main__":

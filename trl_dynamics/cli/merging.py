@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from trl_dynamics import loading
-from trl_dynamics.cli.launching import on_main
 from trl_dynamics.compat import without_zero3
 from trl_dynamics.errors import first_line
 from trl_dynamics.probing.io import complete_folder
+from trl_dynamics.scoring.processes import on_main
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ Four runs: SFT on chosen answers -> DPO, and SFT on both answers -> DPO, all wit
 compares them.
 """
 
-import argparse
 import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -17,6 +17,8 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_dynamics.cli import dpo, sft
+from trl_dynamics.cli.options import option, read
+from trl_dynamics.cli.training import TrainingCommand
 from trl_dynamics.findings.verdicts import Judged, calm_of, compare, findings_of, judge, summary_text
 from trl_dynamics.report import extra
 from trl_dynamics.store.store import open_store
@@ -44,14 +46,19 @@ STAGES = (
 )
 
 
+@dataclass
+class QuickstartArguments:
+    """Options of `trl-dynamics quickstart`."""
+
+    output_dir: str = option("runs/quickstart", "where the four runs and the page go")
+    num_pairs: int = option(200, "preference pairs to train on")
+    num_probes: int = option(40, "probes to track")
+    seed: int = option(0, "")
+
+
 def run(argv: list[str]) -> int:
     """Train the four runs, write the comparison page and print what was found."""
-    parser = argparse.ArgumentParser("trl-dynamics quickstart", description=__doc__)
-    parser.add_argument("--output_dir", default="runs/quickstart", help="where the four runs and the page go")
-    parser.add_argument("--num_pairs", type=int, default=200, help="preference pairs to train on")
-    parser.add_argument("--num_probes", type=int, default=40, help="probes to track")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = read(QuickstartArguments, argv, "quickstart", __doc__)
     began, output_dir = time.perf_counter(), Path(args.output_dir)
     # A model this small gains nothing from a second thread and loses much wherever a core is shared.
     torch.set_num_threads(1)
@@ -110,7 +117,7 @@ def cost_text(metas: list[dict]) -> str:
     )
 
 
-def train(command, settings: dict, model: str, output_dir: Path, args: argparse.Namespace) -> None:
+def train(command: TrainingCommand, settings: dict, model: str, output_dir: Path, args: QuickstartArguments) -> None:
     """One run through the same code as `trl-dynamics sft` and `dpo`."""
     values = settings | {
         "model_name_or_path": model,

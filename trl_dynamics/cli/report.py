@@ -1,9 +1,21 @@
 """trl-dynamics report: runs -> one offline page, PNG charts or CSV."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from trl_dynamics.cli.options import argument, option, read
 from trl_dynamics.report.load import open_run
+
+
+@dataclass
+class ReportArguments:
+    """Options of `trl-dynamics report`."""
+
+    runs: list[str] = argument("output directories of runs (or their dynamics/ folders)")
+    output: str | None = option(
+        None, "the page, or the folder for png/csv; default: report.html in the first run's dynamics/", "-o"
+    )
+    format: str = option("html", "", choices=["html", "png", "csv"])
 
 
 def run(argv: list[str]) -> int:
@@ -12,13 +24,7 @@ def run(argv: list[str]) -> int:
     Raises:
         ValueError: If the output's name is that of another format, or of one file where several are written.
     """
-    parser = argparse.ArgumentParser("trl-dynamics report", description=__doc__)
-    parser.add_argument("runs", nargs="+", help="output directories of runs (or their dynamics/ folders)")
-    parser.add_argument(
-        "-o", "--output", help="the page, or the folder for png/csv; default: report.html in the first run's dynamics/"
-    )
-    parser.add_argument("--format", choices=["html", "png", "csv"], default="html")
-    args = parser.parse_args(argv)
+    args = read(ReportArguments, argv, "report", __doc__)
     if args.output is not None:
         check_output(args.output, args.format)
     if args.format == "html":

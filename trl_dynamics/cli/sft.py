@@ -1,6 +1,7 @@
 """trl-dynamics sft: supervised fine-tuning with a tracked probe set."""
 
 from datasets import Dataset
+from transformers import Trainer, TrainingArguments
 
 from trl_dynamics.cli.training import DynamicsScriptArguments, TrainingCommand
 from trl_dynamics.trainers.data import check_answers
@@ -9,7 +10,9 @@ from trl_dynamics.trainers.data import check_answers
 class SFTCommand(TrainingCommand):
     """SFT on the command line: only the columns that are trained on must not be blank."""
 
-    def train(self, script_args, training_args, *configs, **options):
+    def train(
+        self, script_args: DynamicsScriptArguments, training_args: TrainingArguments, *configs, **options
+    ) -> Trainer:
         """Load data and model, train, save; see [`TrainingCommand.train`]."""
         self._sft_on, self._text_field = training_args.sft_on, training_args.dataset_text_field
         return super().train(script_args, training_args, *configs, **options)

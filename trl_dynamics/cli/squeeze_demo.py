@@ -1,11 +1,12 @@
 """trl-dynamics squeeze-demo: one gradient step on a softmax of 50 labels, drawn before and after."""
 
-import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from trl_dynamics.cli.options import option, read
 from trl_dynamics.ops import squeeze
 from trl_dynamics.report.squeeze_demo import StepCase, build_page, export_png, number_rows
 
@@ -16,12 +17,17 @@ VOCAB = 50
 LIKELY, UNLIKELY, VALLEY = 2, 38, 49
 
 
+@dataclass
+class DemoArguments:
+    """Options of `trl-dynamics squeeze-demo`."""
+
+    output: str | None = option(None, "the file to write; default: squeeze.html or squeeze.png", "-o")
+    format: str = option("html", "", choices=["html", "png"])
+
+
 def run(argv: list[str]) -> int:
     """Draw the cases, print their numbers and where the picture lies."""
-    parser = argparse.ArgumentParser("trl-dynamics squeeze-demo", description=__doc__)
-    parser.add_argument("-o", "--output", help="the file to write; default: squeeze.html or squeeze.png")
-    parser.add_argument("--format", choices=["html", "png"], default="html")
-    args = parser.parse_args(argv)
+    args = read(DemoArguments, argv, "squeeze-demo", __doc__)
     drawn = cases()
     write = build_page if args.format == "html" else export_png
     path = write(drawn, Path(args.output or f"squeeze.{args.format}"))

@@ -4,27 +4,17 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from trl_dynamics.cli import sources
+from trl_dynamics.paths.checkpoints import Target
 from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.store.aside import is_tracked
 from trl_dynamics.store.store import DynamicsStore
 
 METHODS = ("sft", "dpo", "grpo")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One set of weights to score: a path, and the model and step its records go under."""
-
-    path: str
-    model: str
-    model_index: int
-    step: int
 
 
 def find_targets(models: list[str], checkpoints: str | None, base: str | None = None) -> list[Target]:

@@ -1,12 +1,14 @@
 """What `trl-dynamics sft|dpo|grpo` and scripts/train_*.py share: arguments, then data, model, training, saving."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trl
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from transformers import Trainer, TrainingArguments
 
 from trl_dynamics import loading
-from trl_dynamics.cli import launching, merging, options, sources
+from trl_dynamics.cli import inputs, launching, merging, options, outputs, sources
+from trl_dynamics.cli.options import option
 from trl_dynamics.scoring.setup import changed_fields
 from trl_dynamics.trainers.data import check_answers, limit_prompts
 
@@ -15,15 +17,12 @@ from trl_dynamics.trainers.data import check_answers, limit_prompts
 class DynamicsScriptArguments(trl.ScriptArguments):
     """TRL's script arguments; `dataset_name` also takes a local .jsonl or .parquet file, a folder, or `embedded`."""
 
-    dataset_num_rows: int | None = field(
-        default=None, metadata={"help": "Train on the first so many rows only. None: all."}
+    dataset_num_rows: int | None = option(None, "Train on the first so many rows only. None: all.")
+    max_prompt_length: int | None = option(
+        None, "Longest training prompt in tokens; a longer one keeps its last tokens. Plain text only."
     )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest training prompt in tokens; a longer one keeps its last tokens. Plain text only."},
-    )
-    drop_invalid_rows: bool = field(
-        default=False, metadata={"help": "Drop training rows with a blank answer (grpo: prompt) instead of stopping."}
+    drop_invalid_rows: bool = option(
+        False, "Drop training rows with a blank answer (grpo: prompt) instead of stopping."
     )
 
 
@@ -51,7 +50,7 @@ class TrainingCommand:
         configs, launch_args = self.parse(argv)
         if launching.needs_launcher(launch_args):
             return launching.launch(self.name, launch_args, argv)
-        with sources.streaming(configs[0]):
+        with inputs.streaming(configs[0]):
             self.train(*configs)
         return 0
 
@@ -62,7 +61,7 @@ class TrainingCommand:
             ValueError: If an option is unknown, or options contradict each other or this machine.
         """
         types = (self.script_class, self.config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
-        parser = trl.TrlParser(types, prog=f"trl-dynamics {self.name}")
+        parser = options.parser_of(types, self.name)
         try:
             *configs, from_yaml, from_line = options.parse(parser, argv, separate_remaining_strings=True)
         except ValueError as error:
@@ -71,26 +70,33 @@ class TrainingCommand:
             message = "no GPU here computes in bf16, which is TRL's default: add --use_cpu True --bf16 False"
             raise ValueError(message) from error
         launch_args = from_yaml + from_line
-        own_options = {option for action in parser._actions for option in action.option_strings}
-        launching.refuse_unknown(launch_args, own_options, self.name)
+        launching.refuse_unknown(launch_args, options.names_of(parser), self.name)
         return configs, launch_args
 
-    def trainer_arguments(self, script_args) -> dict:
+    def trainer_arguments(self, script_args: DynamicsScriptArguments) -> dict:
         """What the trainer takes beyond model, data and configs."""
         return {}
 
-    def check_rows(self, dataset: Dataset, script_args) -> Dataset:
+    def check_rows(self, dataset: Dataset, script_args: DynamicsScriptArguments) -> Dataset:
         """The rows to train on, refused or dropped where they are no use."""
         columns = ("chosen", "rejected")
         return check_answers(dataset, columns=columns, drop_invalid_rows=script_args.drop_invalid_rows)
 
-    def train(self, script_args, training_args, model_args, dataset_args, *, drop_callbacks: tuple[type, ...] = ()):
+    def train(
+        self,
+        script_args: DynamicsScriptArguments,
+        training_args: TrainingArguments,
+        model_args: trl.ModelConfig,
+        dataset_args: trl.DatasetMixtureConfig,
+        *,
+        drop_callbacks: tuple[type, ...] = (),
+    ) -> Trainer:
         """Load data and model, train, save; the same steps on every process. Returns the trainer."""
         given = changed_fields(script_args, model_args, dataset_args)
         model = sources.find_model(model_args.model_name_or_path)
-        sources.require_writable(training_args.output_dir)
+        outputs.require_writable(training_args.output_dir)
         sources.require_template(getattr(training_args, "chat_template_path", None))
-        sources.require_reporters(training_args.report_to)
+        outputs.require_reporters(training_args.report_to)
         resume_from = sources.find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         more = self.trainer_arguments(script_args)
         _ = training_args.device  # sets up the processes, which logging needs, on the devices asked for
@@ -104,27 +110,20 @@ class TrainingCommand:
         types = training_args.probe_types
         probe_set = sources.find_probe_set(training_args.probe_set, training_args.probe_max_probes, types)
         observed = sources.find_probe_set(training_args.akg_observe, training_args.akg_max_probes, types)
-        splits = sources.load_splits(script_args, dataset_args)
+        splits = inputs.load_splits(script_args, dataset_args)
         revision = model_args.model_revision
         tokenizer = loading.load_tokenizer(model, revision=revision, trust_remote_code=training_args.trust_remote_code)
-        train_dataset = self._prepare(
-            sources.take_split(splits, script_args.dataset_train_split), script_args, tokenizer
-        )
-        eval_dataset = None
-        if training_args.eval_strategy != "no":
-            eval_split = sources.take_split(splits, script_args.dataset_test_split)
-            eval_dataset = self._prepare(eval_split, script_args, tokenizer)
+        data = self._data(splits, script_args, training_args, tokenizer)
         dtype = training_args.model_init_kwargs["dtype"]
         model = merging.whole_model(model, training_args, dtype=dtype, revision=revision)
         trainer = self.trainer_class(
             model=model,
             args=training_args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             quantization_config=trl.get_quantization_config(model_args),
             peft_config=trl.get_peft_config(model_args),
             probe_set=probe_set,
             akg_observe=observed,
+            **data,
             **more,
         )
         for callback in drop_callbacks:
@@ -140,11 +139,21 @@ class TrainingCommand:
         trainer.end()
         return trainer
 
+    def _data(self, splits: DatasetDict, script_args, training_args, tokenizer) -> dict[str, Dataset]:
+        """The trainer's data sets: one to train on and, where training evaluates, one for that."""
+        names = {"train_dataset": script_args.dataset_train_split}
+        if training_args.eval_strategy != "no":
+            names["eval_dataset"] = script_args.dataset_test_split
+        return {
+            given: self._prepare(inputs.take_split(splits, name), script_args, tokenizer)
+            for given, name in names.items()
+        }
+
     def _prepare(self, dataset, script_args, tokenizer):
         if script_args.dataset_num_rows is not None:
             dataset = dataset.take(script_args.dataset_num_rows)
         if isinstance(dataset, Dataset):
-            sources.require_columns(dataset, self.name)
+            inputs.require_columns(dataset, self.name)
             dataset = self.check_rows(dataset, script_args)
         if script_args.max_prompt_length is not None:
             dataset = limit_prompts(dataset, tokenizer, script_args.max_prompt_length)

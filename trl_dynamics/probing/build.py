@@ -31,7 +31,7 @@ from trl_dynamics.probing.generated import (
 )
 from trl_dynamics.probing.rephrase import REPHRASES
 from trl_dynamics.probing.rows import Pair, count_reasons, read_pairs
-from trl_dynamics.probing.schema import REQUIRED_TYPES, Probe, ProbeSet, order_types
+from trl_dynamics.probing.schema import REQUIRED_TYPES, WITHOUT_REJECTED, Probe, ProbeSet, order_types
 
 SELECTIONS = ("random", "first")
 # Held-out answers kept to draw from; more would cost memory and add nothing.
@@ -54,6 +54,28 @@ class Built:
             lines = [json.dumps(asdict(item), ensure_ascii=False) for item in self.rejected]
             files[card.REJECTED_FILE] = "\n".join(lines) + "\n"
         return probe_io.write_folder(self.probe_set, folder, files, overwrite=overwrite)
+
+    def lines(self) -> list[str]:
+        """What was built and what is missing, for the terminal."""
+        about, total = self.probe_set.metadata, len(self.probe_set)
+        found = [f"{total} probes", *(f"  {name:<28} {count:>6}" for name, count in self.probe_set.counts.items())]
+        for key, what in (
+            ("unusable_rows", "rows that could not be used"),
+            ("not_built", "responses that could not be built"),
+            ("rejected", f"generated and not kept, listed in {card.REJECTED_FILE}"),
+            ("failures", "left out because no answer came"),
+        ):
+            if about.get(key):
+                found += [f"{what}:", *(f"  {count:>6}  {reason}" for reason, count in about[key].items())]
+        for part in (about.get("own_answers"), *about.get("rephrases", ())):
+            if part:
+                found.append(
+                    f"answers of {part['by'] if 'by' in part else part['model']}: "
+                    f"{part['generated']} new, {part['from_cache']} from the cache"
+                )
+        if "rejected" not in self.probe_set.response_types:
+            found.append(f"no rejected answers: {WITHOUT_REJECTED}")
+        return found
 
 
 def build(

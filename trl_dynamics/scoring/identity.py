@@ -5,6 +5,7 @@ import json
 
 from torch import nn
 
+from trl_dynamics.compat import whole_shape
 from trl_dynamics.store.identity import Same
 
 _MODEL = "Keep the model and adapter options of the run"
@@ -55,7 +56,7 @@ def model_identity(model: nn.Module) -> dict:
         all parameters in no order, since names change between versions of transformers.
     """
     parameters = list(model.parameters())
-    shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in parameters]
+    shapes = [tuple(whole_shape(parameter)) for parameter in parameters]
     dtypes = [str(parameter.dtype).removeprefix("torch.") for parameter in parameters]
     rows = sorted([dtype, *shape] for dtype, shape in zip(dtypes, shapes, strict=True))
     config = model.config.get_text_config()

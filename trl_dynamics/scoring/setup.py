@@ -184,7 +184,7 @@ def describe_origin(model: nn.Module, probe_set: ProbeSet, method: str) -> dict:
             "name_or_path": model.config.name_or_path,
             "architecture": model.config.model_type,
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
-            "attn_implementation": model.config._attn_implementation,
+            "attn_implementation": compat.attention_of(model),
             "num_parameters": sum(map(compat.whole_numel, parameters)),
             "num_trainable": sum(compat.whole_numel(p) for p in parameters if p.requires_grad),
         },

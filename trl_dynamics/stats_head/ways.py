@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from trl_dynamics.compat import base_causal_lm, is_plain_linear, longrope_boundaries
+from trl_dynamics.compat import base_causal_lm, is_in_pieces, is_plain_linear, longrope_boundaries
 
 MATRIX, MODULE, OWN = "matrix", "module", "own forward"
 # Most bytes of the float32 logits (B, T, V) of one forward of the model's own; a longer row is a batch of its own.
@@ -70,5 +70,5 @@ def device_of_head(head: nn.Module) -> torch.device:
 def has_split_weights(module: nn.Module) -> bool:
     """Whether weights lie in pieces on several processes: FSDP2 or ZeRO-3."""
     return any(isinstance(part, FSDPModule) for part in module.modules()) or any(
-        isinstance(parameter, DTensor) or hasattr(parameter, "ds_status") for parameter in module.parameters()
+        isinstance(parameter, DTensor) or is_in_pieces(parameter) for parameter in module.parameters()
     )

@@ -70,7 +70,7 @@ class DynamicsMixin:
         store = DynamicsStore(args.output_dir)
         return ProbeCallback(self, engine, probe_set, store, meta, changed_fields(args), fallback, sampler)
 
-    def train(self, *args, **kwargs):
+    def train(self, *args, **kwargs) -> tuple:
         """TRL's training; however it ends, other runs may write into the output_dir again."""
         try:
             return super().train(*args, **kwargs)
@@ -78,7 +78,7 @@ class DynamicsMixin:
             if self.store_keeper is not None:
                 self.store_keeper.close()
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> tuple:
         """TRL's evaluation; with `probe_on_evaluate`, the probe scalars are among its metrics."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         wanted = self.probe_callback is not None and self.args.probe_on_evaluate

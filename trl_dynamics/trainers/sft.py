@@ -6,8 +6,10 @@ import inspect
 import torch
 import trl
 from accelerate.logging import get_logger
+from torch import nn
 from transformers.utils import ModelOutput
 
+from trl_dynamics import compat
 from trl_dynamics.scoring.probes import find_probes
 from trl_dynamics.trainers.config import SFTConfig
 from trl_dynamics.trainers.data import column_names, preference_to_completion, sides_of
@@ -131,7 +133,9 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
                 "says so without this warning"
             )
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, *args, **kwargs
+    ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
         """TRL's loss; where labels have sides, their means go to the metrics."""
         side_BT, row_BT = inputs.pop(LABEL_SIDE, None), inputs.pop(LABEL_ROW, None)
         # Context and sequence parallelism hand out parts of sequences, with labels that are shifted already.
@@ -153,12 +157,12 @@ class SFTTrainer(DynamicsMixin, trl.SFTTrainer):
             sums_S3 = self.accelerator.gather_for_metrics(sums_RS3).sum(0)
         else:
             sums_S3 = self.accelerator.reduce(sums_RS3.sum(0))
-        metrics, sums_S3 = self._metrics[mode], sums_S3.double().cpu()
+        sums_S3 = sums_S3.double().cpu()
         # TRL averages the values of a metric and forgets them at each log line; this one value is the average.
-        if any(f"nll/{side}" in metrics for side in self._sides):
+        if any(compat.waits_for_log(self, mode, f"nll/{side}") for side in self._sides):
             sums_S3 = sums_S3 + self._side_sums[mode]
         self._side_sums[mode] = sums_S3
         for side, (nll, num_top1, count) in zip(self._sides, sums_S3.tolist(), strict=True):
             if count:
-                metrics[f"nll/{side}"] = [nll / count]
-                metrics[f"mean_token_accuracy/{side}"] = [num_top1 / count]
+                compat.log_metric(self, mode, f"nll/{side}", nll / count, replace=True)
+                compat.log_metric(self, mode, f"mean_token_accuracy/{side}", num_top1 / count, replace=True)

@@ -6,12 +6,12 @@ import torch
 from akg_models import batch_of, language_model, padded, small_classifier
 from tiny import tiny_model
 from trl_dynamics.akg.batched import influences
-from trl_dynamics.akg.gram.gram import gram
+from trl_dynamics.akg.gram import gram
 from trl_dynamics.akg.one_step import influence
 from trl_dynamics.akg.proxies import head_only
-from trl_dynamics.akg.real_step import label_logp, verify
+from trl_dynamics.akg.real_step import verify
 from trl_dynamics.akg.steps import step_of
-from trl_dynamics.akg.task import causal_lm, classifier
+from trl_dynamics.akg.task import causal_lm, classifier, label_logp
 
 GOOD = batch_of(2, 8, 0)
 CALLS = {

@@ -8,10 +8,9 @@ import torch
 from akg_models import batch_of, most_outside
 from tiny import tiny_model
 from trl_dynamics.akg.one_step import Change, predict, update_gradient
-from trl_dynamics.akg.real_step import label_logp
 from trl_dynamics.akg.split.differences import CentralDifferences, derivative, whole
 from trl_dynamics.akg.steps import Step, step_of
-from trl_dynamics.akg.task import Task, causal_lm
+from trl_dynamics.akg.task import Task, causal_lm, label_logp
 
 NUM_DRAWS = 216
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}

@@ -10,11 +10,10 @@ from akg_models import adapted, batch_of, language_model
 from tiny import tiny_model
 from trl_dynamics import stats_head
 from trl_dynamics.akg.one_step import CENTRAL_DIFFERENCES, FORWARD_MODE, influence, predict, update_gradient
-from trl_dynamics.akg.real_step import label_logp
 from trl_dynamics.akg.split import differences, fsdp, zero
 from trl_dynamics.akg.split.differences import CentralDifferences, Line, Shards, derivative, moving, whole
 from trl_dynamics.akg.steps import Step, step_of
-from trl_dynamics.akg.task import Task, causal_lm
+from trl_dynamics.akg.task import Task, causal_lm, label_logp
 
 UPDATE, OBSERVE = batch_of(2, 10, 1), batch_of(5, 12, 2)
 

@@ -20,10 +20,9 @@ from akg_models import (
 from memory_peak import most_alive
 from tiny import tiny_model
 from trl_dynamics.akg import losses
-from trl_dynamics.akg.gram import journal, pairs, plan, record, tiles, uses
-from trl_dynamics.akg.gram.gram import estimate, gram, loss_weights
+from trl_dynamics.akg.gram import estimate, gram, journal, loss_weights, pairs, plan, tiles, uses
 from trl_dynamics.akg.one_step import influence
-from trl_dynamics.akg.task import Task, causal_lm, classifier
+from trl_dynamics.akg.task import Task, causal_lm, classifier, num_rows, rows_of
 from true_float64 import true_float64
 
 
@@ -35,7 +34,7 @@ def stored(task: Task, batch, weight_N=None) -> list[dict[str, torch.Tensor]]:
     logp_N = logp_N if weight_N is None else logp_N * weight_N
     names = task.trainable()
     rows = []
-    for row in range(record.num_rows(batch)):
+    for row in range(num_rows(batch)):
         score = logp_N[item_N == row].sum()
         found = torch.autograd.grad(score, list(names.values()), retain_graph=True, allow_unused=True)
         rows.append({n: torch.zeros_like(names[n]) if g is None else g for n, g in zip(names, found, strict=True)})
@@ -309,7 +308,7 @@ def test_a_column_is_what_one_sgd_step_on_that_row_does():
     task, update, observe = causal_lm(language_model(), losses.sum_cross_entropy), batch_of(3, 8, 0), batch_of(4, 7, 1)
     total_OU = gram(task, update, observe).total_OU
     for row in range(3):
-        moved = influence(task, record.rows_of(update, slice(row, row + 1)), observe, lr=0.1).per_item
+        moved = influence(task, rows_of(update, slice(row, row + 1)), observe, lr=0.1).per_item
         assert error(-0.1 * total_OU[:, row], moved) < 1e-10
 
 
@@ -344,7 +343,7 @@ def test_padding_and_other_rows_move_nothing(name, left, right):
     plain = gram(task, update, observe).total_OU
     wide = gram(task, padded(update, left, right), padded(observe, right, left)).total_OU
     assert error(wide, plain) < 1e-10
-    one = gram(task, record.rows_of(update, slice(1, 2)), record.rows_of(observe, slice(2, 3))).total_OU
+    one = gram(task, rows_of(update, slice(1, 2)), rows_of(observe, slice(2, 3))).total_OU
     torch.testing.assert_close(one[0, 0], plain[2, 1], rtol=1e-10, atol=1e-12)
 
 

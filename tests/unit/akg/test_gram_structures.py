@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from akg_models import batch_of
-from trl_dynamics.akg.gram.gram import gram
+from trl_dynamics.akg.gram import gram
 from trl_dynamics.akg.task import Task, causal_lm, classifier
 
 

@@ -9,10 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, OPTConfig
 
 from akg_models import adapted, batch_of, language_model, padded, sequence_classifier, texts_of
-from trl_dynamics.akg.gram.gram import gram
+from trl_dynamics.akg.gram import gram
 from trl_dynamics.akg.proxies import FORMS, agreement, blocks, head_only, mean_features
-from trl_dynamics.akg.real_step import label_logp
-from trl_dynamics.akg.task import causal_lm, classifier
+from trl_dynamics.akg.task import causal_lm, classifier, label_logp
 
 # Few kinds of tokens, so that some are shared.
 UPDATE, OBSERVE = (batch_of(num, 7, num, num_labels=4, vocabulary=12) for num in (3, 2))

@@ -10,7 +10,7 @@ from torch import nn
 from akg_models import batch_of, language_model, sequence_classifier, texts_of
 from tiny import tiny_model
 from trl_dynamics.akg import losses
-from trl_dynamics.akg.jvp import evaluated
+from trl_dynamics.akg.modes import evaluated
 from trl_dynamics.akg.real_step import VERDICTS, moved, verify
 from trl_dynamics.akg.task import causal_lm, classifier
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from akg_models import batch_of, language_model
 from trl_dynamics.akg.block_norms import block_norms
-from trl_dynamics.akg.gram.gram import gram
+from trl_dynamics.akg.gram import gram
 from trl_dynamics.akg.kernel import Kernel
 from trl_dynamics.akg.stability import influence_measure, kernel_measure, label_pairs, stability, stability_of
 from trl_dynamics.akg.task import causal_lm, classifier

@@ -11,13 +11,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from akg_models import batch_of, error, language_model, small_classifier
 from tiny import tiny_model
 from trl_dynamics.akg.batched import influences
-from trl_dynamics.akg.gram.gram import gram
+from trl_dynamics.akg.gram import gram
 from trl_dynamics.akg.kernel import Kernel
 from trl_dynamics.akg.one_step import influence, predict, update_gradient
-from trl_dynamics.akg.real_step import label_logp, verify
+from trl_dynamics.akg.real_step import verify
 from trl_dynamics.akg.split.differences import CentralDifferences, whole
 from trl_dynamics.akg.steps import step_of
-from trl_dynamics.akg.task import Task, causal_lm, classifier
+from trl_dynamics.akg.task import Task, causal_lm, classifier, label_logp
 
 ROWS = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 UPDATE, OBSERVE = (ROWS[:2], torch.tensor([0, 3])), (ROWS[1:], torch.tensor([1, 2]))

@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_dynamics.akg.gram.pairs import BLOCK_BYTES, operations
-from trl_dynamics.akg.gram.record import num_rows, record, rows_of
+from trl_dynamics.akg.gram.record import record
 from trl_dynamics.akg.gram.uses import Dense, Lookup, OfCall, Outer, Use
-from trl_dynamics.akg.task import Task
+from trl_dynamics.akg.task import Task, num_rows, rows_of
 from trl_dynamics.ops.tiled_head import TILE_ELEMENTS
 
 ALLOCATED = 1.2  # what the process grows by for each byte that is alive
@@ -65,7 +65,7 @@ def estimate(
     memory_budget: int | None = None,
     check: bool = True,
 ) -> Estimate:
-    """Bytes and operations of [`akg.gram.gram.gram`] with the same arguments, and the tiles that it will take.
+    """Bytes and operations of [`akg.gram.gram`] with the same arguments, and the tiles that it will take.
 
     Each side's row with most labels is run once; rows of a batch have the same length, so that it is the largest.
 

@@ -7,7 +7,7 @@ run backward tile by tile; what reaches the backbone goes through it at the end,
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from trl_dynamics.akg.gram.uses import Call, Lookup, Outer, Use, Uses, Where, lookup_gradient
-from trl_dynamics.akg.jvp import evaluated
-from trl_dynamics.akg.task import Task
+from trl_dynamics.akg.modes import evaluated, frozen
+from trl_dynamics.akg.task import Task, num_rows
 
 
 def owners(model: nn.Module) -> dict[str, str]:
@@ -28,32 +28,6 @@ def owners(model: nn.Module) -> dict[str, str]:
             if id(parameter) in names:
                 found[names[id(parameter)]].append(path or type(model).__name__)
     return {name: "+".join(dict.fromkeys(paths)) for name, paths in found.items()}
-
-
-def num_rows(batch: Any) -> int:
-    """B: how many rows a batch has.
-
-    Raises:
-        ValueError: If it is no mapping, tuple or list with a tensor in it.
-    """
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    sizes = [len(value) for value in values if isinstance(value, torch.Tensor) and value.dim()]
-    if not sizes:
-        raise ValueError(f"a batch is a {type(batch).__name__}, expected a mapping or a tuple of tensors, row by row")
-    return sizes[0]
-
-
-def rows_of(batch: Any, rows: slice) -> Any:
-    """Some rows of a batch."""
-    size = num_rows(batch)
-
-    def part(value: Any) -> Any:
-        by_row = isinstance(value, torch.Tensor) and value.dim() and len(value) == size
-        return value[rows] if by_row else value
-
-    if isinstance(batch, Mapping):
-        return {name: part(value) for name, value in batch.items()}
-    return tuple(part(value) for value in batch)
 
 
 def record(
@@ -87,19 +61,6 @@ def record(
         finally:
             recorder.let_go()
     return recorder.uses
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient, so that none is computed; at the end those that did do so again."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class _Recorder:

@@ -13,11 +13,12 @@ import torch
 from trl_dynamics.akg.gram.journal import Arrays
 from trl_dynamics.akg.gram.pairs import add_position_products, inner_products
 from trl_dynamics.akg.gram.plan import Estimate, rows_at_once
-from trl_dynamics.akg.gram.record import num_rows, owners, record, rows_of
+from trl_dynamics.akg.gram.record import owners, record
 from trl_dynamics.akg.gram.uses import Together, Uses
-from trl_dynamics.akg.jvp import evaluated, push_forward
+from trl_dynamics.akg.jvp import push_forward
+from trl_dynamics.akg.modes import evaluated
 from trl_dynamics.akg.one_step import View
-from trl_dynamics.akg.task import IGNORED, Task
+from trl_dynamics.akg.task import Task, label_logp_tiles, num_rows, predicting, rows_of
 
 MODULE = "module "
 
@@ -54,8 +55,8 @@ class Side:
 
     def _scores(self) -> torch.Tensor:
         with evaluated(self.task.model), torch.enable_grad():
-            logp_NV = torch.cat(list(self.task.logits(self.task.model, self.batch))).log_softmax(dim=-1)
-            logp_N = logp_NV.gather(1, self.task.labels(self.batch)[:, None])[:, 0]
+            tiles = self.task.logits(self.task.model, self.batch)
+            logp_N = torch.cat(list(label_logp_tiles(tiles, self.task.labels(self.batch))))
             return self.weight_N.to(logp_N) * logp_N
 
     def _gradient(self, score: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -65,7 +66,7 @@ class Side:
 
     def column_N(self) -> torch.Tensor:
         """The column before each label of a causal LM."""
-        return (self.batch["labels"][:, 1:] != IGNORED).nonzero()[:, 1]
+        return predicting(self.batch["labels"])[1]
 
 
 class RowTiles:
@@ -105,7 +106,7 @@ class RowTiles:
                 yield Tile(name, arrays)
 
     def joined(self, tiles: Mapping[str, Arrays]) -> dict[str, Any]:
-        """All tiles put together, as [`akg.gram.gram.GramResult`] has them."""
+        """All tiles put together, as [`akg.gram.GramResult`] has them."""
         by_name = {
             name: np.block([[tiles[t][name] for t, _ in row] for row in self._grid()]) for name in self._names()
         }
@@ -220,7 +221,7 @@ class LabelTiles:
             yield Tile(str(row), {"token": torch.stack(moved).numpy()})
 
     def joined(self, tiles: Mapping[str, Arrays]) -> dict[str, Any]:
-        """All rows put together, as [`akg.gram.gram.GramResult`] has them."""
+        """All rows put together, as [`akg.gram.GramResult`] has them."""
         token_NM = torch.from_numpy(np.concatenate([tiles[str(row)]["token"] for row in self._rows()]))
         token_NM = token_NM.T.contiguous() if self.by_update else token_NM
         total_OU = torch.zeros(num_rows(self.observe.batch), num_rows(self.update.batch), dtype=torch.float64)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from trl_dynamics import stats_head
-from trl_dynamics.akg.jvp import evaluated
+from trl_dynamics.akg.modes import evaluated
 from trl_dynamics.akg.split.differences import PRECISE, Shards, refuse_rounded_weights
 from trl_dynamics.akg.steps import Step
 from trl_dynamics.akg.task import causal_lm_labels, model_inputs, predicting

@@ -1,23 +1,29 @@
 """trl-dynamics probes check: would a model's numbers on this probe set be right?"""
 
-import argparse
+from dataclasses import dataclass
 
 from trl_dynamics import loading
 from trl_dynamics.cli import sources
+from trl_dynamics.cli.options import argument, option, read
 from trl_dynamics.probing.check import CheckReport, check
 from trl_dynamics.probing.encode import LengthLimits
 
 
+@dataclass
+class CheckArguments:
+    """Options of `trl-dynamics probes check`."""
+
+    probe_set: str = argument("folder, .jsonl or .parquet file, hub dataset, or 'embedded'")
+    model: str | None = option(None, "model whose tokenizer is used: folder, hub name, 'embedded'", required=True)
+    held_out: str | None = option(None, "a probe set over prompts that are not trained on: nothing may be in both")
+    max_prompt_length: int | None = option(None, "as probe_max_prompt_length in training")
+    max_length: int | None = option(None, "as probe_max_length in training")
+    trust_remote_code: bool = option(False, "run code that comes from the hub")
+
+
 def run(argv: list[str]) -> int:
     """Print findings and length statistics; the exit status is 1 if there are errors."""
-    parser = argparse.ArgumentParser("trl-dynamics probes check", description=__doc__)
-    parser.add_argument("probe_set", help="folder, .jsonl or .parquet file, hub dataset, or 'embedded'")
-    parser.add_argument("--model", required=True, help="model whose tokenizer is used: folder, hub name, 'embedded'")
-    parser.add_argument("--held_out", help="a probe set over prompts that are not trained on: nothing may be in both")
-    parser.add_argument("--max_prompt_length", type=int, help="as probe_max_prompt_length in training")
-    parser.add_argument("--max_length", type=int, help="as probe_max_length in training")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes from the hub")
-    args = parser.parse_args(argv)
+    args = read(CheckArguments, argv, "probes check", __doc__)
     probe_set = sources.find_probe_set(args.probe_set, None)
     held_out = sources.find_probe_set(args.held_out, None)
     model = sources.find_model(args.model)

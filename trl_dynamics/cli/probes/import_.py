@@ -1,14 +1,31 @@
 """trl-dynamics probes import: the published layout, or any table with a column per response type -> a probe set."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from trl_dynamics.cli.probes.build import parse_columns, summary
+from trl_dynamics.cli import options
+from trl_dynamics.cli.options import argument, option
+from trl_dynamics.cli.probes.columns import parse_columns
 from trl_dynamics.probing import card
 from trl_dynamics.probing import io as probe_io
 from trl_dynamics.probing.build import Built
 from trl_dynamics.probing.flat_rows import from_rows
 from trl_dynamics.probing.schema import RESERVED_FIELDS, ProbeSet, is_known_type
+
+
+@dataclass
+class ImportArguments:
+    """Options of `trl-dynamics probes import`."""
+
+    source: str = argument(".jsonl, .parquet or .csv file, dataset folder or hub dataset")
+    output_dir: str | None = option(None, "folder of the new set", "-o", required=True)
+    columns: list[str] = option(
+        [],
+        "COLUMN=TYPE, and COLUMN=prompt; columns that are neither named here nor named like a type are left out",
+    )
+    name: str | None = option(None, "name of the set; by default that of its folder")
+    license: str = option("unknown", "licence of the source, for the card")
+    overwrite: bool = option(False, "replace a probe set in that folder")
 
 
 def run(argv: list[str]) -> int:
@@ -17,19 +34,7 @@ def run(argv: list[str]) -> int:
     Raises:
         ValueError: If the source, a column or a row is wrong; then nothing is written.
     """
-    parser = argparse.ArgumentParser("trl-dynamics probes import", description=__doc__)
-    parser.add_argument("source", help=".jsonl, .parquet or .csv file, dataset folder or hub dataset")
-    parser.add_argument("-o", "--output_dir", required=True, help="folder of the new set")
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        default=[],
-        help="COLUMN=TYPE, and COLUMN=prompt; columns that are neither named here nor named like a type are left out",
-    )
-    parser.add_argument("--name", help="name of the set; by default that of its folder")
-    parser.add_argument("--license", default="unknown", help="licence of the source, for the card")
-    parser.add_argument("--overwrite", action="store_true", help="replace a probe set in that folder")
-    args = parser.parse_args(argv)
+    args = options.read(ImportArguments, argv, "probes import", __doc__)
     probe_io.refuse_existing(args.output_dir, args.overwrite)
     columns = parse_columns(args.columns)
     name = args.name or Path(args.output_dir).name
@@ -44,7 +49,7 @@ def run(argv: list[str]) -> int:
     probe_set = ProbeSet(probe_set.probes, name, probe_set.metadata | about, probe_set.required_types)
     built = Built(probe_set)
     folder = built.save(args.output_dir, overwrite=args.overwrite)
-    print(*summary(built), sep="\n")
+    print(*built.lines(), sep="\n")
     if left_out:
         print(f"columns left out: {', '.join(left_out)}")
     print(f"probe set: {folder}")

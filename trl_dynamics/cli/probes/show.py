@@ -1,11 +1,23 @@
 """trl-dynamics probes show: a probe set as readable text."""
 
-import argparse
 import shutil
 import textwrap
+from dataclasses import dataclass
 
 from trl_dynamics.cli import sources
+from trl_dynamics.cli.options import argument, option, read
 from trl_dynamics.probing.schema import Probe, ProbeSet, group_of, order_types
+
+
+@dataclass
+class ShowArguments:
+    """Options of `trl-dynamics probes show`."""
+
+    probe_set: str = argument("folder, .jsonl or .parquet file, hub dataset, or 'embedded'")
+    num: int = option(3, "probes to show (default 3)", "-n")
+    probe_id: list[str] | None = option(None, "show these instead of the first ones")
+    types: list[str] | None = option(None, "show these response types only")
+    full: bool = option(False, "whole texts instead of one line each")
 
 
 def run(argv: list[str]) -> int:
@@ -14,13 +26,7 @@ def run(argv: list[str]) -> int:
     Raises:
         ValueError: If there is no such set or probe.
     """
-    parser = argparse.ArgumentParser("trl-dynamics probes show", description=__doc__)
-    parser.add_argument("probe_set", help="folder, .jsonl or .parquet file, hub dataset, or 'embedded'")
-    parser.add_argument("-n", "--num", type=int, default=3, help="probes to show (default 3)")
-    parser.add_argument("--probe_id", nargs="+", help="show these instead of the first ones")
-    parser.add_argument("--types", nargs="+", help="show these response types only")
-    parser.add_argument("--full", action="store_true", help="whole texts instead of one line each")
-    args = parser.parse_args(argv)
+    args = read(ShowArguments, argv, "probes show", __doc__)
     probe_set = sources.find_probe_set(args.probe_set, None)
     if args.num < 0:
         raise ValueError(f"--num is {args.num}, expected at least 0")

@@ -8,9 +8,8 @@ from transformers import Trainer
 from trl_dynamics.akg.batched import predict_together
 from trl_dynamics.akg.jvp import refuse
 from trl_dynamics.akg.one_step import FORWARD_MODE, Influence, update_gradient
-from trl_dynamics.akg.real_step import label_logp
 from trl_dynamics.akg.steps import UPDATE, Step, Tensors, step_of, whole_norm
-from trl_dynamics.akg.task import causal_lm
+from trl_dynamics.akg.task import causal_lm, label_logp
 from trl_dynamics.trainers.influence.backend import Batch
 
 

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_dynamics.compat import log_metric
 from trl_dynamics.trainers.squeeze.recording import TokenForward, widest_float
 
 # What is made of each ratio of sums, in the order of the rows of `risk_sums`.
@@ -96,14 +97,14 @@ class Gauge(TrainerCallback):
             sums_K2 = risk_sums(gradient_BT, weight_BT, forward, self.valley_prob)
             self._sums_K2 = sums_K2 if self._sums_K2 is None else self._sums_K2 + sums_K2
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Forget the micro-batches of a step that an exception ended, such as one out of memory."""
         self._sums_K2 = None
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Every process comes here at the same steps, and before the step's line is logged."""
         if not self.is_due(state.global_step) or self._sums_K2 is None:
             return
         sums_K2, self._sums_K2 = self.trainer.accelerator.reduce(self._sums_K2, "sum"), None
         for name, value in risk_metrics(sums_K2).items():
-            self.trainer._metrics["train"][name].append(value)
+            log_metric(self.trainer, "train", name, value)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from accelerate.logging import get_logger
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_dynamics import stats_head
+from trl_dynamics.compat import log_metric
 from trl_dynamics.ops import squeeze
 from trl_dynamics.ops.tiled_head import Head, squeeze_rows
 from trl_dynamics.scoring.engine import evaluating
@@ -147,7 +148,7 @@ class SqueezeGuard(TrainerCallback):
             seed = (seed * 1_000_003 + part) % 2**63
         return torch.Generator().manual_seed(seed)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Go on with the kappa of the checkpoint."""
         kept = state.stateful_callbacks.get(CHECKPOINT_KEY, {}) if state.global_step else {}
         self.kappa = kept.get("kappa")
@@ -158,7 +159,7 @@ class SqueezeGuard(TrainerCallback):
                 "set disable_dropout, and the model config's dropout (attention_dropout, ...) to 0"
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Log the step and calibrate; every process comes here at the same steps, and before the step's line."""
         pushed, self._pushed, self._num_micro = self._pushed, None, 0
         self._log_weights()
@@ -205,7 +206,7 @@ class SqueezeGuard(TrainerCallback):
 
     def _log(self, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self.trainer._metrics["train"][f"squeeze_guard/{name}"].append(value)
+            log_metric(self.trainer, "train", f"squeeze_guard/{name}", value)
 
 
 def drops_out(model: nn.Module) -> bool:

@@ -20,14 +20,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from trl_dynamics.akg.checks import refuse_split
 from trl_dynamics.akg.gram.journal import Journal, fingerprint
 from trl_dynamics.akg.gram.plan import all_at_once, estimate
 from trl_dynamics.akg.gram.tiles import LabelTiles, RowTiles, Side
-from trl_dynamics.akg.jvp import evaluated
 from trl_dynamics.akg.one_step import NOT_FINITE_MODEL
-from trl_dynamics.akg.task import Task, causal_lm, refuse_split
+from trl_dynamics.akg.task import Task, causal_lm, label_logp
 
-__all__ = ["SPLITS", "GramResult", "estimate", "gram", "loss_weights"]
 SPLITS = ("module", "position", "loss_token")
 
 
@@ -158,20 +157,16 @@ def loss_weights(task: Task, update: Any) -> torch.Tensor:
     """(M,) w_m = -dL / d ln pi(y_m) of the task's loss at each labelled position: its force is G = w (pi - e_y).
 
     Raises:
-        ValueError: If the loss reads more of the logits than the labels' log-probabilities (label smoothing, entropy).
+        ValueError: If the loss reads more of the logits than the labels' log-probabilities (label smoothing, entropy),
+            or the batch has no labelled position.
     """
-    label_M, found = task.labels(update), []
-    with evaluated(task.model), torch.no_grad():
-        for tile_nV in task.logits(task.model, update):
-            label_n = label_M[(seen := sum(map(len, found))) : seen + len(tile_nV)]
-            found.append(tile_nV.log_softmax(dim=-1).gather(1, label_n[:, None])[:, 0])
-    logp_M, found = torch.cat(found).double().clamp(max=-1e-12), []
+    logp_M, found = label_logp(task, update, "the update").double().clamp(max=-1e-12), []
     for others in (1, 2):  # all other labels as one, or as two of half the probability
         with torch.enable_grad():
             leaf_M = logp_M.detach().requires_grad_()
             rest_M1 = (-torch.expm1(leaf_M)).log()[:, None] - torch.tensor(float(others)).log()
             logits = torch.cat([leaf_M[:, None], rest_M1.expand(-1, others)], dim=1)
-            loss = task.loss(logits, torch.zeros_like(label_M), task.items(update), update)
+            loss = task.loss(logits, torch.zeros_like(task.labels(update)), task.items(update), update)
             found.append(-torch.autograd.grad(loss, leaf_M)[0])
     if not torch.allclose(*found, rtol=1e-6, atol=1e-9):
         raise ValueError("the loss depends on more than the labels' log-probabilities; give weight, or use influence")

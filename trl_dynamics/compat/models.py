@@ -1,39 +1,18 @@
-"""Every name of TRL, transformers and accelerate that is not public API, in one place (versions.py lists them).
-
-Each name has a contract test in tests/integration/test_compat.py. Nothing else in the package may import such names.
-"""
+"""What transformers, PEFT and accelerate do to a model that their public API does not say."""
 
 import contextlib
-import logging
-import os
-import sys
 from collections.abc import Iterator
 from functools import partial
 
-from trl_dynamics import versions
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-INSTALLED = versions.installed_versions(tuple(versions.ACCEPTED))
-versions.check_versions(INSTALLED)
-versions.check_private_names(INSTALLED)
-
-import torch  # noqa: E402
-from accelerate import Accelerator, DistributedType  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback  # noqa: E402
-from transformers import Trainer as HFTrainer  # noqa: E402
-from transformers.cache_utils import Cache, DynamicLayer  # noqa: E402
-from trl import RichProgressCallback  # noqa: E402
-from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx  # noqa: E402
-
-# What TRL's DPO asks its fused head for, and what its loss and metrics read.
-DPO_HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
-DISPLAYS = (PrinterCallback, ProgressCallback, RichProgressCallback)
-
-# The main process alone: every process imports this.
-if os.environ.get("RANK", "0") == "0" and (untested := versions.untested(INSTALLED)):
-    logging.getLogger(__name__).warning(untested)
+from trl_dynamics.compat.zero import is_in_pieces
 
 
 class _PromptLayer(DynamicLayer):
@@ -79,20 +58,6 @@ def can_share_prompts(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def without_zero3() -> Iterator[None]:
-    """Load models whole on this process, also where training arguments have switched on ZeRO-3 for all loading."""
-    zero3 = sys.modules.get("transformers.integrations.deepspeed")
-    if zero3 is None:
-        yield
-        return
-    reference, zero3._hf_deepspeed_config_weak_ref = zero3._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        zero3._hf_deepspeed_config_weak_ref = reference
-
-
-@contextlib.contextmanager
 def full_head_weights(head: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Weight (V, D) and bias (V,) of the LM head, whole on this process whatever shards them.
 
@@ -104,7 +69,7 @@ def full_head_weights(head: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Ten
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None
     # TRL's function takes for granted that ZeRO-3 splits every model of a process; one that it does not is whole.
-    with maybe_gather_lm_head_ctx(*(part for part in (weight, bias) if hasattr(part, "ds_status"))):
+    with maybe_gather_lm_head_ctx(*(part for part in (weight, bias) if is_in_pieces(part))):
         yield weight, bias
 
 
@@ -119,17 +84,6 @@ def is_plain_linear(head: nn.Module) -> bool:
         return False
     is_linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     return is_linear and head.weight.device.type != "meta"
-
-
-def whole_numel(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter, of which ZeRO-3 leaves none in sight outside a forward."""
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def shards_or_casts_parameters(accelerator: Accelerator, *, half_weights: bool) -> bool:
-    """Whether FSDP or DeepSpeed decides what dtype a forward computes in, and it is not float32."""
-    wrapped = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    return wrapped and (half_weights or accelerator.mixed_precision != "no")
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
@@ -164,7 +118,7 @@ def reset_rope(model: nn.Module) -> None:
                 setattr(module, name, trained)
 
 
-def longrope_boundaries(config) -> tuple[int, ...]:
+def longrope_boundaries(config: PretrainedConfig) -> tuple[int, ...]:
     """Lengths above which LongRoPE takes its long factors for a whole batch; none for other models."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
@@ -177,28 +131,9 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def add_sum_sq_to_head(base: PreTrainedModel) -> None:
-    """Put a fused head over the one of TRL's DPO whose output also has `log_sum_sq_probs`; the rest is the same bits.
-
-    Calls without `fused_lm_head=True` go to the forward that was there.
-    """
-    add_fused_lm_head(base, outputs=(*DPO_HEAD_OUTPUTS, "log_sum_sq_probs"))
-
-
-def log_apart(trainer: HFTrainer, scalars: dict[str, float]) -> None:
-    """Log `scalars` as a line of their own: into the log history and to trackers, not to the progress display.
-
-    TRL's `log` would average and clear the training metrics collected so far, and any log event resets the flag that
-    asks for the training line of this very step; both are left as they were.
-    """
-    handler, should_log = trainer.callback_handler, trainer.control.should_log
-    everyone = handler.callbacks
-    handler.callbacks = [callback for callback in everyone if not isinstance(callback, DISPLAYS)]
-    try:
-        HFTrainer.log(trainer, dict(scalars))
-    finally:
-        handler.callbacks = everyone
-        trainer.control.should_log = should_log
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention implementation that a model runs, such as `"sdpa"`."""
+    return model.config._attn_implementation
 
 
 @contextlib.contextmanager

@@ -1,11 +1,9 @@
 """Modules that were public under another path: the old import still works, and warns once with the new path."""
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
-import warnings
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
@@ -33,18 +31,20 @@ class MovedModule(ModuleType):
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
-class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the old paths; it comes last, so that a file of that name wins."""
+class MovedFinder:
+    """Finds and loads the old paths; it comes last, so that a file of that name wins."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
         return MovedModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
+        import warnings  # which importing this package has no use for
+
         new = MOVED[module.__name__]
         warnings.warn(f"{module.__name__} has moved to {new}; import from there", FutureWarning, stacklevel=2)
 

@@ -2,8 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
@@ -18,38 +16,22 @@ MOVED = {
 
 
 class MovedModule(ModuleType):
-    """An old path: attributes are those of the new module.
+    """An old path: attributes are those of the new module, which is imported when one is asked for."""
 
-    Importing it also binds it in its package, over a function of the same name that the package exports
-    (`akg.influence`), so calling it calls that function.
-    """
-
-    def __getattr__(self, name: str):
-        return getattr(importlib.import_module(MOVED[self.__name__]), name)
-
-    def __call__(self, *args, **kwargs):
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
-
-
-class MovedFinder:
-    """Finds and loads the old paths; it comes last, so that a file of that name wins."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in MOVED else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return MovedModule(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
+    def __getattr__(self, name: str) -> object:
+        # Libraries look for such names in every loaded module.
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         import warnings  # which importing this package has no use for
 
-        new = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} has moved to {new}; import from there", FutureWarning, stacklevel=2)
+        new = MOVED[self.__name__]
+        value = getattr(importlib.import_module(new), name)
+        warnings.warn(f"{self.__name__} has moved to {new}; import from there", FutureWarning, stacklevel=2)
+        return value
 
 
 def install() -> None:
-    """Let the old paths be found, once per process."""
-    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
-        sys.meta_path.append(MovedFinder())
+    """Let the old paths be imported. They are put where imports look first: a finder would be asked for every module
+    that is missing, by TRL at every training step."""
+    for name in MOVED:
+        sys.modules.setdefault(name, MovedModule(name))

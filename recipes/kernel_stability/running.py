@@ -7,8 +7,9 @@ import pandas as pd
 from datasets import Dataset
 
 from trl_dynamics import DPOConfig, DPOTrainer, ProbeSet, SFTConfig, SFTTrainer
-from trl_dynamics.influence import kind
+from trl_dynamics.influence.kind import INFLUENCE
 from trl_dynamics.influence.series import accumulated_influence, influence_stability
+from trl_dynamics.store.store import DynamicsStore
 
 RUNS = ("embedded sft", "embedded dpo")
 NUM_STEPS, NUM_PROBES = 20, 3
@@ -38,12 +39,12 @@ def measure(name: str, folder: Path, seed: int) -> None:
 
 def sums(output: Path, every: int) -> pd.DataFrame:
     """Accumulated influence of a run at its last recorded step, had only each `every`-th step been recorded."""
-    frame = kind.read(output, steps=range(0, NUM_STEPS, every))
+    frame = DynamicsStore(output).read(INFLUENCE, set(range(0, NUM_STEPS, every)))
     found = accumulated_influence(frame)
     return found[found["step"] == found["step"].max()].set_index("response_type")
 
 
 def neighbours(output: Path) -> pd.DataFrame:
     """How the ranking of fixed updates' influence agrees between every two neighbouring steps."""
-    frame = kind.read(output, columns=["num_tokens", "predicted_sum"])
+    frame = DynamicsStore(output).read(INFLUENCE, columns=["num_tokens", "predicted_sum"])
     return influence_stability(frame).consecutive()

@@ -87,7 +87,7 @@ def test_a_merged_model_that_cannot_be_written_names_its_folder(adapter, tmp_pat
     args = trl_dynamics.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     save = LlamaForCausalLM.save_pretrained
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda model, folder: save_file({}, folder / "no" / "x"))
-    with pytest.raises(ValueError, match=f"{tmp_path}/merged_"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/_merged_"):
         merging.whole_model(str(adapter[0]), args, dtype="float32", revision="main")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)

@@ -278,7 +278,7 @@ def test_screen_of_a_probe_set_agrees_with_track(tmp_path, capsys):
     assert probes("screen --probe_set {0}/p --model embedded -o {0}/out", tmp_path) == 0
     track = "track --model_name_or_path embedded --probe_set {0}/p --output_dir {0}/run"
     assert main(shlex.split(track.format(tmp_path))) == 0
-    from trl_dynamics.store.store import load_records
+    from trl_dynamics import load_records
 
     frame = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index("probe_id")
     for _, record in load_records(tmp_path / "run").iterrows():

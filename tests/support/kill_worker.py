@@ -124,8 +124,11 @@ def finish(pid: int, folder: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that is whole: its trainer_state.json is written last."""
+    """The last checkpoint that is whole: its trainer_state.json is written last. Not the one of the last step, from
+    which transformers takes one step more."""
     for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        if step_of(path) == OPTIONS["max_steps"]:
+            continue
         with contextlib.suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())
             return path

@@ -25,7 +25,10 @@ SAME_PROBES = (
         "the probe set",
         "Keep probe_max_probes and probe_subset as in the run, and pass the set in the store's probe_set/ folder",
         shown=False,
-        causes=("probe_set.selection.probe_max_probes", "probe_set.selection.probe_subset"),
+        causes=(
+            "probe_set.metadata.selection.probe_max_probes",
+            "probe_set.metadata.selection.probe_subset",
+        ),
     ),
     Same("top_k", "probe_top_k", "Keep probe_top_k as in the run"),
     Same("samples.num_probes", "the number of prompts to answer", "Keep probe_samples as in the run, or leave it out"),

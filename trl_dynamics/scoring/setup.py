@@ -194,7 +194,6 @@ def describe_origin(model: nn.Module, probe_set: ProbeSet, method: str) -> dict:
             "num_probes": len(probe_set),
             "counts": probe_set.counts,
             "metadata": probe_set.metadata,
-            "selection": {"probe_max_probes": None, "probe_subset": None} | probe_set.selection,
         },
     }
 

@@ -4,13 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class _Missing:
-    def __repr__(self) -> str:
-        return "not recorded"
-
-
-_MISSING = _Missing()
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -23,7 +17,8 @@ class Same:
         what (`str`): The entry in words, for the error.
         remedy (`str`): What to keep.
         shown (`bool`): Whether its values are shown; not those of hashes.
-        causes (`Sequence[str]`): Paths of options that may be why it differs; those that do are named.
+        causes (`Sequence[str]`): Paths of options that may be why it differs; those that do are named. One that is
+            not there was not given.
     """
 
     path: str
@@ -50,9 +45,9 @@ def refuse_other_series(earlier: dict, now: dict, same: Sequence[Same], root: Pa
         if was is not _MISSING and is_now is not _MISSING and was != is_now:
             values = f" was {was!r}, is {is_now!r}" if entry.shown else " changed"
             causes = "".join(
-                f", {path.rpartition('.')[2]} was {_entry(earlier, path)!r}, is {_entry(now, path)!r}"
+                f", {path.rpartition('.')[2]} was {_given(earlier, path)!r}, is {_given(now, path)!r}"
                 for path in entry.causes
-                if _entry(earlier, path) != _entry(now, path)
+                if _given(earlier, path) != _given(now, path)
             )
             raise ValueError(
                 f"cannot resume probing: {entry.what}{values}{causes}; the records in {root} would not be one series. "
@@ -65,6 +60,11 @@ def refuse_other_series(earlier: dict, now: dict, same: Sequence[Same], root: Pa
             "checkpoint of the run that wrote them, or, if that run's records were moved aside, move its "
             f"{root.name}-old-* folder back to {root.name}"
         )
+
+
+def _given(meta: dict, path: str) -> object:
+    value = _entry(meta, path)
+    return None if value is _MISSING else value
 
 
 def _entry(meta: dict, path: str) -> object:

@@ -108,11 +108,11 @@ class Manifest:
 
 
 def runs(steps: Iterable[int]) -> list[list[int]]:
-    """Ascending steps as runs of one stride, [first, last, stride] each."""
+    """Steps as ascending runs of one stride, [first, last, stride] each; their order is kept."""
     found: list[list[int]] = []
     for step in steps:
         last = found[-1] if found else None
-        if last is not None and last[2] in (0, step - last[1]):
+        if last is not None and step > last[1] and last[2] in (0, step - last[1]):
             last[1], last[2] = step, step - last[1]
         else:
             found.append([step, step, 0])

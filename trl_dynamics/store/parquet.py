@@ -97,7 +97,9 @@ def read_steps(
                     one = len(part.steps) == 1
                     table = file.read(columns) if one else file.read_row_group(index, columns)
                     yield step, table if schema is None else table.select(columns).cast(schema)
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk, not of what the file says
+            raise
         raise ValueError(
             f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again from where it was written, or go on "
             f"without its steps: DynamicsStore({str(root.parent)!r}).drop_damaged()"

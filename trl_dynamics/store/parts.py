@@ -11,6 +11,7 @@ longer because the run is long.
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,6 +75,10 @@ class Parts:
                     f"or go on without these steps: DynamicsStore({str(self.root.parent)!r}).drop_damaged()"
                 )
 
+    def damaged(self) -> list[Part]:
+        """The parts whose files are missing, not of their full length, or cannot be read; every file is read."""
+        return [part for part in self.manifest().parts if damage(self.root, part) or not self._is_readable(part)]
+
     def path(self, part: Part) -> Path:
         """Where the file of a part is."""
         return self.root / part.kind / part.file
@@ -95,6 +100,8 @@ class Parts:
     ) -> list[pa.Table]:
         """The rows of every step, or of `steps`, in order of (model index, step)."""
         wanted = [part for part in manifest.of_kind(kind) if steps is None or steps & set(part.steps)]
+        # A run that is still writing merges files of few steps soon, others late: those of few steps are read first.
+        wanted.sort(key=lambda part: len(part.steps))
         found = [
             (part.model_index, step, table)
             for part in wanted
@@ -105,6 +112,19 @@ class Parts:
     def add(self, step: int, tables: Mapping[Kind, pa.Table | None], model_index: int) -> None:
         """Write the rows of one step; rows that it has of these kinds are replaced, or dropped where there are none
         now. All of them count from the same moment on."""
+        try:
+            self._add(step, tables, model_index, self._to_merge)
+        except (OSError, ValueError):
+            # Earlier files that are damaged, or a disk without room for a copy of them, cost no new rows.
+            self._add(step, tables, model_index, lambda parts, step: [])
+
+    def _add(
+        self,
+        step: int,
+        tables: Mapping[Kind, pa.Table | None],
+        model_index: int,
+        to_merge: Callable[[tuple[Part, ...], int], list[Part]],
+    ) -> None:
         manifest, gone, writes = self.manifest(), [], []
         for kind, table in tables.items():
             parts = manifest.of_kind(kind.name, model_index)
@@ -113,7 +133,7 @@ class Parts:
                 continue
             if not (self.root / kind.name).is_dir():
                 files.make_folder(self.root / kind.name)
-            group = self._to_merge(parts, step)
+            group = to_merge(parts, step)
             gone += group or [part for part in parts if step in part.steps]
             writes.append(self._writing(kind.name, model_index, group, (step, table)))
         merged = {(part.kind, part.file) for part in gone if step not in part.steps}
@@ -151,9 +171,15 @@ class Parts:
                 if _OURS.fullmatch(path.name) and (kind, path.name) not in manifest.names:
                     files.remove(path)
 
+    def _is_readable(self, part: Part) -> bool:
+        try:
+            return all(len(rows) > 0 for _, rows in parquet.read_steps(self.root, part))
+        except ValueError:
+            return False
+
     def _to_merge(self, parts: tuple[Part, ...], step: int) -> list[Part]:
         """The parts that the rows of a new last step complete to a file of the next size classes."""
-        if not parts or parts[-1].steps[-1] >= step:
+        if any(max(part.steps) >= step for part in parts):
             return []
         group: list[Part] = []
         size, num_bytes = 1, 0
@@ -162,7 +188,9 @@ class Parts:
             found = rest[-(FAN - 1) :]
             num_bytes += sum(part.num_bytes for part in found)
             same = len(found) == FAN - 1 and all(size <= len(part.steps) < size * FAN for part in found)
-            if not same or num_bytes > RUNNING_BYTES:
+            # Steps that were not written in their order may leave files whose ranges overlap.
+            ascend = all(max(part.steps) < min(after.steps) for part, after in pairwise([*found, *group]))
+            if not same or not ascend or num_bytes > RUNNING_BYTES:
                 return group
             group, size = [*found, *group], size * FAN
 

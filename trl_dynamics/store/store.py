@@ -29,7 +29,7 @@ from trl_dynamics.store.aside import is_tracked, move_aside, where_is_run
 from trl_dynamics.store.identity import Same, refuse_other_series
 from trl_dynamics.store.kind import BEFORE, Kind
 from trl_dynamics.store.lock import RunLock
-from trl_dynamics.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, damage, refuse_newer
+from trl_dynamics.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, refuse_newer
 from trl_dynamics.store.parts import TARGET_BYTES, Parts
 
 # Where everything is, below a run's output_dir.
@@ -261,8 +261,9 @@ class DynamicsStore:
             self._parts.compact(target_bytes)
 
     def drop_damaged(self) -> list[tuple[int, int]]:
-        """Give up files that are missing or damaged; returns the (model index, step) that are lost with them."""
-        bad = [part for part in self._parts.manifest().parts if damage(self.root, part)]
+        """Give up files that are missing or damaged, which every file is read for; returns the (model index, step)
+        that are lost with them."""
+        bad = self._parts.damaged()
         names = {(part.kind, part.file) for part in bad}
         with files.explained(self.root):
             self._parts.drop(lambda part, _: (part.kind, part.file) in names)

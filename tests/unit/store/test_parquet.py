@@ -1,5 +1,7 @@
 """Merging: the same rows in few files, a row group per step, in the memory of one step."""
 
+import json
+import random
 import shutil
 import subprocess
 import sys
@@ -26,8 +28,8 @@ from small_stores import (
 )
 from trl_dynamics.paths.kinds import RECORDS, SAMPLES
 from trl_dynamics.paths.records import read_records
-from trl_dynamics.store import parts
-from trl_dynamics.store.manifest import Part, read_manifest
+from trl_dynamics.store import parquet, parts
+from trl_dynamics.store.manifest import Manifest, Part, read_manifest, runs
 from trl_dynamics.store.parts import FAN, groups
 from trl_dynamics.store.store import DynamicsStore
 
@@ -112,6 +114,55 @@ def test_a_run_that_goes_on_has_few_files_and_a_short_manifest(tmp_path):
     assert (store.root / "manifest.json").stat().st_size < 400 and store.steps(RECORDS) == list(steps)
     pd.testing.assert_frame_equal(read_records(store), expected(*steps, probe_ids=("a",)))
     assert len(list((store.root / "records").iterdir())) == 1
+
+
+def test_a_step_of_an_earlier_file_that_would_complete_a_later_one_is_replaced(tmp_path):
+    """Files whose ranges overlap, as steps leave them that were not written in their order."""
+    first, between = range(0, 100 * FAN, 100), range(50, 50 + FAN - 1)
+    store = make_store(tmp_path, steps=[*first, *between])
+    write_records(store, RECORDS.table(columns(100)), step=100)
+    pd.testing.assert_frame_equal(read_records(store, {100, 60}), expected(60, 100))
+
+
+def test_steps_of_one_file_ascend_in_whatever_order_they_were_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "FAN", 2)
+    store, orders = make_store(tmp_path, steps=()), random.Random(0)
+    steps = [orders.randrange(20) + index // 2 for index in range(80)]
+    for step in steps:
+        write_records(store, RECORDS.table(columns(step, probe_ids=("a",))), step=step)
+        listed = [part.steps for part in read_manifest(store.root / "manifest.json").parts]
+        assert all(list(own) == sorted(own) for own in listed)
+    pd.testing.assert_frame_equal(read_records(store), expected(*sorted(set(steps)), probe_ids=("a",)))
+
+
+def test_runs_keep_steps_in_their_order():
+    """Earlier versions could leave a file whose steps do not ascend; its row groups are counted by them."""
+    steps = (0, 1, 2, 260, 50, 261, 262)
+    manifest = Manifest((Part("a", 0, steps, 1, "records"),))
+    assert tuple(s for first, last, by in runs(steps) for s in range(first, last + 1, by)) == steps
+    assert json.loads(manifest.encode())["parts"][0]["steps"] == runs(steps)
+
+
+def test_a_reader_keeps_up_with_a_run_that_writes_while_it_reads(tmp_path, monkeypatch):
+    """A step is written for every two that are read; files of few steps are merged soon, so they are read first."""
+    monkeypatch.setattr(parts, "FAN", 4)
+    store, writer, steps = make_store(tmp_path, steps=()), DynamicsStore(tmp_path), range(127)
+    for step in steps:
+        write_records(store, RECORDS.table(columns(step, probe_ids=("a",))), step=step)
+    read, later, count = parquet.read_steps, iter(range(len(steps), 10**6)), iter(range(10**6))
+
+    def slow(root, part, *more):
+        for pair in read(root, part, *more):
+            yield pair
+            if next(count) % 2:
+                with monkeypatch.context() as patch:
+                    patch.setattr(parquet, "read_steps", read)
+                    step = next(later)
+                    write_records(writer, RECORDS.table(columns(step, probe_ids=("a",))), step=step)
+
+    monkeypatch.setattr(parquet, "read_steps", slow)
+    found = read_records(store)["step"].unique().tolist()
+    assert found == list(range(len(found))) and len(found) >= len(steps)
 
 
 def test_large_files_are_left_to_the_end_of_the_run(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from small_stores import (
 from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.paths.records import has_baseline, load_records, read_baseline, read_records, write_baseline
 from trl_dynamics.store import files
+from trl_dynamics.store.manifest import read_manifest
+from trl_dynamics.store.parts import FAN
 from trl_dynamics.store.store import DynamicsStore
 
 OPERATIONS = ["open", "write", "sync", "rename"]
@@ -254,6 +257,44 @@ def test_files_that_are_missing_or_cut_are_told_with_the_way_out(tmp_path):
     assert store.drop_damaged() == [(0, 20), (1, 0)]
     pd.testing.assert_frame_equal(read_records(store), expected(0, 10))
     resume(store, probe_set(), PLAN, 20)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda path: path.write_bytes(b"x"), lambda path: path.write_bytes(bytes(path.stat().st_size))],
+    ids=["missing", "cut", "overwritten"],
+)
+def test_a_damaged_file_costs_no_step_that_is_written_later(damage, tmp_path):
+    """Its neighbours would be merged with it."""
+    store = make_store(tmp_path, steps=range(FAN - 1))
+    damage(store.files(RECORDS)[3])
+    later = range(FAN - 1, 3 * FAN)
+    for step in later:
+        write_records(store, RECORDS.table(columns(step)), step=step)
+    assert store.drop_damaged() == [(0, 3)]
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 1, 2, *range(4, 3 * FAN)))
+    assert len(read_manifest(store.root / "manifest.json").parts) < 2 * FAN
+
+
+@pytest.mark.parametrize("share", [0.5, 0.05], ids=["rows", "footer"])
+def test_a_file_of_its_full_length_that_cannot_be_read_is_told_and_can_be_dropped(share, tmp_path):
+    store = make_store(tmp_path)
+    path = store.files(RECORDS)[1]
+    payload = path.read_bytes()
+    zeros = bytes(int(share * len(payload)))
+    path.write_bytes(payload[: -len(zeros) - 8] + zeros + payload[-8:])
+    with pytest.raises(ValueError, match=re.escape(path.name) + r" cannot be read .*drop_damaged\(\)"):
+        read_records(store)
+    assert store.drop_damaged() == [(0, 10)]
+    pd.testing.assert_frame_equal(read_records(store), expected(0, 20))
+
+
+def test_a_full_disk_takes_a_step_that_it_has_no_room_to_merge(tmp_path, monkeypatch):
+    store = make_store(tmp_path, steps=range(FAN - 1))
+    with monkeypatch.context() as patch:
+        fail(patch, errno.ENOSPC, operation="write", name="step000000000")
+        write_records(store, RECORDS.table(columns(FAN - 1)), step=FAN - 1)
+    pd.testing.assert_frame_equal(read_records(store), expected(*range(FAN)))
 
 
 def test_damage_after_the_checkpoint_does_not_matter(tmp_path):

@@ -5,6 +5,7 @@ each step is reduced before the next is read: memory does not grow with the numb
 same reduction.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ QUANTILES = (0.1, 0.5, 0.9)
 STATISTICS = ("mean", "num_probes", *(f"q{round(100 * q)}" for q in QUANTILES))
 # Each reads and reduces one probing step; about 100 MB for 130,000 responses.
 MAX_THREADS = 8
+# A run that is still writing may merge files while they are read.
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -217,10 +220,7 @@ def summarise_store(store: DynamicsStore) -> dict[str, Summary]:
         ValueError: If there are no records, a newer version wrote them, or a key is there twice.
     """
     meta = store.read_meta()  # reading it refuses a newer schema
-    try:
-        return _summarise_all(store, meta)
-    except FileNotFoundError:
-        return _summarise_all(store, meta)  # the run has just ended and merged its files
+    return _retried(lambda: _summarise_all(store, meta))
 
 
 def summarise_step(start: StepTable, now: StepTable) -> StepSummary:
@@ -280,10 +280,16 @@ def _summarise_all(store: DynamicsStore, meta: dict) -> dict[str, Summary]:
 
 
 def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size: int | None) -> Summary:
-    first = read_block(blocks[0], vocab_size)
+    def read_again(step: int) -> StepTable:
+        return _retried(lambda: _read_step(_blocks(store)[model], step, vocab_size))
 
     def reduce(block: Block) -> StepSummary:
-        return summarise_step(first, read_block(block, vocab_size))
+        try:
+            return summarise_step(first, read_block(block, vocab_size))
+        except FileNotFoundError:
+            return summarise_step(first, read_again(block.step))
+
+    first = read_block(blocks[0], vocab_size)
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         parts = list(pool.map(reduce, blocks))
@@ -293,13 +299,23 @@ def _summarise(store: DynamicsStore, model: str, blocks: list[Block], vocab_size
         try:
             return _read_step(blocks, step, vocab_size)
         except FileNotFoundError:
-            return _read_step(_blocks(store)[model], step, vocab_size)
+            return read_again(step)
 
     return Summary(parts, first, read)
 
 
 def _read_step(blocks: list[Block], step: int, vocab_size: int | None) -> StepTable:
-    return read_block(next(block for block in blocks if block.step == step), vocab_size)
+    block = next((block for block in blocks if block.step == step), None)
+    if block is None:
+        raise FileNotFoundError(f"step {step} has no records any more: the run has gone on from an earlier one")
+    return read_block(block, vocab_size)
+
+
+def _retried(read: Callable[[], object]) -> object:
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return read()
+    return read()
 
 
 def _refuse_repeats(steps: Iterable[int]) -> None:

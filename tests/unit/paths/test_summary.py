@@ -14,11 +14,12 @@ import pandas_reference as reference
 from memory_peak import PEAK, needs_linux
 from small_stores import write_records
 from synthetic_runs import SQUEEZED, STEPS, VOCAB_SIZE, records, write_run
-from trl_dynamics.paths import metrics, rules
+from trl_dynamics.paths import metrics, rules, summary
 from trl_dynamics.paths.kinds import RECORDS
 from trl_dynamics.paths.step_table import split_frame
 from trl_dynamics.paths.summary import MEASURES, summarise, summarise_store
 from trl_dynamics.report.load import load_runs, split_series
+from trl_dynamics.store import parts
 from trl_dynamics.store.store import DynamicsStore
 
 MISSING = ("rejected", "other_test")
@@ -143,6 +144,31 @@ def test_files_merged_while_they_are_read_are_found_again(tmp_path, monkeypatch)
     listings = [before, store.blocks(RECORDS)]
     monkeypatch.setattr(DynamicsStore, "blocks", lambda self, kind: listings.pop(0))
     assert summarise_store(store)["policy"].path().equals(expected.path())
+
+
+def test_a_run_that_writes_faster_than_it_is_read_is_summarised(tmp_path, monkeypatch):
+    """A step is written before each that is read, and files are merged; steps that were there are all found."""
+    monkeypatch.setattr(parts, "FAN", 4)
+    monkeypatch.setattr(summary, "MAX_THREADS", 1)
+    frame, steps = records(num_probes=2, types=["chosen", "rejected"]), iter(range(10**6))
+    first, read = frame[frame["step"] == frame["step"].min()], summary.read_block
+    store = DynamicsStore(tmp_path / "run")
+    store.create({}, {}, {})
+
+    def write() -> None:
+        rows = first.assign(step=next(steps))
+        write_records(store, RECORDS.table(rows[RECORDS.schema.names].to_dict("list")), step=int(rows["step"].iloc[0]))
+
+    def slow(block, vocab_size=None):
+        write()
+        return read(block, vocab_size)
+
+    for _ in range(44):
+        write()
+    monkeypatch.setattr(summary, "read_block", slow)
+    found = summarise_store(store)["policy"]
+    assert found.steps == list(range(len(found.steps))) and len(found.steps) >= 44
+    assert found.table(40).step == 40
 
 
 def test_a_key_that_is_there_twice_is_refused(tmp_path, monkeypatch):

@@ -4,8 +4,8 @@ A change is one exchange: new files are written, the manifest is replaced, the f
 A process that is killed in between leaves the state before or the state after, and files that nobody reads.
 
 While a run goes on, neighbouring files of one size class are merged, [`FAN`] at a time and in the exchange that adds
-the last of them. So a run of n steps has about FAN log n files, each row is copied log n times, and no write takes
-longer because the run is long.
+the last of them, up to [`MAX_STEPS`] steps. So a run of n steps has about n / MAX_STEPS files and a few more, each
+row is copied a few times, and no step takes longer to write or to read because the run is long.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from trl_dynamics.store.migrate import manifest_of_v1, with_unlisted
 
 # Files of one size class that are merged into one of the next.
 FAN = 16
+# Steps in one file: whoever reads one of them reads the footer, which describes the columns of all.
+MAX_STEPS = 256
 # Nothing larger is made while a run goes on: copying that much takes about a second.
 RUNNING_BYTES = 64 * 2**20
 TARGET_BYTES = 512 * 2**20
@@ -74,6 +76,19 @@ class Parts:
                     "folder was changed from outside or copied incompletely. Copy it again from where it was written, "
                     f"or go on without these steps: DynamicsStore({str(self.root.parent)!r}).drop_damaged()"
                 )
+
+    def refuse_newer_rows(self, manifest: Manifest, kind: Kind) -> None:
+        """Refuse to read, or to add to, rows of a newer version of their kind.
+
+        Raises:
+            ValueError: With both versions.
+        """
+        version = manifest.kinds.get(kind.name, {}).get("version", 1)
+        if version > kind.version:
+            raise ValueError(
+                f"{self.root / kind.name} has {kind.name} of version {version}, this version reads up to "
+                f"{kind.version}; upgrade trl-dynamics"
+            )
 
     def damaged(self) -> list[Part]:
         """The parts whose files are missing, not of their full length, or cannot be read; every file is read."""
@@ -131,6 +146,7 @@ class Parts:
             if table is None:
                 gone += [part for part in parts if step in part.steps]
                 continue
+            self.refuse_newer_rows(manifest, kind)
             if not (self.root / kind.name).is_dir():
                 files.make_folder(self.root / kind.name)
             group = to_merge(parts, step)
@@ -190,7 +206,8 @@ class Parts:
             same = len(found) == FAN - 1 and all(size <= len(part.steps) < size * FAN for part in found)
             # Steps that were not written in their order may leave files whose ranges overlap.
             ascend = all(max(part.steps) < min(after.steps) for part, after in pairwise([*found, *group]))
-            if not same or not ascend or num_bytes > RUNNING_BYTES:
+            num_steps = 1 + sum(len(part.steps) for part in [*found, *group])
+            if not same or not ascend or num_bytes > RUNNING_BYTES or num_steps > MAX_STEPS:
                 return group
             group, size = [*found, *group], size * FAN
 
@@ -246,12 +263,15 @@ class Parts:
 
 
 def groups(parts: Iterable[Part], target_bytes: int) -> list[list[Part]]:
-    """Which neighbouring parts of a kind and model to merge: at most `target_bytes` in all, groups of one left out."""
+    """Which neighbouring parts of a kind and model to merge: at most `target_bytes` and [`MAX_STEPS`] in all, groups
+    of one left out."""
     found: list[list[Part]] = []
     for part in parts:
         last = found[-1] if found else None
         fits = last and last[0].order[:2] == part.order[:2] and last[-1].steps[-1] < part.steps[0]
-        if fits and sum(other.num_bytes for other in last) + part.num_bytes <= target_bytes:
+        both = [*last, part] if fits else []
+        small = sum(len(one.steps) for one in both) <= MAX_STEPS and sum(one.num_bytes for one in both) <= target_bytes
+        if fits and small:
             last.append(part)
         else:
             found.append([part])

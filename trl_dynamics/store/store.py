@@ -202,7 +202,8 @@ class DynamicsStore:
         of them count from the same moment on.
 
         Raises:
-            ValueError: If a table is empty, of another step, or not in the schema of its kind.
+            ValueError: If a table is empty, of another step, or not in the schema of its kind, or a newer version
+                wrote the rows that are there.
             OSError: If it cannot be written; nothing changed then.
         """
         for kind, rows in tables.items():
@@ -318,12 +319,7 @@ class DynamicsStore:
             self.read_meta()  # refuses a newer schema
 
         def checked(manifest: Manifest) -> list:
-            version = manifest.kinds.get(kind.name, {}).get("version", 1)
-            if version > kind.version:
-                raise ValueError(
-                    f"{self.root / kind.name} has {kind.name} of version {version}, this version reads up to "
-                    f"{kind.version}; upgrade trl-dynamics"
-                )
+            self._parts.refuse_newer_rows(manifest, kind)
             return read(manifest)
 
         return self._parts.consistent(checked)

@@ -165,6 +165,21 @@ def test_a_reader_keeps_up_with_a_run_that_writes_while_it_reads(tmp_path, monke
     assert found == list(range(len(found))) and len(found) >= len(steps)
 
 
+def test_files_of_long_runs_are_bounded_in_steps(tmp_path, monkeypatch):
+    """The footer of a file is read with each of its steps."""
+    monkeypatch.setattr(parts, "FAN", 2)
+    monkeypatch.setattr(parts, "MAX_STEPS", 8)
+    store = make_store(tmp_path, steps=range(43))
+
+    def sizes() -> list[int]:
+        return [len(part.steps) for part in read_manifest(store.root / "manifest.json").parts]
+
+    assert sizes() == [8, 8, 8, 8, 8, 2, 1]
+    store.compact()
+    assert sizes() == [8, 8, 8, 8, 8, 3]
+    pd.testing.assert_frame_equal(read_records(store), expected(*range(43)))
+
+
 def test_large_files_are_left_to_the_end_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "RUNNING_BYTES", 30_000)
     store = make_store(tmp_path, steps=range(3 * FAN))

@@ -1,5 +1,6 @@
 """The store: what is written comes back, and only what belongs together is continued."""
 
+import dataclasses
 import json
 import os
 import re
@@ -378,6 +379,16 @@ def test_a_newer_schema_is_refused(name, tmp_path):
         with pytest.raises(ValueError, match=said):
             attempt()
     assert snapshot(tmp_path) == before
+
+
+def test_rows_of_a_newer_version_of_their_kind_are_neither_read_nor_added_to(tmp_path):
+    store = make_store(tmp_path, steps=())
+    newer = dataclasses.replace(RECORDS, version=2)
+    store.write(0, {newer: newer.table(columns(0))})
+    for refused in (lambda: store.read(RECORDS), lambda: store.write(1, {RECORDS: RECORDS.table(columns(1))})):
+        with pytest.raises(ValueError, match="version 2, this version reads up to 1; upgrade"):
+            refused()
+    assert store.steps(RECORDS) == [0] and len(store.read(newer)) == 4
 
 
 def test_values_of_numpy_and_torch_are_written_plain(tmp_path):

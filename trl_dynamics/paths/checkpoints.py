@@ -279,7 +279,8 @@ def recorded_run(model: str) -> RecordedRun | None:
     source = DynamicsStore(model)
     if not source.exists:
         return None
-    star_ids = read_baseline(source) if has_baseline(source) else None
+    # A run that went on from before its first records leaves a y* that its next records replace.
+    star_ids = read_baseline(source) if source.steps(RECORDS) and has_baseline(source) else None
     return RecordedRun(str(source.output_dir), source.read_meta(), star_ids)
 
 

@@ -13,7 +13,9 @@ Every file is replaced as a whole or not at all (see [`store.files`]), and files
 at any moment loses at most the step being written.
 """
 
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +217,7 @@ class DynamicsStore:
                 found = sorted(set(rows["step"].to_pylist()))
                 raise ValueError(f"expected {kind.name} of step {step}, got steps {found}")
         with files.explained(self.root):
+            self._require_root()
             self._parts.add(step, tables, model_index)
 
     def read(self, kind: Kind, steps: set[int] | None = None, columns: list[str] | None = None) -> pd.DataFrame:
@@ -306,6 +309,7 @@ class DynamicsStore:
         """Write, or replace, a file that a recorder keeps beside its rows; `name` may have folders."""
         path = self.root / name
         with files.explained(path):
+            self._require_root()
             files.make_folder(path.parent)
             files.write(path, payload)
 
@@ -313,6 +317,11 @@ class DynamicsStore:
         """The content of an attachment, None where there is none."""
         path = self.root / name
         return path.read_bytes() if path.is_file() else None
+
+    def _require_root(self) -> None:
+        """Rows without the folder that says what they are of would be of no use to anybody."""
+        if not self.root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
 
     def _consistent(self, kind: Kind, read: Callable[[Manifest], list]) -> list:
         if self.exists:

@@ -115,6 +115,18 @@ def test_a_path_below_a_regular_file(opened, below, tmp_path):
     assert (tmp_path / "file").read_text() == "I am a file"
 
 
+def test_a_store_that_was_taken_away_is_not_begun_again_by_a_write(tmp_path):
+    store = make_store(tmp_path)
+    store.root.rename(tmp_path / "elsewhere")
+    for write in (
+        lambda: write_records(store, RECORDS.table(columns(30)), step=30),
+        lambda: write_baseline(store, STARS),
+    ):
+        with pytest.raises(FileNotFoundError, match="cannot write probe records"):
+            write()
+    assert not store.root.exists()
+
+
 def test_files_that_are_no_longer_needed_may_stay(tmp_path, monkeypatch):
     store = make_store(tmp_path)
     with monkeypatch.context() as patch:

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_and_exit(argv: list[str] | None = None) -> NoReturn:
     """Run one command as the whole of a process, and end the process with its status."""
     status = main(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         # Gloo's threads outlive their process group under DDP. One that frees a tensor while the interpreter is taken
         # down aborts the process, and with it the launch (pytorch/pytorch#179291): leave with the interpreter whole.
         threading._shutdown()

@@ -176,7 +176,7 @@ def describe_origin(model: nn.Module, probe_set: ProbeSet, method: str) -> dict:
     """Which package versions, model and probe set, for meta.json."""
     parameters = list(model.parameters())
     return {
-        "kind": "track" if method == "track" else "train",
+        "kind": method if method in ("track", "akg") else "train",
         "method": method,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: found for name, found in installed_versions(VERSIONED).items() if found},

@@ -35,11 +35,18 @@ def describe(root: Path) -> str:
     if meta.get("schema_version", 1) > SCHEMA_VERSION:
         return f"records of a newer version of this package (schema {meta['schema_version']})"
     probes = meta.get("probe_set", {})
-    maker = "trl-dynamics track" if is_tracked(meta) else f"a {meta.get('method')} run"
+    command = command_of(meta)
+    maker = f"trl-dynamics {command}" if command else f"a {meta.get('method')} run"
     return (
         f"the records of {maker} (probe set {probes.get('name')!r}, {probes.get('num_probes')} probes, fingerprint "
         f"{str(probes.get('fingerprint'))[:12]})"
     )
+
+
+def command_of(meta: dict) -> str | None:
+    """The command that made a store which no training run wrote, None for that of a training run."""
+    kind = meta.get("kind", "train")
+    return None if kind == "train" else kind
 
 
 def is_tracked(meta: dict) -> bool:
@@ -54,7 +61,7 @@ def where_is_run(root: Path, run_id: str | None = None) -> str:
     for path in root.parent.glob(f"{root.name}-old-*"):
         number = re.fullmatch(rf"{re.escape(root.name)}-old-(\d+)", path.name)
         meta = _read(path)
-        if number and meta and not is_tracked(meta) and run_id in (None, meta.get("run_id", run_id)):
+        if number and meta and not command_of(meta) and run_id in (None, meta.get("run_id", run_id)):
             found[int(number[1])] = path.name
     return f" Records that were moved aside lie in {found[max(found)]}." if found else ""
 

@@ -27,7 +27,7 @@ import yaml
 
 from trl_dynamics.plain import json_text, plain_or_text, yaml_text
 from trl_dynamics.store import files
-from trl_dynamics.store.aside import is_tracked, move_aside, where_is_run
+from trl_dynamics.store.aside import command_of, move_aside, where_is_run
 from trl_dynamics.store.identity import Same, refuse_other_series
 from trl_dynamics.store.kind import BEFORE, Kind
 from trl_dynamics.store.lock import RunLock
@@ -172,10 +172,10 @@ class DynamicsStore:
                 + where_is_run(self.root)
             )
         earlier = self.read_meta()
-        if is_tracked(earlier):
+        if command := command_of(earlier):
             raise ValueError(
-                f"cannot resume probing: {self.root} holds what trl-dynamics track scored, no records of a training "
-                f"run.{where_is_run(self.root, meta.get('run_id'))} Move {FOLDER} away, and those of the run "
+                f"cannot resume probing: {self.root} holds what trl-dynamics {command} wrote, no records of a "
+                f"training run.{where_is_run(self.root, meta.get('run_id'))} Move {FOLDER} away, and those of the run "
                 "to its place, or use another output_dir."
             )
         refuse_other_series(earlier, meta, same, self.root)

@@ -21,6 +21,7 @@ from trl_dynamics.paths.kinds import RECORDS, SAMPLES
 from trl_dynamics.paths.records import read_baseline, read_records, write_baseline
 from trl_dynamics.paths.samples import NUMBERS
 from trl_dynamics.paths.step_table import StepTable, split_frame
+from trl_dynamics.store.aside import command_of
 from trl_dynamics.store.identity import Same
 from trl_dynamics.store.store import DynamicsStore
 from trl_dynamics.tracking.alerts import Watch
@@ -206,6 +207,8 @@ class Series:
         if not self.store.exists:
             return None
         earlier = self.store.read_meta()
+        if command_of(earlier):
+            return None  # which is refused when the series begins
         schedule = earlier.get("schedule", {})
         if "every" not in schedule:
             # Older versions kept no spacing: config.yaml has the one that was given, else it was this default.

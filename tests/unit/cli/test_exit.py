@@ -24,10 +24,10 @@ main.run_and_exit(sys.argv[1:])
 
 
 @pytest.mark.parametrize("status", [0, 4])
-@pytest.mark.parametrize("world_size", [None, "1", "2"])
+@pytest.mark.parametrize("world_size", [None, "", "1", "2"])
 def test_the_status_and_all_that_was_begun_survive(world_size, status):
     env = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    env |= {"WORLD_SIZE": world_size} if world_size else {}
+    env |= {"WORLD_SIZE": world_size} if world_size is not None else {}
     command = [sys.executable, "-c", PROCESS, str(status)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     lines = [str([str(status)]), "thread finished", "exit handler"]

@@ -270,13 +270,14 @@ def test_resume_needs_a_store(tmp_path):
         resume(DynamicsStore(tmp_path), probe_set(), PLAN, 0)
 
 
-def test_resume_over_what_track_scored_says_where_the_run_is(tmp_path):
-    for number, meta in enumerate(({"run_id": "one"}, {"run_id": "two"}, {"kind": "track"}), start=1):
+@pytest.mark.parametrize("command", ["track", "akg"])
+def test_resume_over_what_a_command_wrote_says_where_the_run_is(command, tmp_path):
+    for number, meta in enumerate(({"run_id": "one"}, {"run_id": "two"}, {"kind": command}), start=1):
         make_store(tmp_path, **meta)
         (tmp_path / "dynamics").rename(tmp_path / f"dynamics-old-{number}")
-    store = make_store(tmp_path, kind="track")
+    store = make_store(tmp_path, kind=command)
     before = snapshot(tmp_path)
-    said = "holds what trl-dynamics track scored.* Records that were moved aside lie in dynamics-old-{}. Move dynamics"
+    said = f"holds what trl-dynamics {command} wrote.* Records .*aside lie in dynamics-old-{{}}. Move dynamics"
     for meta, number in ((None, 2), ({"run_id": "one"}, 1)):
         with pytest.raises(ValueError, match=said.format(number)):
             resume(store, probe_set(), PLAN, 0, meta)

@@ -23,7 +23,7 @@ from trl_dynamics.store.migrate import manifest_of_v1, with_unlisted
 
 # Files of one size class that are merged into one of the next.
 FAN = 16
-# Steps in one file: whoever reads one of them reads the footer, which describes the columns of all.
+# Steps in one file: reading one of them means reading the footer, which describes the columns of all.
 MAX_STEPS = 256
 # Nothing larger is made while a run goes on: copying that much takes about a second.
 RUNNING_BYTES = 64 * 2**20

@@ -7,7 +7,7 @@
     dynamics/<attachment>         what a recorder keeps beside its rows, such as a copy of what is observed
     dynamics/trainer_log.json     the trainer's own log lines
     dynamics/report.html          the page, once made
-    .dynamics.lock                beside it while a run is writing
+    ../.dynamics.lock             while a run is writing
 
 Every file is replaced as a whole or not at all (see [`store.files`]), and files of rows never change, so a crash
 at any moment loses at most the step being written.

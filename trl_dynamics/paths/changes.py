@@ -14,7 +14,6 @@ from trl_dynamics.paths.metrics import (
     bystander_types,
     gap_per_token,
     mean,
-    third_party_types,
 )
 from trl_dynamics.paths.step_table import StepTable
 from trl_dynamics.probing.schema import REPHRASE, group_of
@@ -95,10 +94,6 @@ class Changes:
     @cached_property
     def eos(self) -> Effect:
         return clustered_effect(self._delta(lambda step: step.row("chosen", "eos_logp")))
-
-    @cached_property
-    def third_parties(self) -> Effect:
-        return self.of_types(third_party_types(self.types))
 
     @cached_property
     def bystanders(self) -> Effect:
